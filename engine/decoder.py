@@ -1,0 +1,215 @@
+"""The one decoder that all model families are specs of: weights, and the forward pass of a step.
+
+Owns the order of operations of a Llama-like decoder; what families differ in are flags of `ModelConfig`. Knows no
+requests and no scheduling: it turns a forward batch and a KV cache into hidden states, and those into logits.
+
+Shapes: T tokens, N sampled rows, H heads, K KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from raydata_llm.engine.batch import ForwardBatch
+from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.rope import rope_table
+from raydata_llm.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
+from raydata_llm.kernels.qkv_to_cache import qkv_to_cache
+from raydata_llm.kernels.rms_norm import add_rms_norm, rms_norm
+from raydata_llm.kernels.swiglu import swiglu
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all blocks, a pair a layer: [blocks, K, block_size, D]."""
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Reserve the memory; blocks are written before they are read, so it is not cleared."""
+        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        return cls(
+            [
+                (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+                for _ in range(config.num_layers)
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + b; weight [out, in]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply to the last dimension."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's weights; q, k and v stand in one linear, gate and up in another."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
+class Decoder:
+    """A loaded model.
+
+    Args:
+        config: The model.
+        weights: Every parameter of `config.parameter_shapes()` once, by Hugging Face's names.
+        max_model_len: Positions that occur.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        *,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self._scale = config.head_dim**-0.5
+        self._rope_table = rope_table(config.rope, config.head_dim, max_model_len, device)
+        self._load(_FusedParameters(config, dtype, device).fill(weights))
+
+    def _load(self, parameters: dict[str, torch.Tensor]) -> None:
+        take = parameters.get
+        self._embedding = parameters["model.embed_tokens.weight"]
+        self._norm = parameters["model.norm.weight"]
+        self._lm_head = parameters.get("lm_head.weight", self._embedding)
+        self._layers = []
+        for index, window in enumerate(self.config.sliding_windows):
+            name = f"model.layers.{index}"
+            attn, mlp = f"{name}.self_attn", f"{name}.mlp"
+            self._layers.append(
+                Layer(
+                    input_norm=parameters[f"{name}.input_layernorm.weight"],
+                    qkv=Linear(parameters[f"{attn}.qkv_proj.weight"], take(f"{attn}.qkv_proj.bias")),
+                    q_norm=take(f"{attn}.q_norm.weight"),
+                    k_norm=take(f"{attn}.k_norm.weight"),
+                    o=Linear(parameters[f"{attn}.o_proj.weight"], take(f"{attn}.o_proj.bias")),
+                    post_norm=parameters[f"{name}.post_attention_layernorm.weight"],
+                    gate_up=Linear(parameters[f"{mlp}.gate_up_proj.weight"], take(f"{mlp}.gate_up_proj.bias")),
+                    down=Linear(parameters[f"{mlp}.down_proj.weight"], take(f"{mlp}.down_proj.bias")),
+                    window=window,
+                )
+            )
+
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> torch.Tensor:
+        """Compute the step's tokens, write their KV, and return the hidden states to sample from: [N, hidden]."""
+        eps = self.config.rms_norm_eps
+        residual = F.embedding(batch.token_ids, self._embedding)
+        x = rms_norm(residual, self._layers[0].input_norm, eps)
+        for index, layer in enumerate(self._layers):
+            x = layer.o(self._attention(x, layer, batch, kv_cache.layers[index]))
+            x, residual = add_rms_norm(x, residual, layer.post_norm, eps)
+            x = layer.down(swiglu(layer.gate_up(x)))
+            next_norm = self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
+            if index + 1 == len(self._layers):
+                x, residual = x[batch.sample_rows], residual[batch.sample_rows]
+            x, residual = add_rms_norm(x, residual, next_norm, eps)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores over the vocabulary, float32: [N, vocab_size]."""
+        return F.linear(hidden, self._lm_head).float()
+
+    def _attention(
+        self, x: torch.Tensor, layer: Layer, batch: ForwardBatch, cache: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        q = qkv_to_cache(
+            layer.qkv(x),
+            batch.positions,
+            batch.slot_mapping,
+            self._rope_table,
+            *cache,
+            layer.q_norm,
+            layer.k_norm,
+            self.config.rms_norm_eps,
+        )
+        parts = []
+        if batch.decode is not None:
+            rows = batch.decode
+            decode_q = q[: batch.num_decodes]
+            parts.append(
+                paged_decode_attention(
+                    decode_q, *cache, rows.block_table, rows.context_lens, self._scale, layer.window
+                )
+            )
+        if batch.prefill is not None and batch.prefill.query_starts is not None:
+            rows = batch.prefill
+            prefill_q = q[batch.num_decodes :]
+            starts = batch.prefill.query_starts
+            parts.append(
+                paged_prefill_attention(
+                    prefill_q, *cache, rows.block_table, rows.context_lens, starts, self._scale, layer.window
+                )
+            )
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.flatten(1)
+
+
+class _FusedParameters:
+    """Places checkpoint parameters where the decoder wants them: q, k, v and gate, up side by side.
+
+    Weights are copied into their final place as they come, so loading holds one copy of the model plus one tensor.
+    """
+
+    _PARTS = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+    _PARTS["up_proj"] = "gate_up_proj"
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._shapes = config.parameter_shapes()
+        self._places: dict[str, tuple[str, int]] = {}
+        self._sizes: dict[str, tuple[int, ...]] = {}
+        for name, shape in self._shapes.items():
+            fused = self._fused_name(name)
+            offset = self._sizes.get(fused, (0,))[0]
+            self._places[name] = (fused, offset)
+            self._sizes[fused] = (offset + shape[0], *shape[1:])
+
+    def fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Take in every parameter once; returns the fused ones by name."""
+        parameters: dict[str, torch.Tensor] = {}
+        missing = set(self._places)
+        for name, tensor in weights:
+            fused, offset = self._places[name]
+            missing.remove(name)
+            if fused == name:
+                parameters[name] = tensor
+                continue
+            if fused not in parameters:
+                parameters[fused] = torch.empty(self._sizes[fused], dtype=self._dtype, device=self._device)
+            parameters[fused][offset : offset + tensor.shape[0]] = tensor
+        if missing:
+            raise ValueError(f"the checkpoint lacks {len(missing)} parameter(s), {sorted(missing)[0]} among them")
+        return parameters
+
+    def _fused_name(self, name: str) -> str:
+        head, _, kind = name.rpartition(".")
+        module, _, projection = head.rpartition(".")
+        return f"{module}.{self._PARTS[projection]}.{kind}" if projection in self._PARTS else name

@@ -1,0 +1,90 @@
+"""Output tokens to text, and the search for stop strings while tokens arrive.
+
+Owns where text is cut. Is handed a tokenizer (anything with transformers' `decode`); loads none.
+Invariant: the text cut here at the end is the text in which `StopStringWatch` found the stop string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from raydata_llm.engine.request import FinishReason
+from raydata_llm.engine.sampling_params import SamplingParams
+
+# What a byte-level tokenizer writes for the bytes of a character that is not complete yet.
+_INCOMPLETE = "�"
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = False) -> str:
+        """Text of the token ids."""
+        ...
+
+
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int], params: SamplingParams) -> str:
+    """Text of `token_ids`, as the request wants special tokens treated."""
+    return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+
+
+def output_text(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    params: SamplingParams,
+    stop_reason: int | str | None,
+    finish_reason: FinishReason | None,
+) -> str:
+    """Text of a finished output, cut before what stopped it unless `include_stop_str_in_output`.
+
+    Args:
+        token_ids: All output tokens, those that stopped it included.
+        stop_reason: The stop string or token id that ended it, None for the model's EOS or none.
+        finish_reason: `stop` with a `stop_reason` that is no string means that the last token is the stop token.
+    """
+    if finish_reason != "stop" or params.include_stop_str_in_output and not isinstance(stop_reason, str):
+        return decode(tokenizer, token_ids, params)
+    if not isinstance(stop_reason, str):
+        return decode(tokenizer, token_ids[:-1], params)
+    text = decode(tokenizer, token_ids, params)
+    # The last token completed the string, so it ends inside that token's text; four characters of slack cover
+    # a multi-byte character that the last token completed.
+    before = len(decode(tokenizer, token_ids[:-1], params)) - len(stop_reason) - 4
+    start = text.find(stop_reason, max(0, before))
+    end = start + len(stop_reason) if params.include_stop_str_in_output else start
+    return text[:end]
+
+
+class StopStringWatch:
+    """Follows one output and tells when one of its stop strings has appeared.
+
+    Tokens are decoded with those before them as context, and a character whose bytes are not all there is held
+    back, so a stop string is found across token borders and never in a half-decoded character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._params = params
+        self._longest = max(len(stop) for stop in params.stop)
+        self._context_start = 0
+        self._decoded_end = 0
+        self._tail = ""
+
+    def advance(self, token_ids: Sequence[int]) -> str | None:
+        """Look at the output so far (it only grows) and return the stop string that appeared first, if any."""
+        fresh = self._decode_fresh(token_ids)
+        window = self._tail + fresh
+        found = [(window.find(stop), stop) for stop in self._params.stop if stop in window]
+        # min_tokens: what was written before an end is allowed does not count later either.
+        early = len(token_ids) < self._params.min_tokens
+        self._tail = "" if early else window[-(self._longest - 1) :] if self._longest > 1 else ""
+        return None if early or not found else min(found)[1]
+
+    def _decode_fresh(self, token_ids: Sequence[int]) -> str:
+        context = decode(self._tokenizer, token_ids[self._context_start : self._decoded_end], self._params)
+        text = decode(self._tokenizer, token_ids[self._context_start :], self._params)
+        if len(text) <= len(context) or text.endswith(_INCOMPLETE):
+            return ""
+        self._context_start, self._decoded_end = self._decoded_end, len(token_ids)
+        return text[len(context) :]

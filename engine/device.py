@@ -1,0 +1,49 @@
+"""Which device an engine runs on, and in which dtype.
+
+Owns these two choices and the refusal of impossible ones. Knows no sizes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.model_config import ModelConfig
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """The device that `config.device` means here; sets the CPU threads.
+
+    Raises:
+        ValueError: if a GPU is asked for that is not there.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device={config.device!r} is not there: torch sees no GPU; use device='cpu'")
+    device = torch.device("cuda" if config.device == "auto" else config.device)
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"device={config.device!r} is not there: this machine has {count} GPU(s)")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations.
+
+    "auto" takes the checkpoint's, with two exceptions: a float32 checkpoint runs in bfloat16 on a GPU, and a 16-bit
+    one runs in float32 on a CPU, where most machines are slower at 16 bits and all are less exact.
+    """
+    if config.dtype != "auto":
+        return _torch_dtype(config.dtype)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if model.dtype == "float32" else _torch_dtype(model.dtype)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

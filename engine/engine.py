@@ -1,0 +1,292 @@
+"""One replica: requests in, request outputs out, token ids on both sides.
+
+Owns the loop: schedule, launch, and read the oldest step once enough are in flight; and the assembly of a request's n
+outputs. Knows no rows, no prompt text and no Ray.
+
+One thread drives an engine; `engine_thread.EngineThread` serves many callers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raydata_llm.engine.batch import ScheduledBatch
+from raydata_llm.engine.block_manager import BlockManager
+from raydata_llm.engine.decoder import Decoder, KVCache
+from raydata_llm.engine.detokenizer import StopStringWatch, Tokenizer
+from raydata_llm.engine.device import choose_device, choose_dtype
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.kv_budget import check_sizes, num_kv_blocks
+from raydata_llm.engine.model_files import ModelFiles
+from raydata_llm.engine.model_runner import HostLogprobs, LaunchedStep, ModelRunner
+from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
+from raydata_llm.engine.scheduler import Scheduler, SchedulerLimits
+from raydata_llm.engine.sequence import FinishedSequence, Sequence
+from raydata_llm.engine.weights import load_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counts since the engine started, and its state now.
+
+    Args:
+        num_running, num_waiting: Sequences.
+        kv_usage: Share of the KV blocks that sequences hold.
+        num_prompt_tokens: Of finished requests.
+        num_output_tokens: Of finished requests.
+        num_steps, num_preemptions: Since the start.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_steps: int
+    num_preemptions: int
+
+
+class Engine:
+    """Loads a model and generates.
+
+    Args:
+        config: Settings.
+        tokenizer: Needed by requests with stop strings only.
+
+    Raises:
+        ValueError: for settings that the model or the device cannot meet, with those that would do.
+    """
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None = None) -> None:
+        self.config = config
+        self._tokenizer = tokenizer
+        files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
+        self.model_config = files.model_config()
+        layered = config.generation_config == "auto"
+        self.default_sampling_params: dict[str, Any] = files.default_sampling_params() if layered else {}
+        self._eos_token_ids = files.eos_token_ids(self.model_config)
+        device = choose_device(config)
+        dtype = choose_dtype(config, self.model_config, device)
+        sizes = check_sizes(config, self.model_config, device)
+        self.max_model_len = sizes.max_model_len
+        self.max_num_seqs = sizes.max_num_seqs
+        weights = load_weights(
+            files, self.model_config, dtype=dtype, device=device, load_format=config.load_format, seed=config.seed
+        )
+        decoder = Decoder(self.model_config, weights, max_model_len=self.max_model_len, dtype=dtype, device=device)
+        self.num_kv_blocks = num_kv_blocks(config, self.model_config, sizes, dtype, device)
+        limits = SchedulerLimits(
+            max_num_seqs=sizes.max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
+            max_model_len=sizes.max_model_len,
+            block_size=sizes.block_size,
+            max_penalty_seqs=min(sizes.max_num_seqs, 256),
+            enable_chunked_prefill=config.enable_chunked_prefill,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks))
+        self._runner: ModelRunner | None = ModelRunner(
+            decoder,
+            KVCache.allocate(self.model_config, self.num_kv_blocks, sizes.block_size, dtype, device),
+            num_slots=sizes.max_num_seqs,
+            max_blocks=self._scheduler.table.block_table.shape[1],
+            block_size=sizes.block_size,
+            num_penalty_rows=limits.max_penalty_seqs,
+        )
+        self._steps_ahead = config.steps_ahead if config.steps_ahead is not None else int(device.type == "cuda")
+        self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep]] = deque()
+        self._unfinished: dict[str, _UnfinishedRequest] = {}
+        self._next_seq_id = 0
+        self._num_prompt_tokens = self._num_output_tokens = self._num_steps = 0
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: for one that cannot be run; nothing else is affected.
+        """
+        if request.request_id in self._unfinished:
+            raise ValueError(f"request_id={request.request_id!r} is in use by an unfinished request")
+        prompt = self._checked_prompt(request)
+        params = request.sampling_params
+        self._check_token_ids(request)
+        if params.stop and self._tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
+        self._unfinished[request.request_id] = _UnfinishedRequest(request, prompt, [None] * params.n)
+        room = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
+        eos = () if params.ignore_eos else self._eos_token_ids
+        for index in range(params.n):
+            sequence = Sequence(
+                seq_id=self._next_seq_id,
+                request=request,
+                index=index,
+                token_ids=prompt,
+                num_prompt=len(prompt),
+                max_tokens=min(room, self.max_model_len),
+                stop_token_ids=tuple(dict.fromkeys((*eos, *params.stop_token_ids))),
+            )
+            if params.stop and self._tokenizer is not None:
+                sequence.stop_watch = StopStringWatch(self._tokenizer, params)
+            self._next_seq_id += 1
+            self._scheduler.add(sequence)
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._unfinished)
+
+    def step(self) -> list[RequestOutput]:
+        """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests."""
+        batch = self._scheduler.schedule(len(self._in_flight))
+        if batch is not None:
+            self._in_flight.append((batch, self._live_runner().launch(batch)))
+            self._num_steps += 1
+            if len(self._in_flight) <= self._steps_ahead:
+                return []
+        return self._read_oldest() if self._in_flight else []
+
+    def abort(self, request_ids: set[str]) -> list[RequestOutput]:
+        """End these requests now; their outputs hold what was read so far."""
+        return self._collect(self._scheduler.abort(request_ids & self._unfinished.keys()))
+
+    def abort_all(self) -> list[RequestOutput]:
+        """End every request."""
+        return self.abort(set(self._unfinished))
+
+    def stats(self) -> EngineStats:
+        """Counts and present state."""
+        blocks = self._scheduler.blocks
+        return EngineStats(
+            num_running=self._scheduler.table.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            kv_usage=blocks.num_held / blocks.num_usable,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_steps=self._num_steps,
+            num_preemptions=self._scheduler.num_preemptions,
+        )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self._scheduler.blocks.reset_prefix_cache()
+
+    def check_integrity(self) -> None:
+        """Assert the scheduler's and block manager's invariants (for tests)."""
+        self._scheduler.check_integrity()
+
+    def shutdown(self) -> None:
+        """Abort everything and free the device; the engine cannot be used after."""
+        self.abort_all()
+        self._in_flight.clear()
+        self._runner = None
+
+    def _live_runner(self) -> ModelRunner:
+        if self._runner is None:
+            raise RuntimeError("the engine was shut down")
+        return self._runner
+
+    def _read_oldest(self) -> list[RequestOutput]:
+        batch, launched = self._in_flight.popleft()
+        token_ids, logprobs = launched.read()
+        if logprobs is not None:
+            self._add_logprobs(batch, token_ids.tolist(), logprobs)
+        return self._collect(self._scheduler.update(batch, token_ids))
+
+    def _add_logprobs(self, batch: ScheduledBatch, token_ids: list[int], logprobs: HostLogprobs) -> None:
+        table = self._scheduler.table
+        for entry, row in enumerate(logprobs.rows.tolist()):
+            slot = int(batch.sample_slots[row])
+            sequence = table.sequences[slot]
+            if sequence is None or sequence.seq_id != batch.sample_seq_ids[row]:
+                continue
+            count = sequence.request.sampling_params.logprobs or 0
+            chosen = Logprob(float(logprobs.chosen[entry]), int(logprobs.ranks[entry]))
+            sequence.cumulative_logprob += chosen.logprob
+            top = zip(logprobs.top_ids[entry, :count].tolist(), logprobs.top_logprobs[entry].tolist(), strict=False)
+            ranked = {token_id: Logprob(value, rank) for rank, (token_id, value) in enumerate(top, start=1)}
+            sequence.logprobs.append({token_ids[row]: chosen} | ranked)
+
+    def _collect(self, finished: list[FinishedSequence]) -> list[RequestOutput]:
+        """Put ended sequences into their requests; returns the requests of which all have ended."""
+        complete = []
+        for ended in finished:
+            request_id = ended.sequence.request.request_id
+            unfinished = self._unfinished[request_id]
+            unfinished.take(ended)
+            if unfinished.num_missing == 0:
+                del self._unfinished[request_id]
+                output = unfinished.output()
+                self._num_prompt_tokens += len(output.prompt_token_ids)
+                self._num_output_tokens += sum(len(one.token_ids) for one in output.outputs)
+                complete.append(output)
+        return complete
+
+    def _checked_prompt(self, request: Request) -> TokenArray:
+        prompt = np.asarray(request.prompt_token_ids, dtype=np.int32)
+        if prompt.ndim != 1 or not len(prompt):
+            raise ValueError("prompt_token_ids is empty: give at least one token")
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high >= self.model_config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"prompt_token_ids holds {bad}, outside the vocabulary of {self.model_config.vocab_size} tokens: "
+                "use the tokenizer of this model"
+            )
+        keep = request.sampling_params.truncate_prompt_tokens
+        if keep is not None:
+            # One place is left for an output token.
+            prompt = prompt[-(self.max_model_len - 1 if keep == -1 else keep) :]
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and max_model_len={self.max_model_len} leaves no room for an "
+                "output token: shorten it, set truncate_prompt_tokens, or raise max_model_len"
+            )
+        return prompt
+
+    def _check_token_ids(self, request: Request) -> None:
+        params, vocab_size = request.sampling_params, self.model_config.vocab_size
+        named = {
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "logit_bias": tuple(params.logit_bias or ()),
+        }
+        for name, token_ids in named.items():
+            bad = [token_id for token_id in token_ids if token_id >= vocab_size]
+            if bad:
+                raise ValueError(f"{name} names token {bad[0]}, outside the vocabulary of {vocab_size} tokens")
+
+
+@dataclass
+class _UnfinishedRequest:
+    request: Request
+    prompt: TokenArray
+    outputs: list[CompletionOutput | None]
+    num_cached_tokens: int = 0
+
+    @property
+    def num_missing(self) -> int:
+        return sum(output is None for output in self.outputs)
+
+    def take(self, ended: FinishedSequence) -> None:
+        sequence = ended.sequence
+        asked = self.request.sampling_params.logprobs is not None
+        self.num_cached_tokens = max(self.num_cached_tokens, sequence.num_cached_tokens)
+        self.outputs[sequence.index] = CompletionOutput(
+            index=sequence.index,
+            token_ids=ended.output_token_ids,
+            finish_reason=ended.finish_reason,
+            stop_reason=ended.stop_reason,
+            cumulative_logprob=sequence.cumulative_logprob if asked else None,
+            logprobs=sequence.logprobs if asked else None,
+        )
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt_token_ids=self.prompt.tolist(),
+            outputs=[output for output in self.outputs if output is not None],
+            num_cached_tokens=self.num_cached_tokens,
+        )

@@ -1,0 +1,152 @@
+"""The engine's settings: frozen, keyword-only, with defaults that run.
+
+Owns names, types and ranges; what only the device can tell (KV room, dtype support) is settled by the engine.
+Knows no tensors (importing it must not import torch), so a driver can check a job's settings.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPE_ALIASES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine; names as vLLM's where it has the setting.
+
+    Args:
+        model: A local folder in Hugging Face's layout, or a GGUF file.
+        dtype: Of weights and activations; "auto" takes the checkpoint's, as far as the device is fast at it.
+        device: "auto" takes the GPU if there is one; "cpu", "cuda" or "cuda:1".
+        max_model_len: Prompt plus output tokens of a row at most; None takes the model's own limit.
+        max_num_seqs: Sequences run at once at most; None: 64 on a CPU, 1024 on a GPU.
+        max_num_batched_tokens: Tokens of one step at most; None: 1024 on a CPU, 16384 on a GPU.
+        block_size: Tokens of one KV block; None: 16 on a CPU, 64 on a GPU.
+        gpu_memory_utilization: Share of the GPU's memory for weights, activations and KV together.
+        kv_cache_memory_bytes: KV memory, instead of what the device has left.
+        num_gpu_blocks_override: KV blocks, instead of what the device has left.
+        enable_prefix_caching: Reuse the KV of equal prompt prefixes.
+        enable_chunked_prefill: Let a prompt be computed over several steps.
+        seed: Of the noise of rows without a seed, and of dummy weights.
+        load_format: "auto", "safetensors", "pt" (torch's weights-only loader), "gguf" or "dummy" (seeded normal).
+        trust_remote_code: Run code that comes with the tokenizer or config.
+        enforce_eager: No CUDA graphs.
+        steps_ahead: Steps launched before the oldest one's tokens are read; None: 0 on a CPU, 1 on a GPU.
+        num_threads: CPU threads of the engine; None leaves torch's setting.
+        generation_config: "auto" takes the model's generation_config as the default sampling parameters;
+            "vllm" leaves the neutral defaults.
+        hf_overrides: Values that replace those of the model's config.json.
+        tensor_parallel_size: GPUs that split each layer.
+        pipeline_parallel_size: GPUs that split the stack of layers.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    seed: int = 0
+    load_format: str = "auto"
+    trust_remote_code: bool = False
+    enforce_eager: bool = False
+    steps_ahead: int | None = None
+    num_threads: int | None = None
+    generation_config: str = "auto"
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        for name in _POSITIVE_INTEGERS:
+            _check_integer(name, getattr(self, name), low=1)
+        _check_integer("seed", self.seed, low=None)
+        _check_integer("steps_ahead", self.steps_ahead, low=0)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not valid: give True or False")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization={share!r} is not valid: give a share in (0, 1]")
+        _check_choice("load_format", self.load_format, ("auto", "safetensors", "pt", "gguf", "dummy"))
+        _check_choice("generation_config", self.generation_config, ("auto", "vllm"))
+        _check_device(self.device)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not supported yet: leave it at 1")
+
+    @classmethod
+    def from_mapping(cls, model: str, engine_kwargs: Mapping[str, Any]) -> EngineConfig:
+        """Build from a user's `engine_kwargs`.
+
+        Raises:
+            ValueError: for an unknown name, with the nearest known one.
+        """
+        for name in engine_kwargs:
+            if name not in FIELD_NAMES or name == "model":
+                near = difflib.get_close_matches(str(name), FIELD_NAMES, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(FIELD_NAMES - {'model'}))}"
+                raise ValueError(f"engine_kwargs[{name!r}]={engine_kwargs[name]!r} is not a setting of the engine: {hint}")
+        return cls(model=model, **engine_kwargs)
+
+
+FIELD_NAMES = {f.name for f in fields(EngineConfig)}
+_POSITIVE_INTEGERS = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "kv_cache_memory_bytes",
+    "num_gpu_blocks_override",
+    "num_threads",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+)
+_FLAGS = (
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "trust_remote_code",
+    "enforce_eager",
+)
+
+
+def _dtype_name(dtype: object) -> str:
+    name = str(dtype).removeprefix("torch.")
+    name = _DTYPE_ALIASES.get(name, name)
+    _check_choice("dtype", name, ("auto", "float32", "bfloat16", "float16"))
+    return name
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not valid: choose one of {', '.join(choices)}")
+
+
+def _check_integer(name: str, value: Any, *, low: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} is not valid: give a whole number")
+    if low is not None and value < low:
+        raise ValueError(f"{name}={value!r} is not valid: give {low} or more")
+
+
+def _check_device(device: object) -> None:
+    kind, _, index = str(device).partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device={device!r} is not valid: use 'auto', 'cpu', 'cuda' or 'cuda:N'")

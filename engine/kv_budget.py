@@ -1,0 +1,126 @@
+"""How large things may be: the sizes that settings leave open, and the KV blocks that the device has room for.
+
+Owns these figures and the errors that say what would fit. Invariant: what it returns holds at least one sequence of
+`max_model_len`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.model_config import ModelConfig
+
+# Share of the memory free at start that KV may take on a CPU, where other processes (and other replicas) live too.
+_CPU_KV_SHARE = 0.25
+# Activations of a step on a GPU, per token: the widest tensors alive at once, as multiples of hidden and intermediate.
+_LIVE_HIDDEN, _LIVE_INTERMEDIATE = 8, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Settled sizes, as `EngineConfig` names them."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+
+
+def check_sizes(config: EngineConfig, model: ModelConfig, device: torch.device) -> Sizes:
+    """Fill in the sizes that were left open.
+
+    Raises:
+        ValueError: for sizes that contradict each other or the model.
+    """
+    on_gpu = device.type == "cuda"
+    max_model_len = config.max_model_len or model.context_length
+    if max_model_len > model.context_length:
+        raise ValueError(
+            f"max_model_len={max_model_len} is more than the model was made for: give {model.context_length} or less, "
+            "or set rope scaling by hf_overrides"
+        )
+    max_num_seqs = config.max_num_seqs or (1024 if on_gpu else 64)
+    # Without chunks a prompt must fit a step whole.
+    least = max(max_num_seqs, 1 if config.enable_chunked_prefill else max_model_len)
+    max_num_batched_tokens = config.max_num_batched_tokens or max(least, 16384 if on_gpu else 1024)
+    if max_num_batched_tokens < least:
+        reason = (
+            f"max_num_seqs={max_num_seqs}"
+            if least == max_num_seqs
+            else f"max_model_len={max_model_len} while enable_chunked_prefill=False"
+        )
+        raise ValueError(
+            f"max_num_batched_tokens={max_num_batched_tokens} is less than {reason}: give {least} or more"
+        )
+    return Sizes(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=config.block_size or (64 if on_gpu else 16),
+    )
+
+
+def num_kv_blocks(
+    config: EngineConfig, model: ModelConfig, sizes: Sizes, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Blocks to allocate, the trash block included; call it when the weights are loaded.
+
+    Raises:
+        ValueError: if not even one sequence of `max_model_len` fits, with the length that would.
+    """
+    block_bytes = sizes.block_size * model.kv_bytes_per_token(dtype.itemsize)
+    blocks_per_seq = -(-sizes.max_model_len // sizes.block_size)
+    if config.num_gpu_blocks_override is not None:
+        usable = config.num_gpu_blocks_override
+        source = f"num_gpu_blocks_override={usable}"
+    else:
+        memory, source = _kv_memory(config, model, sizes, dtype, device)
+        usable = int(memory // block_bytes) - 1
+    if usable < blocks_per_seq:
+        fits = max(0, usable * sizes.block_size)
+        remedy = f"set max_model_len={fits} or less, or give it more memory" if fits else "give it more memory"
+        raise ValueError(
+            f"max_model_len={sizes.max_model_len} needs {blocks_per_seq * block_bytes / 2**20:.1f} MiB of KV memory "
+            f"for a single row, and {source} leaves {max(0, usable) * block_bytes / 2**20:.1f} MiB: {remedy}"
+        )
+    # More than all slots can hold is of use to the prefix cache only; twice that is plenty.
+    return min(usable, 2 * sizes.max_num_seqs * blocks_per_seq) + 1
+
+
+def _kv_memory(
+    config: EngineConfig, model: ModelConfig, sizes: Sizes, dtype: torch.dtype, device: torch.device
+) -> tuple[float, str]:
+    """Bytes for KV, and where the figure comes from."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes, f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
+    if device.type == "cpu":
+        return _CPU_KV_SHARE * _free_host_memory(), f"{_CPU_KV_SHARE:.0%} of this machine's free memory"
+    free, total = torch.cuda.mem_get_info(device)
+    used = total - free
+    reserve = _activation_bytes(model, sizes, dtype)
+    memory = config.gpu_memory_utilization * total - used - reserve
+    return memory, f"gpu_memory_utilization={config.gpu_memory_utilization} of {total / 2**30:.1f} GiB"
+
+
+def _activation_bytes(model: ModelConfig, sizes: Sizes, dtype: torch.dtype) -> int:
+    per_token = _LIVE_HIDDEN * model.hidden_size + _LIVE_INTERMEDIATE * model.intermediate_size
+    logits = 3 * sizes.max_num_seqs * model.vocab_size * 4
+    return sizes.max_num_batched_tokens * per_token * dtype.itemsize + logits
+
+
+def _free_host_memory() -> int:
+    """Bytes that this process may still take: the machine's available memory, or the container's limit if lower."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: what is available is not told, so half of all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    available = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return max(0, available)

@@ -1,0 +1,121 @@
+"""What is asked of the engine and what it gives back: plain data, token ids only.
+
+Knows no tensors and no text (importing it must not import torch).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from raydata_llm.engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+TokenArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The immutable ask.
+
+    Args:
+        request_id: Chosen by the caller, unique among the engine's unfinished requests.
+        prompt_token_ids: At least one token id.
+        sampling_params: Complete parameters.
+        key: 64-bit key of the sampling noise (see `sampling_key`); the draw depends on it, the index in n and the
+            position alone.
+    """
+
+    request_id: str
+    prompt_token_ids: TokenArray
+    sampling_params: SamplingParams
+    key: int = 0
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of one token at one position; `rank` is 1 for the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One of a request's n outputs.
+
+    Args:
+        index: Which of the n.
+        token_ids: All output tokens, the end token or the tokens that completed a stop string included.
+        finish_reason: `stop` (end token or stop string), `length`, `abort` or `error`.
+        stop_reason: The stop string or stop token id that ended it; None for the model's own EOS.
+        text: Filled in by a front end.
+        cumulative_logprob: Sum of the drawn tokens' log-probabilities when `logprobs` was asked.
+        logprobs: A position's {token id: Logprob}, when asked.
+    """
+
+    index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
+    text: str = ""
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+
+
+@dataclass
+class RequestOutput:
+    """The result of one request.
+
+    Args:
+        request_id: The request's.
+        prompt_token_ids: After truncation.
+        outputs: The n outputs by index; empty when `error` is set.
+        error: Why the request could not be run, as `Type: message`.
+        prompt: The prompt's text where a front end knows it.
+        num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    error: str | None = None
+    prompt: str | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every output has ended (always true of results the engine hands out)."""
+        return self.error is not None or all(output.finish_reason is not None for output in self.outputs)
+
+
+def sampling_key(job_seed: int, row_digest: bytes, occurrence: int = 0) -> int:
+    """The 64-bit noise key of a row without a seed of its own.
+
+    Args:
+        job_seed: The engine's `seed`.
+        row_digest: Digest of what makes the row itself (see `request_digest`).
+        occurrence: Its number among identical rows, so that repeated prompts draw differently.
+    """
+    digest = hashlib.blake2b(row_digest, digest_size=8)
+    digest.update(f"{job_seed}/{occurrence}".encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def seeded_key(seed: int) -> int:
+    """The 64-bit noise key of a row that names a seed."""
+    return int.from_bytes(hashlib.blake2b(f"seed/{seed}".encode(), digest_size=8).digest(), "little")
+
+
+def request_digest(prompt_token_ids: Sequence[int] | TokenArray, sampling_params: SamplingParams) -> bytes:
+    """A 16-byte digest of prompt and parameters."""
+    digest = hashlib.blake2b(np.asarray(prompt_token_ids, dtype=np.int32).tobytes(), digest_size=16)
+    digest.update(json.dumps(sampling_params.to_mapping(), sort_keys=True, default=str).encode())
+    return digest.digest()

@@ -1,0 +1,73 @@
+"""Reading the header of a safetensors file without torch.
+
+Owns the format's header: 8 bytes of length, then JSON of name -> dtype, shape, data_offsets. Knows no model.
+Invariant: what `read_header` returns is wholly there; a file cut short is a ValueError.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_ELEMENT_SIZES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 1),
+}
+# The format's own limit.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a weight file; `dtype` in the format's own name ("F32", "BF16", "Q4_1", ...)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: when the file is cut short or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if length < 0 or length > _MAX_HEADER_BYTES or 8 + length > size:
+            raise _broken(path, f"its {size} bytes do not hold a whole header")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _broken(path, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _broken(path, f"its header is a {type(header).__name__}")
+    header.pop("__metadata__", None)
+    return {name: _read_entry(path, name, entry, size - 8 - length) for name, entry in header.items()}
+
+
+def _read_entry(path: Path, name: str, entry: dict[str, Any], data_bytes: int) -> TensorEntry:
+    try:
+        begin, end = map(int, entry["data_offsets"])
+        shape = tuple(map(int, entry["shape"]))
+        dtype = str(entry["dtype"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _broken(path, f"the header of {name} is garbled ({entry!r})") from error
+    if end > data_bytes:
+        raise _broken(path, f"{name} ends {end - data_bytes} bytes past the end of the file")
+    element_size = _ELEMENT_SIZES.get(dtype)
+    if element_size is not None and end - begin != element_size * math.prod(shape):
+        raise _broken(path, f"{name} has {end - begin} bytes for {dtype} of shape {shape}")
+    return TensorEntry(dtype=dtype, shape=shape)
+
+
+def _broken(path: Path, problem: str) -> ValueError:
+    return ValueError(f"weight file {str(path)!r} is damaged or not a safetensors file: {problem}; download it again")

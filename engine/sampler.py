@@ -1,0 +1,226 @@
+"""Draws the next token of each row, and its log-probabilities where asked.
+
+Owns the per-slot sampling parameters on the device and the order in which they apply: bans and biases, penalties,
+then temperature, truncation and noise. A row that does not use a parameter does not pay for it: which rows do is
+known on the host, and only they are gathered.
+
+Shapes: N sampled rows, V vocabulary, S slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raydata_llm.engine.batch import ScheduledBatch
+from raydata_llm.engine.sequence import IntArray, Sequence
+from raydata_llm.kernels.sampling import gumbel_noise, penalise_, row_seeds, truncate
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SampledLogprobs:
+    """Log-probabilities of the rows that asked.
+
+    Args:
+        rows: [M] their numbers among the step's sampled rows.
+        chosen, ranks: [M] of the drawn token; the likeliest has rank 1.
+        top_ids, top_logprobs: [M, k] of the k likeliest tokens, k the most that a row asked for.
+    """
+
+    rows: Rows
+    chosen: torch.Tensor
+    ranks: torch.Tensor
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+
+
+class Sampler:
+    """See the module's docstring.
+
+    Args:
+        num_slots: S.
+        vocab_size: V.
+        num_penalty_rows: Size of the pool of token counts; the scheduler runs no more rows with penalties.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, num_penalty_rows: int, device: torch.device) -> None:
+        self._device = device
+        self._vocab_size = vocab_size
+        self._temperature = torch.ones(num_slots, device=device)
+        self._top_p = torch.ones(num_slots, device=device)
+        self._min_p = torch.zeros(num_slots, device=device)
+        self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._keys = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._penalties = _PenaltyPool(num_slots, vocab_size, num_penalty_rows, device)
+        # What the host must know of each slot to leave out what no row uses.
+        self._random = np.zeros(num_slots, dtype=bool)
+        self._truncated = np.zeros(num_slots, dtype=bool)
+        self._adjusted = np.zeros(num_slots, dtype=bool)
+        self._num_logprobs = np.full(num_slots, -1, dtype=np.int64)
+        self._sequences: list[Sequence | None] = [None] * num_slots
+
+    def release(self, slots: list[int]) -> None:
+        """Forget what slots held that are given up."""
+        for slot in slots:
+            self._sequences[slot] = None
+            self._penalties.release(slot)
+
+    def admit(self, admitted: list[tuple[int, Sequence]]) -> None:
+        """Set the slots of newly admitted sequences."""
+        if not admitted:
+            return
+        slots = torch.tensor([slot for slot, _ in admitted], device=self._device)
+        params = [sequence.request.sampling_params for _, sequence in admitted]
+        keys = [_output_key(sequence.request.key, sequence.index) for _, sequence in admitted]
+        self._temperature[slots] = torch.tensor([p.temperature for p in params], device=self._device)
+        self._top_p[slots] = torch.tensor([p.top_p for p in params], device=self._device)
+        self._min_p[slots] = torch.tensor([p.min_p for p in params], device=self._device)
+        self._top_k[slots] = torch.tensor([p.top_k for p in params], device=self._device)
+        self._keys[slots] = torch.tensor(keys, dtype=torch.int64, device=self._device)
+        for (slot, sequence), p in zip(admitted, params, strict=True):
+            self._random[slot] = not p.greedy
+            self._truncated[slot] = not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+            self._adjusted[slot] = bool(p.logit_bias or p.min_tokens) or p.allowed_token_ids is not None
+            self._num_logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+            self._sequences[slot] = sequence
+            self._penalties.admit(slot, sequence)
+
+    def sample(self, logits: torch.Tensor, batch: ScheduledBatch) -> tuple[torch.Tensor, SampledLogprobs | None]:
+        """Draw a token a row.
+
+        Args:
+            logits: [N, V] float32; changed in place.
+
+        Returns:
+            The tokens, [N] int64, and what rows with `logprobs` asked for, taken from the logits as they came.
+        """
+        slots = batch.sample_slots
+        logprob_rows = np.flatnonzero(self._num_logprobs[slots] >= 0)
+        raw = logits[self._index(logprob_rows)].log_softmax(dim=-1) if len(logprob_rows) else None
+        self._adjust_(logits, slots, batch.sample_positions)
+        self._penalties.apply_(logits, slots)
+        tokens = self._draw(logits, slots, batch.sample_positions)
+        self._penalties.count(slots, tokens)
+        return tokens, None if raw is None else self._logprobs(raw, tokens, logprob_rows, slots)
+
+    def _draw(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
+        random = np.flatnonzero(self._random[slots])
+        if not len(random):
+            return logits.argmax(dim=-1)
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
+        greedy = np.flatnonzero(~self._random[slots])
+        if len(greedy):
+            rows = self._index(greedy)
+            tokens[rows] = logits[rows].argmax(dim=-1)
+            logits = logits[self._index(random)]
+        random_slots = self._index(slots[random])
+        logits = logits / self._temperature[random_slots, None]
+        truncated = np.flatnonzero(self._truncated[slots[random]])
+        if len(truncated):
+            rows, of = self._index(truncated), self._index(slots[random][truncated])
+            logits[rows] = truncate(logits[rows], self._top_k[of], self._top_p[of], self._min_p[of])
+        seeds = row_seeds(self._keys[random_slots], self._index(positions[random]))
+        tokens[self._index(random)] = (logits + gumbel_noise(seeds, self._vocab_size)).argmax(dim=-1)
+        return tokens
+
+    def _adjust_(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> None:
+        """Allowed tokens, biases and banned early ends, on the rows that have them."""
+        for row in np.flatnonzero(self._adjusted[slots]).tolist():
+            sequence = self._sequences[slots[row]]
+            assert sequence is not None
+            params = sequence.request.sampling_params
+            if params.allowed_token_ids is not None:
+                allowed = torch.tensor(params.allowed_token_ids, device=self._device)
+                kept = logits[row, allowed]
+                logits[row] = float("-inf")
+                logits[row, allowed] = kept
+            if params.logit_bias:
+                biased = torch.tensor(list(params.logit_bias), device=self._device)
+                logits[row, biased] += torch.tensor(list(params.logit_bias.values()), device=self._device)
+            if positions[row] + 1 < sequence.num_prompt + params.min_tokens and sequence.stop_token_ids:
+                logits[row, torch.tensor(sequence.stop_token_ids, device=self._device)] = float("-inf")
+
+    def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, rows: Rows, slots: IntArray) -> SampledLogprobs:
+        chosen = raw.gather(1, tokens[self._index(rows)][:, None])
+        width = int(self._num_logprobs[slots[rows]].max())
+        top = raw.topk(min(width, self._vocab_size), dim=-1)
+        ranks = (raw > chosen).sum(dim=-1) + 1
+        return SampledLogprobs(rows, chosen[:, 0], ranks, top.indices, top.values)
+
+    def _index(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self._device, non_blocking=True)
+
+
+class _PenaltyPool:
+    """Token counts of the running rows that have penalties, in a pool that is only made when a row needs it."""
+
+    def __init__(self, num_slots: int, vocab_size: int, num_rows: int, device: torch.device) -> None:
+        self._device, self._vocab_size, self._num_rows = device, vocab_size, num_rows
+        self._row_of = np.full(num_slots, -1, dtype=np.int64)
+        self._free = list(range(num_rows - 1, -1, -1))
+        self._values = torch.zeros((3, num_rows), device=device)
+        self._in_prompt: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+
+    def release(self, slot: int) -> None:
+        """Give back the slot's row, if it has one."""
+        if self._row_of[slot] >= 0:
+            self._free.append(int(self._row_of[slot]))
+            self._row_of[slot] = -1
+
+    def admit(self, slot: int, sequence: Sequence) -> None:
+        """If the sequence has penalties, take a row and count its tokens."""
+        params = sequence.request.sampling_params
+        if not (params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0):
+            return
+        in_prompt, counts = self._pool()
+        row = self._take_row()
+        self._row_of[slot] = row
+        values = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+        self._values[:, row] = torch.tensor(values, device=self._device)
+        tokens = torch.from_numpy(sequence.token_ids.astype(np.int64)).to(self._device)
+        in_prompt[row] = False
+        in_prompt[row, tokens[: sequence.num_prompt]] = True
+        counts[row] = torch.bincount(tokens[sequence.num_prompt :], minlength=self._vocab_size)
+
+    def apply_(self, logits: torch.Tensor, slots: IntArray) -> None:
+        """Penalise the rows that have penalties, in place."""
+        rows, pool_rows = self._rows(slots)
+        if rows is None:
+            return
+        in_prompt, counts = self._pool()
+        values = self._values[:, pool_rows]
+        logits[rows] = penalise_(logits[rows], in_prompt[pool_rows], counts[pool_rows], *values)
+
+    def count(self, slots: IntArray, tokens: torch.Tensor) -> None:
+        """Take in the drawn tokens."""
+        rows, pool_rows = self._rows(slots)
+        if rows is not None:
+            self._pool()[1][pool_rows, tokens[rows]] += 1
+
+    def _rows(self, slots: IntArray) -> tuple[torch.Tensor | None, torch.Tensor]:
+        rows = np.flatnonzero(self._row_of[slots] >= 0)
+        pool_rows = torch.from_numpy(self._row_of[slots[rows]]).to(self._device)
+        return (torch.from_numpy(rows).to(self._device) if len(rows) else None), pool_rows
+
+    def _take_row(self) -> int:
+        assert self._free, "the scheduler admits no more rows with penalties than the pool holds"
+        return self._free.pop()
+
+    def _pool(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._in_prompt is None or self._counts is None:
+            shape = (self._num_rows, self._vocab_size)
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        return self._in_prompt, self._counts
+
+
+def _output_key(key: int, index: int) -> int:
+    """The key of one of a request's n outputs, as a signed 64-bit integer."""
+    mixed = (key + index * 0xD1342543DE82EF95) & 0xFFFFFFFFFFFFFFFF
+    return mixed - (1 << 64) if mixed >> 63 else mixed

@@ -1,0 +1,229 @@
+"""How one request is sampled: vLLM's names, defaults and meanings.
+
+Owns the validation of these parameters and the layering of a row's own values over the model's
+`generation_config`. Knows no tensors (importing it must not import torch).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Parameters of one request, as vLLM's class of the same name.
+
+    Args:
+        n: How many outputs to draw for the prompt.
+        presence_penalty: Subtracted from the logit of each token already in the output.
+        frequency_penalty: Subtracted once per occurrence in the output.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt or output.
+        temperature: 0 is greedy.
+        top_p: Keep the smallest set of tokens whose probability reaches this.
+        top_k: Keep this many most likely tokens; 0 or -1 keeps all.
+        min_p: Keep tokens at least this fraction as likely as the likeliest.
+        seed: Makes the draw depend on (seed, index in n, position) alone.
+        stop: Strings that end the output; left out of the text unless `include_stop_str_in_output`.
+        stop_token_ids: Token ids that end the output.
+        ignore_eos: Go on after the model's end-of-sequence tokens.
+        max_tokens: Output tokens at most; None means up to the model's length.
+        min_tokens: Output tokens before any end is allowed.
+        logprobs: How many likeliest tokens' log-probabilities to return a position, besides the drawn one's.
+        detokenize: Turn output tokens into text (a front end's matter; `stop` needs it).
+        skip_special_tokens: Leave special tokens out of the text.
+        spaces_between_special_tokens: Put spaces between special tokens in the text.
+        include_stop_str_in_output: Keep the stop string in the text.
+        logit_bias: Token id -> value added to its logit.
+        allowed_token_ids: Only these tokens may be drawn.
+        truncate_prompt_tokens: Keep the last this many prompt tokens; -1 keeps what the model's length allows.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    truncate_prompt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in _INTEGERS:
+            _set(self, name, _integer(name, getattr(self, name), optional=name in _OPTIONAL_INTEGERS))
+        for name, (low, high) in _RANGES.items():
+            _set(self, name, _number(name, getattr(self, name), low, high))
+        for name in _FLAGS:
+            _flag(name, getattr(self, name))
+        _set(self, "stop", _strings("stop", self.stop))
+        _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
+        if self.allowed_token_ids is not None:
+            _set(self, "allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+        if self.logit_bias is not None:
+            _set(self, "logit_bias", _bias(self.logit_bias))
+        if self.top_k == -1:
+            _set(self, "top_k", 0)
+        self._check()
+
+    def _check(self) -> None:
+        _require(self.n >= 1, "n", self.n, "ask for at least one output")
+        _require(self.top_k >= 0, "top_k", self.top_k, "use 0 (or -1) to keep all tokens, or a positive count")
+        _require(self.top_p > 0, "top_p", self.top_p, "use a value in (0, 1]; 1 keeps all tokens")
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "use a value above 0")
+        _require(
+            self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "ask for at least 1"
+        )
+        _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "use 0 or more")
+        if self.max_tokens is not None:
+            remedy = f"it may not exceed max_tokens={self.max_tokens}"
+            _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, remedy)
+        _require(
+            self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "use None, or a count from 0 on"
+        )
+        keep = self.truncate_prompt_tokens
+        _require(keep is None or keep == -1 or keep >= 1, "truncate_prompt_tokens", keep, "use -1, or 1 or more")
+        if self.stop:
+            _require(self.detokenize, "detokenize", self.detokenize, "stop strings need detokenize=True")
+        if self.allowed_token_ids is not None:
+            _require(
+                len(self.allowed_token_ids) > 0, "allowed_token_ids", self.allowed_token_ids, "name at least one token"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+    @classmethod
+    def from_mapping(
+        cls, params: Mapping[str, Any] | SamplingParams | None, defaults: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """Build from a row's `sampling_params`, its absent values taken from `defaults`.
+
+        Args:
+            params: A mapping of field names to values (None values count as absent), or a ready object.
+            defaults: The model's generation_config, already in these field names.
+
+        Raises:
+            ValueError: for an unknown field or a bad value.
+        """
+        if isinstance(params, SamplingParams):
+            return params
+        if params is not None and not isinstance(params, Mapping):
+            raise ValueError(
+                f"sampling_params={params!r} is a {type(params).__name__}; "
+                'give a dict such as {"temperature": 0.7, "max_tokens": 64}, or a SamplingParams'
+            )
+        given = {name: value for name, value in (params or {}).items() if value is not None}
+        unknown = sorted(set(map(str, given)) - _FIELD_NAMES)
+        if unknown:
+            raise ValueError(
+                f"sampling_params has unknown field(s) {', '.join(unknown)}; known are {', '.join(sorted(_FIELD_NAMES))}"
+            )
+        if "max_tokens" in (params or {}) and "max_tokens" not in given:
+            given["max_tokens"] = None  # here None has a meaning of its own: up to the model's length
+        return cls(**{**(defaults or {}), **given})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, as plain JSON values (`from_mapping` undoes it)."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+
+_FIELD_NAMES = {field.name for field in fields(SamplingParams)}
+_INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "truncate_prompt_tokens")
+_OPTIONAL_INTEGERS = {"seed", "max_tokens", "logprobs", "truncate_prompt_tokens"}
+_FLAGS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
+_RANGES = {
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.0, math.inf),
+    "temperature": (0.0, math.inf),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+}
+
+
+def _require(holds: bool, name: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r} is not valid: {remedy}")
+
+
+def _set(params: SamplingParams, name: str, value: object) -> None:
+    object.__setattr__(params, name, value)
+
+
+def _integer(name: str, value: Any, *, optional: bool) -> int | None:
+    # Arrow and JSON hand integers over as 5.0 or numpy scalars; a whole number is taken for what it means.
+    if value is None and optional:
+        return None
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise ValueError(f"{name}={value!r} is not valid: give a whole number{' or None' if optional else ''}")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name}={value!r} is not valid: give a number")
+    number = float(value)
+    if not low <= number <= high or math.isinf(number):
+        raise ValueError(f"{name}={value!r} is not valid: give a number from {low:g} to {high:g}")
+    return number
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not valid: give True or False")
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    strings = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"{name}={value!r} is not valid: give non-empty strings")
+    return strings
+
+
+def _token_ids(name: str, value: Iterable[Any]) -> tuple[int, ...]:
+    token_ids = tuple(_integer(name, token_id, optional=False) or 0 for token_id in value)
+    if any(token_id < 0 for token_id in token_ids):
+        raise ValueError(f"{name}={value!r} is not valid: token ids are 0 or more")
+    return token_ids
+
+
+def _bias(value: Mapping[Any, Any]) -> dict[int, float]:
+    # JSON makes strings of integer keys.
+    try:
+        bias = {int(token_id): float(amount) for token_id, amount in value.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"logit_bias={value!r} is not valid: map token ids to numbers") from error
+    if any(token_id < 0 or not math.isfinite(amount) for token_id, amount in bias.items()):
+        raise ValueError(f"logit_bias={value!r} is not valid: map token ids (0 or more) to finite numbers")
+    return bias

@@ -1,0 +1,427 @@
+"""Decides, step by step, which tokens of which sequences are computed.
+
+Owns the waiting queue, the slots and their blocks, and how a sequence ends. Knows no tensors and no device: it is
+pure host code over NumPy arrays, tested without a model.
+
+A step takes every decoding sequence, then goes on with prompts that are part-way, then admits waiting ones while the
+simulated peak of block use fits. Steps may be launched before the tokens of earlier ones are read: a launched step
+counts one token for each row it samples (`num_tokens`), and an end that is only seen in a token (EOS, a stop string)
+is noticed late. Invariants: blocks of sequences in slots are theirs until the sequence is finished, preempted or
+aborted; only steps launched later can be given them; preemption happens with no step in flight.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from raydata_llm.engine.batch import ScheduledBatch
+from raydata_llm.engine.block_manager import BlockArray, BlockManager, block_digests
+from raydata_llm.engine.length_model import LengthModel, peak_blocks
+from raydata_llm.engine.request import FinishReason
+from raydata_llm.engine.sequence import FinishedSequence, IntArray, Sequence, SequenceTable
+
+_NO_INTS = np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerLimits:
+    """What a step and the whole engine may use at most.
+
+    Args:
+        max_num_seqs: Running sequences.
+        max_num_batched_tokens: Tokens of a step; at least `max_num_seqs`.
+        max_model_len: Tokens of a sequence.
+        block_size: Tokens of a block.
+        max_penalty_seqs: Running sequences with penalties (their token counts live in a pool of this many rows).
+        enable_chunked_prefill: Whether a prompt may be computed over several steps.
+        enable_prefix_caching: Whether equal prefixes share blocks.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    max_penalty_seqs: int
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+
+
+class WaitingQueue:
+    """Sequences that wait: preempted ones first, then those that may write most (they would make the tail)."""
+
+    def __init__(self) -> None:
+        self._preempted: deque[Sequence] = deque()
+        self._fresh: list[tuple[int, int, Sequence]] = []
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a new sequence."""
+        heapq.heappush(self._fresh, (sequence.num_prompt - sequence.max_tokens, sequence.seq_id, sequence))
+
+    def push_preempted(self, sequence: Sequence) -> None:
+        """Put a preempted sequence before all others."""
+        self._preempted.appendleft(sequence)
+
+    def peek(self) -> Sequence | None:
+        """The next sequence, without taking it."""
+        while self._preempted and self._preempted[0].aborted:
+            self._preempted.popleft()
+        while self._fresh and self._fresh[0][2].aborted:
+            heapq.heappop(self._fresh)
+        return self._preempted[0] if self._preempted else self._fresh[0][2] if self._fresh else None
+
+    def pop(self) -> Sequence:
+        """Take the sequence that `peek` showed."""
+        return self._preempted.popleft() if self._preempted else heapq.heappop(self._fresh)[2]
+
+    def sequences(self) -> list[Sequence]:
+        """All that wait, in no particular order."""
+        waiting = [*self._preempted, *(entry[2] for entry in self._fresh)]
+        return [sequence for sequence in waiting if not sequence.aborted]
+
+
+class Scheduler:
+    """See the module's docstring.
+
+    Args:
+        limits: Budgets.
+        blocks: The block pool; must hold at least one sequence of `max_model_len`.
+    """
+
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.table = SequenceTable(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+        self.lengths = LengthModel()
+        self.waiting = WaitingQueue()
+        self.num_waiting = 0
+        self.num_preemptions = 0
+        self._num_admissions = 0
+        self._num_penalty_seqs = 0
+        self._admission_is_stuck = False
+        self._released: list[int] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a new sequence, whose tokens fit `max_model_len`."""
+        self.waiting.push(sequence)
+        self.num_waiting += 1
+        self._admission_is_stuck = False
+
+    def has_unfinished(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return self.num_waiting > 0 or self.table.num_running > 0
+
+    def schedule(self, num_in_flight: int) -> ScheduledBatch | None:
+        """Choose the next step's work.
+
+        Args:
+            num_in_flight: Steps launched whose tokens `update` has not seen.
+
+        Returns:
+            None if there is nothing to launch before a step in flight is read.
+        """
+        decode_slots = self._decode_slots()
+        while self._missing_decode_blocks(decode_slots) > 0:
+            if num_in_flight:
+                return None
+            self._preempt(self._latest_admitted())
+            # What was just sent away would otherwise come straight back and be computed again for nothing.
+            self._admission_is_stuck = True
+            decode_slots = self._decode_slots()
+        budget = self.limits.max_num_batched_tokens - len(decode_slots)
+        grown = self._grow(decode_slots)
+        chunks, budget = self._continue_prefills(budget)
+        admitted = self._admit(budget, chunks, anything_scheduled=bool(len(decode_slots) or chunks))
+        if not len(decode_slots) and not chunks:
+            return None
+        return self._launch(decode_slots, chunks, grown, admitted)
+
+    def update(self, batch: ScheduledBatch, token_ids: IntArray) -> list[FinishedSequence]:
+        """Take in a launched step's sampled tokens, in launch order, and return the sequences that ended.
+
+        Args:
+            token_ids: [N] as `batch.sample_slots`.
+        """
+        table = self.table
+        live = table.seq_id[batch.sample_slots] == batch.sample_seq_ids
+        slots, tokens = batch.sample_slots[live], token_ids[live]
+        table.token_ids[slots, table.num_known[slots]] = tokens
+        table.num_known[slots] += 1
+        known = table.num_known[slots]
+        stopped = (tokens[:, None] == table.stop_ids[slots]).any(axis=1) & (known >= table.min_tokens[slots])
+        ended = stopped | (known >= table.max_tokens[slots])
+        finished = []
+        for row in np.flatnonzero(ended | table.watched[slots]).tolist():
+            slot = int(slots[row])
+            text_end = None if stopped[row] else self._stop_string(slot)
+            if text_end is not None:
+                finished.append(self._finish(slot, "stop", text_end))
+            elif stopped[row]:
+                finished.append(self._finish(slot, "stop", self._stop_token(slot, int(tokens[row]))))
+            elif ended[row]:
+                finished.append(self._finish(slot, "length", None))
+        return finished
+
+    def abort(self, request_ids: set[str]) -> list[FinishedSequence]:
+        """End all sequences of these requests now, with what was read of them."""
+        finished = []
+        for sequence in self.waiting.sequences():
+            if sequence.request.request_id in request_ids:
+                sequence.aborted = True
+                self.num_waiting -= 1
+                outputs = sequence.token_ids[sequence.num_prompt :].tolist()
+                finished.append(FinishedSequence(sequence, outputs, "abort", None))
+        for slot in self.table.running().tolist():
+            if self._sequence(slot).request.request_id in request_ids:
+                finished.append(self._finish(slot, "abort", None))
+        return finished
+
+    def simulated_peak(self, extra: Sequence | None = None, extra_shared: int = 0) -> int:
+        """Blocks held at the predicted peak of all that runs, and of `extra` if it were admitted now."""
+        table, slots = self.table, self.table.running()
+        num_tokens, shared = table.num_tokens[slots], table.num_shared_blocks[slots]
+        outputs = num_tokens - table.num_prompt[slots]
+        max_outputs = table.max_tokens[slots] - table.num_prompt[slots]
+        may_stop = table.may_stop[slots]
+        # Blocks that sequences share count once, beside what each holds alone.
+        base = self.blocks.num_held - int((table.num_blocks[slots] - shared).sum())
+        if extra is not None:
+            known = len(extra.token_ids)
+            num_tokens, shared = np.append(num_tokens, np.int32(known)), np.append(shared, np.int32(extra_shared))
+            outputs = np.append(outputs, np.int32(known - extra.num_prompt))
+            max_outputs = np.append(max_outputs, np.int32(extra.max_tokens - extra.num_prompt))
+            may_stop = np.append(may_stop, bool(extra.stop_token_ids or extra.stop_watch))
+        remaining = self.lengths.predict(outputs, max_outputs, may_stop) - outputs
+        return base + peak_blocks(num_tokens, remaining, shared, self.limits.block_size)
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between steps."""
+        table = self.table
+        slots = table.running()
+        assert len(slots) == table.num_running <= self.limits.max_num_seqs
+        assert len({int(seq_id) for seq_id in table.seq_id[slots]}) == len(slots)
+        assert (table.num_known[slots] <= table.num_tokens[slots]).all()
+        assert (table.num_tokens[slots] <= table.max_tokens[slots]).all()
+        assert (table.num_computed[slots] < table.num_tokens[slots]).all()
+        assert (table.num_computed[slots] <= table.num_blocks[slots] * self.limits.block_size).all()
+        assert self.num_waiting == len(self.waiting.sequences())
+        assert self._num_penalty_seqs == sum(_uses_penalties(self._sequence(slot)) for slot in slots.tolist())
+        self.blocks.check_integrity([table.blocks(slot) for slot in slots.tolist()])
+
+    # Decode
+
+    def _decode_slots(self) -> IntArray:
+        table = self.table
+        decoding = (table.num_computed >= table.prefill_end) & (table.num_tokens < table.max_tokens)
+        return np.flatnonzero(decoding & (table.seq_id >= 0)).astype(np.int32)
+
+    def _needs_block(self, slots: IntArray) -> npt.NDArray[np.bool_]:
+        held: npt.NDArray[np.bool_] = self.table.num_computed[slots] >= (
+            self.table.num_blocks[slots] * self.limits.block_size
+        )
+        return held
+
+    def _missing_decode_blocks(self, decode_slots: IntArray) -> int:
+        return int(self._needs_block(decode_slots).sum()) - self.blocks.num_available
+
+    def _grow(self, decode_slots: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Give a block to each decode row that starts one; returns (slots, columns, blocks)."""
+        slots = decode_slots[self._needs_block(decode_slots)]
+        blocks = self.blocks.allocate(len(slots))
+        columns = self.table.num_blocks[slots]
+        self.table.block_table[slots, columns] = blocks
+        self.table.num_blocks[slots] += 1
+        return slots, columns, blocks
+
+    # Prefill and admission
+
+    def _continue_prefills(self, budget: int) -> tuple[list[tuple[int, int, int]], int]:
+        """Chunks (slot, start, count) of prompts that are part-way, oldest first, and what is left of the budget."""
+        table = self.table
+        slots = np.flatnonzero((table.seq_id >= 0) & (table.num_computed < table.prefill_end))
+        chunks = []
+        for slot in slots[np.argsort(table.admission[slots])].tolist():
+            count = min(int(table.prefill_end[slot] - table.num_computed[slot]), budget)
+            if count:
+                chunks.append((slot, int(table.num_computed[slot]), count))
+                budget -= count
+        return chunks, budget
+
+    def _admit(
+        self, budget: int, chunks: list[tuple[int, int, int]], *, anything_scheduled: bool
+    ) -> list[tuple[int, Sequence]]:
+        """Admit waiting sequences while budget, slots and the simulated peak allow; adds their chunks to `chunks`."""
+        admitted: list[tuple[int, Sequence]] = []
+        while budget > 0 and self.table.num_free_slots and not self._admission_is_stuck:
+            sequence = self.waiting.peek()
+            if sequence is None:
+                break
+            cached = self._cached_blocks(sequence)
+            start = len(cached) * self.limits.block_size
+            rest = len(sequence.token_ids) - start
+            if rest > budget and not self.limits.enable_chunked_prefill and (anything_scheduled or admitted):
+                break
+            if not self._fits(sequence, cached):
+                self._admission_is_stuck = True  # until something ends or arrives
+                break
+            slot = self._occupy(self.waiting.pop(), cached)
+            admitted.append((slot, sequence))
+            count = min(rest, budget)
+            chunks.append((slot, start, count))
+            budget -= count
+            # Now, not after the step: within a layer KV is written before attention reads it, so rows admitted
+            # later in this same step share these blocks already.
+            self._register_blocks(slot, start + count)
+        return admitted
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        if not self.limits.enable_prefix_caching:
+            return []
+        if sequence.digests is None:
+            sequence.digests = block_digests(sequence.token_ids, self.limits.block_size)
+        # The last known token is always computed: its hidden state is sampled from.
+        return self.blocks.match(sequence.digests[: (len(sequence.token_ids) - 1) // self.limits.block_size])
+
+    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
+        if _uses_penalties(sequence) and self._num_penalty_seqs >= self.limits.max_penalty_seqs:
+            return False
+        evictable = self.blocks.num_evictable(cached)
+        new = self._num_blocks(len(sequence.token_ids)) - len(cached)
+        if new + evictable > self.blocks.num_available:
+            return False
+        if self.table.num_running == 0:
+            return True  # alone it fits, whatever is predicted: the engine was sized so
+        return self.simulated_peak(sequence, len(cached)) + evictable <= self.blocks.num_usable
+
+    def _occupy(self, sequence: Sequence, cached: list[int]) -> int:
+        self.blocks.share(cached)
+        fresh = self.blocks.allocate(self._num_blocks(len(sequence.token_ids)) - len(cached))
+        blocks: BlockArray = np.concatenate([np.array(cached, dtype=np.int32), fresh])
+        slot = self.table.occupy(sequence, blocks, num_shared=len(cached), admission=self._num_admissions)
+        sequence.num_cached_tokens = max(sequence.num_cached_tokens, len(cached) * self.limits.block_size)
+        self._num_admissions += 1
+        self._num_penalty_seqs += _uses_penalties(sequence)
+        self.num_waiting -= 1
+        return slot
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _register_blocks(self, slot: int, num_computed: int) -> None:
+        digests = self._sequence(slot).digests
+        full = num_computed // self.limits.block_size
+        if digests is None:
+            return
+        for index in range(int(self.table.num_registered_blocks[slot]), min(full, len(digests))):
+            self.blocks.register(int(self.table.block_table[slot, index]), digests[index])
+        self.table.num_registered_blocks[slot] = max(full, int(self.table.num_registered_blocks[slot]))
+
+    # Launch
+
+    def _launch(
+        self,
+        decode_slots: IntArray,
+        chunks: list[tuple[int, int, int]],
+        grown: tuple[IntArray, IntArray, IntArray],
+        admitted: list[tuple[int, Sequence]],
+    ) -> ScheduledBatch:
+        table = self.table
+        prefill = np.array(chunks, dtype=np.int32).reshape(-1, 3)
+        slots, starts, counts = prefill[:, 0], prefill[:, 1], prefill[:, 2]
+        token_ids = [table.token_ids[slot, start : start + count] for slot, start, count in chunks]
+        table.num_computed[decode_slots] += 1
+        table.num_computed[slots] += counts
+        for slot, start, count in chunks:
+            self._register_blocks(slot, start + count)
+        ending = slots[table.num_computed[slots] == table.prefill_end[slots]]
+        sample_slots = np.concatenate([decode_slots, ending])
+        positions = table.num_tokens[sample_slots]
+        table.num_tokens[sample_slots] += 1
+        block_slots, block_columns, blocks = self._block_updates(grown, admitted)
+        released, self._released = self._released, []
+        return ScheduledBatch(
+            decode_slots=decode_slots,
+            prefill_slots=slots,
+            prefill_starts=starts,
+            prefill_counts=counts,
+            prefill_token_ids=np.concatenate(token_ids) if token_ids else _NO_INTS,
+            sample_slots=sample_slots,
+            sample_seq_ids=table.seq_id[sample_slots],
+            sample_positions=positions,
+            block_slots=block_slots,
+            block_columns=block_columns,
+            blocks=blocks,
+            released=released,
+            admitted=admitted,
+            max_decode_context=int(table.num_computed[decode_slots].max(initial=0)),
+            max_prefill_context=int((starts + counts).max(initial=0)),
+        )
+
+    def _block_updates(
+        self, grown: tuple[IntArray, IntArray, IntArray], admitted: list[tuple[int, Sequence]]
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        held = [(slot, self.table.blocks(slot)) for slot, _ in admitted]
+        return (
+            np.concatenate([grown[0], *(np.full(len(blocks), slot, dtype=np.int32) for slot, blocks in held)]),
+            np.concatenate([grown[1], *(np.arange(len(blocks), dtype=np.int32) for _, blocks in held)]),
+            np.concatenate([grown[2], *(blocks for _, blocks in held)]),
+        )
+
+    # Ends
+
+    def _finish(self, slot: int, reason: FinishReason, stop_reason: int | str | None) -> FinishedSequence:
+        outputs = self.table.output_token_ids(slot)
+        sequence = self._release(slot)
+        if reason != "abort" and (sequence.stop_token_ids or sequence.stop_watch):
+            self.lengths.observe(len(outputs), sequence.max_tokens - sequence.num_prompt)
+        return FinishedSequence(sequence, outputs, reason, stop_reason)
+
+    def _release(self, slot: int) -> Sequence:
+        self.blocks.free(self.table.blocks(slot).copy())
+        sequence = self.table.vacate(slot)
+        self._released.append(slot)
+        self._num_penalty_seqs -= _uses_penalties(sequence)
+        self._admission_is_stuck = False
+        return sequence
+
+    def _stop_token(self, slot: int, token: int) -> int | None:
+        """The token as a stop reason; None where it is the model's own end of sequence."""
+        return token if token in self._sequence(slot).request.sampling_params.stop_token_ids else None
+
+    def _stop_string(self, slot: int) -> str | None:
+        watch = self._sequence(slot).stop_watch
+        return watch.advance(self.table.output_token_ids(slot)) if watch else None
+
+    def _latest_admitted(self) -> int:
+        slots = self.table.running()
+        return int(slots[np.argmax(self.table.admission[slots])])
+
+    def _preempt(self, slot: int) -> None:
+        """Send a sequence back to wait; what it has computed stays cached until its blocks are needed."""
+        assert self.table.num_running > 1, "a lone sequence always fits"
+        known = self.table.token_ids[slot, : self.table.num_known[slot]].copy()
+        sequence = self._sequence(slot)
+        sequence.token_ids = known
+        if self.limits.enable_prefix_caching:
+            sequence.digests = block_digests(known, self.limits.block_size)
+            self._register_blocks(slot, int(self.table.num_computed[slot]))
+        self._release(slot)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.num_waiting += 1
+        self.waiting.push_preempted(sequence)
+
+    def _sequence(self, slot: int) -> Sequence:
+        sequence = self.table.sequences[slot]
+        assert sequence is not None, f"slot {slot} is empty"
+        return sequence
+
+
+def _uses_penalties(sequence: Sequence) -> bool:
+    params = sequence.request.sampling_params
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+

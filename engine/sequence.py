@@ -1,0 +1,165 @@
+"""The engine's live state of its generations: one `Sequence` each, and the slot arrays of those that run.
+
+Owns no decisions: the scheduler moves sequences between waiting, running (in a slot) and finished.
+Per-token state is in NumPy arrays over slots, never in per-sequence objects, so that a step costs the host a few
+vector operations whatever the batch.
+
+A slot's counts, in tokens:
+
+    |<------- num_prompt ------->|<--- outputs read --->|<- being sampled ->|
+    0                                            num_known          num_tokens        max_tokens
+                                     num_computed: KV written, or being written, by launched steps
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from raydata_llm.engine.block_manager import TRASH_BLOCK, BlockArray
+from raydata_llm.engine.detokenizer import StopStringWatch
+from raydata_llm.engine.request import FinishReason, Logprob, Request, TokenArray
+
+IntArray = npt.NDArray[np.int32]
+NO_SEQUENCE = -1
+_STOP_PADDING = -1
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One generation of a request.
+
+    Args:
+        seq_id: Never used twice by an engine.
+        index: Which of the request's n outputs.
+        token_ids: Prompt, and after a preemption the outputs so far; while running the slot arrays hold the rest.
+        num_prompt: Prompt tokens after truncation.
+        max_tokens: Prompt plus output tokens at which it ends by length.
+        stop_token_ids: All token ids that end it.
+        digests: Of the full blocks of `token_ids`, made at the first admission attempt.
+    """
+
+    seq_id: int
+    request: Request
+    index: int
+    token_ids: TokenArray
+    num_prompt: int
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    stop_watch: StopStringWatch | None = None
+    digests: list[bytes] | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    aborted: bool = False
+
+
+@dataclass(frozen=True)
+class FinishedSequence:
+    """A sequence that ended: its output tokens and why."""
+
+    sequence: Sequence
+    output_token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+
+
+class SequenceTable:
+    """Arrays over slots; row s describes the sequence that runs in slot s.
+
+    Args:
+        num_slots: Sequences that can run at once.
+        max_model_len: Tokens of a sequence at most.
+        block_size: Tokens of a KV block.
+    """
+
+    def __init__(self, num_slots: int, max_model_len: int, block_size: int) -> None:
+        max_blocks = -(-max_model_len // block_size)
+        self.num_slots = num_slots
+        self.block_size = block_size
+        self.sequences: list[Sequence | None] = [None] * num_slots
+        self.seq_id = np.full(num_slots, NO_SEQUENCE, dtype=np.int64)
+        self.num_prompt = np.zeros(num_slots, dtype=np.int32)
+        self.num_known = np.zeros(num_slots, dtype=np.int32)
+        self.num_tokens = np.zeros(num_slots, dtype=np.int32)
+        self.num_computed = np.zeros(num_slots, dtype=np.int32)
+        # Tokens that were known when it was admitted: until they are computed the sequence is in prefill.
+        self.prefill_end = np.zeros(num_slots, dtype=np.int32)
+        self.max_tokens = np.zeros(num_slots, dtype=np.int32)
+        self.min_tokens = np.zeros(num_slots, dtype=np.int32)
+        self.admission = np.zeros(num_slots, dtype=np.int64)
+        self.num_blocks = np.zeros(num_slots, dtype=np.int32)
+        self.num_shared_blocks = np.zeros(num_slots, dtype=np.int32)
+        self.num_registered_blocks = np.zeros(num_slots, dtype=np.int32)
+        self.may_stop = np.zeros(num_slots, dtype=bool)
+        self.watched = np.zeros(num_slots, dtype=bool)
+        # Zeroed memory is not touched until a row is used, so a long max_model_len costs nothing here.
+        self.token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
+        self.block_table = np.full((num_slots, max_blocks), TRASH_BLOCK, dtype=np.int32)
+        self.stop_ids = np.full((num_slots, 4), _STOP_PADDING, dtype=np.int32)
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+
+    @property
+    def num_free_slots(self) -> int:
+        """Slots that no sequence runs in."""
+        return len(self._free_slots)
+
+    @property
+    def num_running(self) -> int:
+        """Slots that a sequence runs in."""
+        return self.num_slots - len(self._free_slots)
+
+    def running(self) -> IntArray:
+        """The slots in use, ascending."""
+        return np.flatnonzero(self.seq_id != NO_SEQUENCE).astype(np.int32)
+
+    def blocks(self, slot: int) -> BlockArray:
+        """The blocks that the slot's sequence holds, in order."""
+        return self.block_table[slot, : self.num_blocks[slot]]
+
+    def occupy(self, sequence: Sequence, blocks: BlockArray, *, num_shared: int, admission: int) -> int:
+        """Put a sequence into a free slot with all blocks of its known tokens, the first `num_shared` cached."""
+        slot = self._free_slots.pop()
+        known = len(sequence.token_ids)
+        self.sequences[slot] = sequence
+        self.seq_id[slot] = sequence.seq_id
+        self.num_prompt[slot] = sequence.num_prompt
+        self.num_known[slot] = self.num_tokens[slot] = self.prefill_end[slot] = known
+        self.num_computed[slot] = num_shared * self.block_size
+        self.max_tokens[slot] = sequence.max_tokens
+        self.min_tokens[slot] = sequence.num_prompt + sequence.request.sampling_params.min_tokens
+        self.admission[slot] = admission
+        self.num_blocks[slot] = len(blocks)
+        self.num_shared_blocks[slot] = self.num_registered_blocks[slot] = num_shared
+        self.may_stop[slot] = bool(sequence.stop_token_ids or sequence.stop_watch)
+        self.watched[slot] = sequence.stop_watch is not None
+        self.token_ids[slot, :known] = sequence.token_ids
+        self.block_table[slot, : len(blocks)] = blocks
+        self._set_stop_ids(slot, sequence.stop_token_ids)
+        return slot
+
+    def vacate(self, slot: int) -> Sequence:
+        """Empty a slot; launched steps that still name its sequence are told apart by `seq_id`."""
+        sequence = self.sequences[slot]
+        assert sequence is not None, f"slot {slot} is empty"
+        self.sequences[slot] = None
+        self.seq_id[slot] = NO_SEQUENCE
+        self._free_slots.append(slot)
+        return sequence
+
+    def output_token_ids(self, slot: int) -> list[int]:
+        """The outputs read so far."""
+        tokens: list[int] = self.token_ids[slot, self.num_prompt[slot] : self.num_known[slot]].tolist()
+        return tokens
+
+    def _set_stop_ids(self, slot: int, stop_token_ids: tuple[int, ...]) -> None:
+        width = self.stop_ids.shape[1]
+        if len(stop_token_ids) > width:
+            wider = np.full((self.num_slots, len(stop_token_ids)), _STOP_PADDING, dtype=np.int32)
+            wider[:, :width] = self.stop_ids
+            self.stop_ids = wider
+        self.stop_ids[slot] = _STOP_PADDING
+        self.stop_ids[slot, : len(stop_token_ids)] = stop_token_ids

@@ -1,0 +1,130 @@
+"""Loading a model's parameters, one tensor at a time.
+
+Owns the formats: safetensors, GGUF, torch's pickles (through the weights-only loader alone) and seeded dummy weights.
+Knows no model structure beyond parameter names and shapes.
+Invariant: every parameter of the config is yielded once, in the right shape, dtype and place, or it is a ValueError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from raydata_llm.engine.gguf_file import GgufFile
+from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.model_files import ModelFiles, check_torch_file
+from raydata_llm.engine.parameter_check import is_harmless_extra
+
+NamedTensor = tuple[str, torch.Tensor]
+
+
+def load_weights(
+    files: ModelFiles,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "auto",
+    seed: int = 0,
+) -> Iterator[NamedTensor]:
+    """Yield every parameter of `config.parameter_shapes()` once, in any order, as `dtype` on `device`.
+
+    On the CPU a tensor of a safetensors file that already has `dtype` is a view of the file: copy it to keep it.
+
+    Args:
+        files: Open files of the model.
+        config: The model's config.
+        dtype: What the weights are converted to.
+        device: Where they are put.
+        load_format: "dummy" draws the weights; any other takes those of `files`.
+        seed: Of the dummy weights.
+
+    Raises:
+        ValueError: for missing, unknown or wrongly shaped parameters, and for damaged or unsafe files.
+    """
+    if load_format == "dummy":
+        yield from _draw_weights(config, dtype=dtype, device=device, seed=seed)
+        return
+    shapes = config.parameter_shapes()
+    pending = set(shapes)
+    for name, tensor in _read_weights(files):
+        if is_harmless_extra(name, config):
+            continue
+        if name not in shapes:
+            raise _misfit(files, name, f"is unknown to {config.architecture}: give a model that fits its config")
+        if name not in pending:
+            raise _misfit(files, name, "is in two weight files: keep one of them")
+        if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+            found = f"is {tensor.dtype} {list(tensor.shape)}, but its config says {list(shapes[name])}"
+            raise _misfit(files, name, f"{found}: give a model that fits its config")
+        pending.remove(name)
+        yield name, tensor.to(device=device, dtype=dtype)
+    if pending:
+        some = ", ".join(sorted(pending)[:3])
+        raise ValueError(f"model={str(files.path)!r} lacks {len(pending)} parameters ({some}): give a complete model")
+
+
+def _misfit(files: ModelFiles, name: str, problem: str) -> ValueError:
+    return ValueError(f"parameter {name!r} of model={str(files.path)!r} {problem}")
+
+
+def _read_weights(files: ModelFiles) -> Iterator[NamedTensor]:
+    for path in files.weight_files:
+        if path.suffix == ".gguf":
+            yield from _read_gguf(path)
+        elif path.suffix == ".safetensors":
+            yield from _read_safetensors(path)
+        else:
+            yield from _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> Iterator[NamedTensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"weight file {str(path)!r} is damaged ({error}): download it again") from error
+
+
+def _read_gguf(path: Path) -> Iterator[NamedTensor]:
+    file = GgufFile.open(path)
+    for name in file.entries():
+        yield name, torch.from_numpy(file.read(name))
+
+
+def _read_pickle(path: Path) -> Iterator[NamedTensor]:
+    # Only an archive can be mapped into memory.
+    is_archive = check_torch_file(path) == "archive"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weight file {str(path)!r} holds pickled objects other than tensors, which could run code, and is "
+            f"refused: convert it to safetensors where you trust it ({error})"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"weight file {str(path)!r} is damaged ({error}): download it again") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"weight file {str(path)!r} does not hold just named tensors: convert it to safetensors")
+    yield from state.items()
+
+
+def _draw_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[NamedTensor]:
+    for name, shape in config.parameter_shapes().items():
+        generator = torch.Generator(device).manual_seed(_name_seed(seed, name))
+        weight = torch.empty(shape, dtype=torch.float32, device=device)
+        weight.normal_(0.0, config.initializer_range, generator=generator)
+        if name.endswith("norm.weight"):
+            weight += 1.0
+        yield name, weight.to(dtype)
+
+
+def _name_seed(seed: int, name: str) -> int:
+    """A parameter's own seed, so that its values do not depend on the order of drawing."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "little")

@@ -1,0 +1,121 @@
+"""From logits to tokens: penalties, truncation of the distribution, and keyed noise.
+
+    penalise:  l[v] = l[v] / r if l[v] > 0 else l[v] * r      v in prompt or output
+               l[v] -= frequency * count[v] + presence * (count[v] > 0)          count over the output
+    truncate:  min_p: p[v] >= min_p * max p;  then the top_k likeliest;  then of these the smallest set of
+               probability >= top_p
+    sample:    argmax_v l[v] + g(key, position, v),  g = -log(-log(u)) : a draw from softmax(l)
+
+The noise is a hash of (key, position, v) and nothing else, so a row's draw never depends on its neighbours.
+
+dtype policy: float32 logits. Shapes: N rows, V vocabulary; logits [N, V], per-row parameters [N].
+"""
+
+from __future__ import annotations
+
+import torch
+
+_INT32 = 0xFFFFFFFF
+
+
+def penalise_(
+    logits: torch.Tensor,
+    in_prompt: torch.Tensor,
+    output_counts: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+    repetition: torch.Tensor,
+) -> torch.Tensor:
+    """Apply the three penalties in place.
+
+    Args:
+        in_prompt: [N, V] bool.
+        output_counts: [N, V] integer.
+    """
+    seen = in_prompt | (output_counts > 0)
+    factor = torch.where(logits > 0, 1.0 / repetition[:, None], repetition[:, None])
+    logits.mul_(torch.where(seen, factor, 1.0))
+    logits.sub_(frequency[:, None] * output_counts)
+    return logits.sub_(presence[:, None] * (output_counts > 0))
+
+
+def truncate_ref(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """Set logits outside min-p, top-k and top-p to -inf, by a full sort.
+
+    Args:
+        top_k: 0 keeps all.
+    """
+    logits = logits.masked_fill(_below_min_p(logits, min_p), float("-inf"))
+    ordered, order = logits.sort(dim=-1, descending=True)
+    return _truncate_ordered(logits, ordered, order, top_k, top_p)
+
+
+def truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """As `truncate_ref`; where every row has a top_k, only that many are put in order."""
+    logits = logits.masked_fill(_below_min_p(logits, min_p), float("-inf"))
+    limit = int(top_k.max()) if bool((top_k > 0).all()) else logits.shape[-1]
+    ordered, order = logits.topk(min(limit, logits.shape[-1]), dim=-1)
+    return _truncate_ordered(logits, ordered, order, top_k, top_p)
+
+
+def _below_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    # p[v] < min_p * max p  <=>  l[v] < max l + log(min_p); log(0) = -inf keeps all.
+    return logits < logits.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
+
+
+def _truncate_ordered(
+    logits: torch.Tensor, ordered: torch.Tensor, order: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    rank = torch.arange(ordered.shape[-1], device=logits.device)
+    ordered = ordered.masked_fill((rank >= top_k[:, None]) & (top_k[:, None] > 0), float("-inf"))
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    # A row that keeps everything must not lose its tail to rounding in the sum.
+    ordered = ordered.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), float("-inf"))
+    return torch.full_like(logits, float("-inf")).scatter_(-1, order, ordered)
+
+
+def row_seeds(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Mix (key, position) to one 64-bit seed a row (splitmix64's finaliser; Steele et al., 2014).
+
+    Args:
+        keys, positions: [N] int64.
+    """
+    x = keys + (positions + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15
+    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ _shift(x, 31)
+
+
+def gumbel_noise(seeds: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Standard Gumbel noise g(seed, v) for every token v: [N, vocab_size] float32.
+
+    A 32-bit hash of v keyed by both halves of the seed (the rounds of Wellons' triple32, 2018), then the inverse of
+    the distribution function. The uniform's small end, where float32 is fine, is what becomes large noise.
+    """
+    low, high = _as_int32(seeds)[:, None], _as_int32(seeds >> 32)[:, None]
+    x = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device) * -1640531527 + low  # 0x9E3779B9
+    x = (x ^ _shift32(x, 17)) * -312814405  # 0xED5AD4BB
+    x = ((x ^ _shift32(x, 11)) + high) * -1404298415  # 0xAC4C1B51
+    x = (x ^ _shift32(x, 15)) * 830770091  # 0x31848BAB
+    x = x ^ _shift32(x, 14)
+    uniform = ((x & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
+    exponential = uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
+    return exponential.log_().neg_()
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _shift32(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int32."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _as_int32(x: torch.Tensor) -> torch.Tensor:
+    """The low 32 bits of int64, as a signed int32."""
+    return (((x & _INT32) ^ 0x80000000) - 0x80000000).to(torch.int32)
