@@ -200,7 +200,8 @@ class _FusedParameters:
             fused, offset = self._places[name]
             missing.remove(name)
             if fused == name:
-                parameters[name] = tensor
+                # On a CPU it may be a view of the checkpoint's file, which would be read again under memory pressure.
+                parameters[name] = tensor.clone() if tensor.device.type == "cpu" else tensor
                 continue
             if fused not in parameters:
                 parameters[fused] = torch.empty(self._sizes[fused], dtype=self._dtype, device=self._device)

@@ -82,6 +82,12 @@ class GgufFile:
             raise ValueError(
                 f"general.architecture={architecture!r} of model={str(path)!r} is not supported: choose one of {known}"
             )
+        if header.metadata.get("split.count", 0) > 1:
+            count = header.metadata["split.count"]
+            raise ValueError(
+                f"split.count={count} of model={str(path)!r} is not supported: join the {count} files with "
+                "llama.cpp's `llama-gguf-split --merge`"
+            )
         tensors = {_hf_name(name): tensor for name, tensor in header.tensors.items()}
         return cls(path=path, metadata=header.metadata, tensors=tensors)
 

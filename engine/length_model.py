@@ -40,7 +40,8 @@ class LengthModel:
             return max_output
         tail_expectation, fractions = self._tails()
         longer = np.searchsorted(fractions, num_output / max_output, side="right")
-        expected = np.ceil(tail_expectation[longer] * max_output).astype(np.int32)
+        # Less a hair, so that rounding does not make 11 of 0.1 * 100.
+        expected = np.ceil(tail_expectation[longer] * max_output - 1e-6).astype(np.int32)
         return np.where(may_stop, np.clip(expected, np.minimum(num_output + 1, max_output), max_output), max_output)
 
     def _tails(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
