@@ -155,9 +155,7 @@ class Decoder:
             rows = batch.decode
             decode_q = q[: batch.num_decodes]
             parts.append(
-                paged_decode_attention(
-                    decode_q, *cache, rows.block_table, rows.context_lens, self._scale, layer.window
-                )
+                paged_decode_attention(decode_q, *cache, rows.block_table, rows.context_lens, self._scale, layer.window)
             )
         if batch.prefill is not None and batch.prefill.query_starts is not None:
             rows = batch.prefill
@@ -172,14 +170,20 @@ class Decoder:
         return out.flatten(1)
 
 
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
 class _FusedParameters:
     """Places checkpoint parameters where the decoder wants them: q, k, v and gate, up side by side.
 
     Weights are copied into their final place as they come, so loading holds one copy of the model plus one tensor.
     """
-
-    _PARTS = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
-    _PARTS["up_proj"] = "gate_up_proj"
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
@@ -213,4 +217,4 @@ class _FusedParameters:
     def _fused_name(self, name: str) -> str:
         head, _, kind = name.rpartition(".")
         module, _, projection = head.rpartition(".")
-        return f"{module}.{self._PARTS[projection]}.{kind}" if projection in self._PARTS else name
+        return f"{module}.{_FUSED[projection]}.{kind}" if projection in _FUSED else name

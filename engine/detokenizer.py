@@ -43,15 +43,14 @@ def output_text(
         stop_reason: The stop string or token id that ended it, None for the model's EOS or none.
         finish_reason: `stop` with a `stop_reason` that is no string means that the last token is the stop token.
     """
-    if finish_reason != "stop" or params.include_stop_str_in_output and not isinstance(stop_reason, str):
+    if finish_reason != "stop" or (params.include_stop_str_in_output and not isinstance(stop_reason, str)):
         return decode(tokenizer, token_ids, params)
     if not isinstance(stop_reason, str):
         return decode(tokenizer, token_ids[:-1], params)
     text = decode(tokenizer, token_ids, params)
-    # The last token completed the string, so it ends inside that token's text; four characters of slack cover
-    # a multi-byte character that the last token completed.
-    before = len(decode(tokenizer, token_ids[:-1], params)) - len(stop_reason) - 4
-    start = text.find(stop_reason, max(0, before))
+    # The last token completed the string, so the string ends in what that token added to the complete characters.
+    complete = decode(tokenizer, token_ids[:-1], params).rstrip(_INCOMPLETE)
+    start = text.find(stop_reason, max(0, len(complete) - len(stop_reason) + 1))
     end = start + len(stop_reason) if params.include_stop_str_in_output else start
     return text[:end]
 

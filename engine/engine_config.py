@@ -101,7 +101,8 @@ class EngineConfig:
             if name not in FIELD_NAMES or name == "model":
                 near = difflib.get_close_matches(str(name), FIELD_NAMES, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(FIELD_NAMES - {'model'}))}"
-                raise ValueError(f"engine_kwargs[{name!r}]={engine_kwargs[name]!r} is not a setting of the engine: {hint}")
+                asked = f"engine_kwargs[{name!r}]={engine_kwargs[name]!r}"
+                raise ValueError(f"{asked} is not a setting of the engine: {hint}")
         return cls(model=model, **engine_kwargs)
 
 

@@ -54,9 +54,7 @@ def check_sizes(config: EngineConfig, model: ModelConfig, device: torch.device) 
             if least == max_num_seqs
             else f"max_model_len={max_model_len} while enable_chunked_prefill=False"
         )
-        raise ValueError(
-            f"max_num_batched_tokens={max_num_batched_tokens} is less than {reason}: give {least} or more"
-        )
+        raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} is less than {reason}: give {least} or more")
     return Sizes(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

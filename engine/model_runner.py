@@ -37,9 +37,12 @@ class LaunchedStep:
 
     def __init__(self, tokens: torch.Tensor, logprobs: SampledLogprobs | None) -> None:
         self._tokens = _to_host(tokens)
-        self._logprobs = logprobs and (
-            logprobs.rows,
-            *map(_to_host, (logprobs.chosen, logprobs.ranks, logprobs.top_ids, logprobs.top_logprobs)),
+        self._logprobs = logprobs and SampledLogprobs(
+            rows=logprobs.rows,
+            chosen=_to_host(logprobs.chosen),
+            ranks=_to_host(logprobs.ranks),
+            top_ids=_to_host(logprobs.top_ids),
+            top_logprobs=_to_host(logprobs.top_logprobs),
         )
         self._done = torch.cuda.Event() if tokens.is_cuda else None
         if self._done is not None:
@@ -52,8 +55,13 @@ class LaunchedStep:
         tokens: IntArray = self._tokens.numpy().astype(np.int32)
         if self._logprobs is None:
             return tokens, None
-        rows, *tensors = self._logprobs
-        return tokens, HostLogprobs(rows, *(tensor.numpy() for tensor in tensors))
+        return tokens, HostLogprobs(
+            rows=self._logprobs.rows,
+            chosen=self._logprobs.chosen.numpy(),
+            ranks=self._logprobs.ranks.numpy(),
+            top_ids=self._logprobs.top_ids.numpy(),
+            top_logprobs=self._logprobs.top_logprobs.numpy(),
+        )
 
 
 class ModelRunner:

@@ -7,7 +7,7 @@ Owns the validation of these parameters and the layering of a row's own values o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,7 +26,7 @@ class SamplingParams:
         top_k: Keep this many most likely tokens; 0 or -1 keeps all.
         min_p: Keep tokens at least this fraction as likely as the likeliest.
         seed: Makes the draw depend on (seed, index in n, position) alone.
-        stop: Strings that end the output; left out of the text unless `include_stop_str_in_output`.
+        stop: A string or strings that end the output; left out of the text unless `include_stop_str_in_output`.
         stop_token_ids: Token ids that end the output.
         ignore_eos: Go on after the model's end-of-sequence tokens.
         max_tokens: Output tokens at most; None means up to the model's length.
@@ -53,8 +53,8 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -64,7 +64,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
-    allowed_token_ids: tuple[int, ...] | None = None
+    allowed_token_ids: Sequence[int] | None = None
     truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -89,9 +89,7 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "use 0 (or -1) to keep all tokens, or a positive count")
         _require(self.top_p > 0, "top_p", self.top_p, "use a value in (0, 1]; 1 keeps all tokens")
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "use a value above 0")
-        _require(
-            self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "ask for at least 1"
-        )
+        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "ask for at least 1")
         _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "use 0 or more")
         if self.max_tokens is not None:
             remedy = f"it may not exceed max_tokens={self.max_tokens}"
@@ -136,9 +134,8 @@ class SamplingParams:
         given = {name: value for name, value in (params or {}).items() if value is not None}
         unknown = sorted(set(map(str, given)) - _FIELD_NAMES)
         if unknown:
-            raise ValueError(
-                f"sampling_params has unknown field(s) {', '.join(unknown)}; known are {', '.join(sorted(_FIELD_NAMES))}"
-            )
+            known = ", ".join(sorted(_FIELD_NAMES))
+            raise ValueError(f"sampling_params has unknown field(s) {', '.join(unknown)}; known are {known}")
         if "max_tokens" in (params or {}) and "max_tokens" not in given:
             given["max_tokens"] = None  # here None has a meaning of its own: up to the model's length
         return cls(**{**(defaults or {}), **given})

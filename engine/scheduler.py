@@ -424,4 +424,3 @@ class Scheduler:
 def _uses_penalties(sequence: Sequence) -> bool:
     params = sequence.request.sampling_params
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
-

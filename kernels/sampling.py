@@ -39,9 +39,7 @@ def penalise_(
     return logits.sub_(presence[:, None] * (output_counts > 0))
 
 
-def truncate_ref(
-    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
+def truncate_ref(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """Set logits outside min-p, top-k and top-p to -inf, by a full sort.
 
     Args:

@@ -20,7 +20,7 @@ from raydata_llm.engine.scheduler import Scheduler
 
 PROMPT_LENGTHS = (1, 5, 16, 17, 33, 64, 100, 3)
 MAX_TOKENS = 40
-TIGHT = {"max_model_len": 141, "block_size": 5, "num_gpu_blocks_override": 30, "max_num_seqs": 7}
+TIGHT: dict[str, Any] = {"max_model_len": 141, "block_size": 5, "num_gpu_blocks_override": 30, "max_num_seqs": 7}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -67,7 +67,7 @@ def draw_prompts(vocab_size: int) -> list[list[int]]:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, vocab_size, size=length).tolist() for length in PROMPT_LENGTHS]
     shared = rng.integers(3, vocab_size, size=20).tolist()
-    return prompts + [shared + prompts[0], shared + prompts[1], shared]
+    return [*prompts, shared + prompts[0], shared + prompts[1], shared]
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +165,8 @@ def test_the_demo_model_writes_what_transformers_writes(demo_model: Path) -> Non
     # Ids of real words: 198 is a newline; the rest is drawn, which the model takes as odd prose and goes on with.
     prompts = [[1, *rng.integers(200, 5000, size=length).tolist(), 198] for length in (4, 30, 70)]
     expected = [transformers_greedy(model, prompt, 24) for prompt in prompts]
-    settings: dict[str, Any]
-    for settings in ({}, {"max_num_batched_tokens": 16, "max_num_seqs": 2, "steps_ahead": 1}):
+    ways: list[dict[str, Any]] = [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 2, "steps_ahead": 1}]
+    for settings in ways:
         engine = Engine(EngineConfig(model=str(demo_model), device="cpu", dtype="float32", **settings))
         written = engine_greedy(engine, prompts, [2, 0, 1])
         assert [tokens[:24] for tokens in written] == expected

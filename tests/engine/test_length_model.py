@@ -26,8 +26,8 @@ def test_peak_equals_a_simulation_of_every_step(
     rows: list[tuple[int, int]], block_size: int, data: st.DataObject
 ) -> None:
     whole = [(tokens, left, data.draw(st.integers(0, (tokens - 1) // block_size))) for tokens, left in rows]
-    columns = [np.array(column, dtype=np.int32) for column in zip(*whole, strict=True)]
-    assert peak_blocks(*columns, block_size) == brute_force_peak(whole, block_size)
+    tokens, remaining, shared = (np.array(column, dtype=np.int32) for column in zip(*whole, strict=True))
+    assert peak_blocks(tokens, remaining, shared, block_size) == brute_force_peak(whole, block_size)
 
 
 def test_no_sequences_hold_no_blocks() -> None:

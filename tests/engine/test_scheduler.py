@@ -57,7 +57,7 @@ class FakeModel:
         draw = (seq_id * 7919 + position * 104729) % 1009
         return EOS if self._eos_every and draw % self._eos_every == 0 else 2 + draw
 
-    def launch(self, batch: ScheduledBatch, history: dict[int, list[int]]) -> np.ndarray:  # type: ignore[type-arg]
+    def launch(self, batch: ScheduledBatch, history: dict[int, list[int]]) -> np.ndarray:
         table, size = self._scheduler.table, self._scheduler.limits.block_size
         spans = [(slot, int(table.num_computed[slot]) - 1, 1) for slot in batch.decode_slots.tolist()]
         spans += list(
@@ -93,7 +93,7 @@ def run(
     """Drive the scheduler as the engine does; asserts its invariants after each step."""
     model = FakeModel(scheduler, eos_every)
     history = {sequence.seq_id: sequence.token_ids.tolist() for sequence in sequences}
-    in_flight: deque[tuple[ScheduledBatch, np.ndarray]] = deque()  # type: ignore[type-arg]
+    in_flight: deque[tuple[ScheduledBatch, np.ndarray]] = deque()
     finished: dict[int, FinishedSequence] = {}
     for sequence in sequences:
         scheduler.add(sequence)
