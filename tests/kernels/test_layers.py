@@ -48,12 +48,12 @@ def test_qkv_reaches_query_and_cache(heads: int, kv_heads: int, head_dim: int, q
     angles = torch.outer(torch.arange(40.0), 10.0 ** -torch.arange(head_dim // 2))
     table = torch.cat([angles.cos(), angles.sin()], dim=-1)
     k_cache, v_cache = (torch.full((6, kv_heads, block_size, head_dim), float("nan")) for _ in range(2))
-    norms = (draw(head_dim, seed=5), draw(head_dim, seed=6)) if qk_norm else (None, None)
-    q = qkv_to_cache(qkv, positions, slots, table, k_cache, v_cache, *norms, 1e-6)
+    q_norm, k_norm = (draw(head_dim, seed=5), draw(head_dim, seed=6)) if qk_norm else (None, None)
+    q = qkv_to_cache(qkv, positions, slots, table, k_cache, v_cache, q_norm, k_norm, 1e-6)
 
     split = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
     parts = [part.view(tokens, -1, head_dim) for part in split]
-    for index, norm in enumerate(norms):
+    for index, norm in enumerate((q_norm, k_norm)):
         if norm is not None:
             parts[index] = rms_norm_ref(parts[index], norm, 1e-6)
     torch.testing.assert_close(q, rotate_pairs(parts[0], angles[positions]))

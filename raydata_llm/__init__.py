@@ -1,0 +1,64 @@
+"""Batch LLM inference over Ray Datasets, with an engine of its own.
+
+What a user imports lies here by name and is loaded on first use, so that `import raydata_llm` stays light: neither
+torch nor transformers nor ray is imported until something needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raydata_llm.config import (
+        ChatTemplateStageConfig,
+        DetokenizeStageConfig,
+        EngineProcessorConfig,
+        ProcessorConfig,
+        TokenizerStageConfig,
+        vLLMEngineProcessorConfig,
+    )
+    from raydata_llm.engine.sampling_params import SamplingParams
+    from raydata_llm.llm import LLM
+    from raydata_llm.processor import Processor, build_llm_processor, build_processor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "ChatTemplateStageConfig",
+    "DetokenizeStageConfig",
+    "EngineProcessorConfig",
+    "Processor",
+    "ProcessorConfig",
+    "SamplingParams",
+    "TokenizerStageConfig",
+    "__version__",
+    "build_llm_processor",
+    "build_processor",
+    "vLLMEngineProcessorConfig",
+]
+
+_MODULES = {
+    "LLM": "raydata_llm.llm",
+    "SamplingParams": "raydata_llm.engine.sampling_params",
+    "Processor": "raydata_llm.processor",
+    "build_llm_processor": "raydata_llm.processor",
+    "build_processor": "raydata_llm.processor",
+    "ChatTemplateStageConfig": "raydata_llm.config",
+    "DetokenizeStageConfig": "raydata_llm.config",
+    "EngineProcessorConfig": "raydata_llm.config",
+    "ProcessorConfig": "raydata_llm.config",
+    "TokenizerStageConfig": "raydata_llm.config",
+    "vLLMEngineProcessorConfig": "raydata_llm.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,207 @@
+"""The third operator: detokeniser and `postprocess` for one block, as a Ray task.
+
+Owns the columns that a row has after the engine, and the shape of error rows. Knows no engine. Invariant: one output
+row for each input row, in order.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raydata_llm.engine.detokenizer import output_text
+from raydata_llm.engine.request import CompletionOutput, RequestOutput
+from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.model_source import resolve_model
+from raydata_llm.output_table import OUTPUT_COLUMNS, OutputRows
+from raydata_llm.prepare import Row, RowFunction
+from raydata_llm.ray_blocks import block_rows
+from raydata_llm.row_payload import (
+    CARRIED_COLUMN,
+    ERROR_COLUMN,
+    OUTPUT_COLUMN,
+    Carried,
+    RowOutput,
+    describe_failure,
+    open_block,
+    row_error,
+    unpack_column,
+)
+from raydata_llm.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# What `preprocess` says to the engine alone; a dataset's own columns of these names stay.
+_CONSUMED = ("sampling_params", "tokenized_prompt", "tools")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishPlan:
+    """What the third operator is told; it travels to its tasks.
+
+    Args:
+        model_source: Where the tokenizer comes from.
+        trust_remote_code: Run code that comes with the tokenizer.
+        detokenize: Whether all rows get text; off, `sampling_params.detokenize` decides.
+        postprocess: The user's function of a row; None keeps all columns.
+        keep_going: Turn failures into error rows instead of raising.
+    """
+
+    model_source: str
+    trust_remote_code: bool = False
+    detokenize: bool = True
+    postprocess: RowFunction | None = None
+    keep_going: bool = False
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded once per process."""
+        path = resolve_model(self.model_source, weights=False)
+        return load_tokenizer(path, trust_remote_code=self.trust_remote_code)
+
+
+def finish(table: pa.Table, plan: FinishPlan) -> pa.Table:
+    """Turn a block with engine outputs into what the user asked for.
+
+    Raises:
+        RowError: for a row that fails, unless `plan.keep_going`.
+    """
+    table = open_block(table)
+    outputs: list[RowOutput] = unpack_column(table, OUTPUT_COLUMN)
+    carried: list[Carried] = unpack_column(table, CARRIED_COLUMN)
+    source = table.drop_columns([OUTPUT_COLUMN, CARRIED_COLUMN])
+    rows = OutputRows(source, block_rows(source), keep_all=plan.postprocess is None, with_error=plan.keep_going)
+    text = _Text(plan)
+    for row, beside, output in zip(rows.inputs, carried, outputs, strict=True):
+        made = {name: value for name, value in beside.columns.items() if name not in _CONSUMED}
+        columns = {**row, **made}
+        try:
+            rows.add(_finish_row(columns, beside, output, plan.postprocess, text))
+        except _Failed as failure:
+            if not plan.keep_going:
+                raise row_error(row, str(failure)) from failure.__cause__
+            rows.add_error(columns, str(failure))
+    _warn_of_errors(rows.errors)
+    return rows.to_table()
+
+
+class _Failed(Exception):
+    """A row failed, here or before; the text says where and why."""
+
+
+def _finish_row(columns: Row, beside: Carried, output: RowOutput, postprocess: RowFunction | None, text: _Text) -> Row:
+    if output.output is None:
+        raise _Failed(output.error)
+    stage = "detokenize"
+    try:
+        finished = {**columns, **_engine_columns(output, output.output, beside, text)}
+        stage = "postprocess"
+        return finished if postprocess is None else _postprocess(finished, postprocess)
+    except Exception as error:
+        raise _Failed(describe_failure(error, stage)) from error
+
+
+def _postprocess(columns: Row, postprocess: RowFunction) -> Row:
+    made = postprocess(columns)
+    if not isinstance(made, Mapping) or not made:
+        raise TypeError(f"postprocess returned {made!r}: return a dict of columns")
+    return dict(made)
+
+
+class _Text:
+    """Turns token ids into text; the tokenizer is loaded when the first row needs it."""
+
+    def __init__(self, plan: FinishPlan) -> None:
+        self._plan = plan
+        self._tokenizer: Any = None
+        self._tokens: dict[int, str] = {}
+
+    def of_output(self, output: CompletionOutput, params: SamplingParams) -> str:
+        if not (self._plan.detokenize or params.detokenize):
+            return ""
+        return output_text(self._load(), output.token_ids, params, output.stop_reason, output.finish_reason)
+
+    def of_token(self, token_id: int, params: SamplingParams) -> str | None:
+        if not (self._plan.detokenize or params.detokenize):
+            return None
+        if token_id not in self._tokens:
+            self._tokens[token_id] = str(self._load().decode([token_id]))
+        return self._tokens[token_id]
+
+    def _load(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = self._plan.tokenizer()
+        return self._tokenizer
+
+
+def _engine_columns(row: RowOutput, output: RequestOutput, beside: Carried, text: _Text) -> Row:
+    params = _params(row.sampling_params)
+    choices = [_choice(choice, params, text) for choice in output.outputs]
+    first = choices[0]
+    columns = {
+        "prompt": beside.prompt,
+        "prompt_token_ids": output.prompt_token_ids,
+        "num_input_tokens": len(output.prompt_token_ids),
+        "generated_tokens": first["token_ids"],
+        "generated_text": first["text"],
+        "num_generated_tokens": first["num_tokens"],
+        "finish_reason": first["finish_reason"],
+        "stop_reason": first["stop_reason"],
+        "cumulative_logprob": first["cumulative_logprob"],
+        "logprobs": first["logprobs"],
+        "embeddings": None,
+        "metrics": None,
+        "request_id": row.request_id,
+        "time_taken_llm": row.seconds,
+        "params": row.sampling_params,
+        ERROR_COLUMN: "",
+    }
+    assert columns.keys() == OUTPUT_COLUMNS.keys() - {"outputs"}
+    return columns if params.n == 1 else {**columns, "outputs": choices}
+
+
+@functools.lru_cache(maxsize=1024)
+def _params(text: str) -> SamplingParams:
+    return SamplingParams.from_mapping(json.loads(text))
+
+
+def _choice(output: CompletionOutput, params: SamplingParams, text: _Text) -> Row:
+    return {
+        "index": output.index,
+        "text": text.of_output(output, params),
+        "token_ids": output.token_ids,
+        "num_tokens": len(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "cumulative_logprob": output.cumulative_logprob,
+        "logprobs": _logprobs(output, params, text),
+    }
+
+
+def _logprobs(output: CompletionOutput, params: SamplingParams, text: _Text) -> list[dict[int, Row]] | None:
+    if output.logprobs is None:
+        return None
+    return [
+        {
+            token_id: {
+                "logprob": entry.logprob,
+                "rank": entry.rank,
+                "decoded_token": entry.decoded_token or text.of_token(token_id, params),
+            }
+            for token_id, entry in position.items()
+        }
+        for position in output.logprobs
+    ]
+
+
+def _warn_of_errors(errors: Sequence[str | None]) -> None:
+    causes = [error for error in errors if error is not None]
+    if causes:
+        logger.warning(
+            "%d of %d rows of a block are error rows, the first with %s", len(causes), len(errors), causes[0]
+        )

@@ -1,0 +1,242 @@
+"""`LLM`: the engine without Ray, as vLLM's offline class.
+
+Owns one engine and one tokenizer: prompts become token ids, output tokens become text. What happens in a call is
+`generation.py`'s. Knows no Ray and no rows. Used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from raydata_llm.engine.detokenizer import output_text
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.request import Logprob, RequestOutput
+from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.generation import Encode, Generation
+from raydata_llm.model_source import resolve_model
+from raydata_llm.progress import Progress
+from raydata_llm.prompts import ParamsLike, Prompt, list_conversations, list_prompts, pair_params, read_prompt
+from raydata_llm.tokenizer import check_chat_template, encode_chat, encode_texts, load_tokenizer
+
+if TYPE_CHECKING:
+    from raydata_llm.engine.engine import Engine, EngineStats
+
+
+class LLM:
+    """Loads a model and generates text from lists of prompts.
+
+    Args:
+        model: A local folder, a GGUF file, a Hub id, or a remote folder such as `s3://bucket/folder`.
+        tokenizer: Where the tokenizer lies if not with the model, or a ready transformers tokenizer.
+        skip_tokenizer_init: Load no tokenizer: token ids in, token ids out.
+        trust_remote_code: Run code that comes with the tokenizer.
+        engine_kwargs: Fields of `EngineConfig`, such as `dtype`, `max_model_len` or `seed`.
+
+    Raises:
+        ValueError: naming the setting, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: Any = None,
+        skip_tokenizer_init: bool = False,
+        trust_remote_code: bool = False,
+        **engine_kwargs: Any,
+    ) -> None:
+        config = EngineConfig.from_mapping(model, {**engine_kwargs, "trust_remote_code": trust_remote_code})
+        if skip_tokenizer_init and tokenizer is not None:
+            raise ValueError(f"tokenizer={tokenizer!r} is not valid with skip_tokenizer_init=True: give one of them")
+        path = resolve_model(model, load_format=config.load_format)
+        self._tokenizer = None if skip_tokenizer_init else _find_tokenizer(tokenizer, path, trust_remote_code)
+        # Imported here: it imports torch, which whoever only imports this class need not wait for.
+        from raydata_llm.engine.engine import Engine
+
+        self._engine: Engine | None = Engine(dataclasses.replace(config, model=path), tokenizer=self._tokenizer)
+        self._seed = config.seed
+        self._request_ids = itertools.count()
+        self._occurrences: Counter[bytes] = Counter()
+        self._decode_token = functools.lru_cache(maxsize=1 << 16)(self._decode_one)
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: ParamsLike | Sequence[ParamsLike] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[RequestOutput]:
+        """Generate from prompts.
+
+        Args:
+            prompts: One or a list, mixed at will: text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`, token ids.
+            sampling_params: For all, or a list with one each; None takes the model's defaults.
+            use_tqdm: Show a progress bar (on a terminal or in a notebook), or a class to use as tqdm.
+
+        Returns:
+            Results in the order of the prompts. A prompt that cannot be run has `error` set and no outputs.
+
+        Raises:
+            ValueError: for arguments that are wrong for all prompts.
+        """
+        asked = pair_params(list_prompts(prompts), sampling_params, self._live_engine().default_sampling_params)
+        for prompt in asked:
+            prompt.attempt(read_prompt)
+            if self._tokenizer is None and prompt.text is not None and prompt.token_ids is None:
+                raise ValueError(
+                    f"prompts[{prompt.index}] is text, but skip_tokenizer_init=True left the tokenizer out: "
+                    'give {"prompt_token_ids": [...]}'
+                )
+        return self._run(asked, self._encode_texts, use_tqdm)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: ParamsLike | Sequence[ParamsLike] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate the next message of conversations.
+
+        Args:
+            messages: One conversation (a list of dicts with `role` and `content`) or a list of them.
+            sampling_params: As in `generate`.
+            use_tqdm: As in `generate`.
+            chat_template: A Jinja template instead of the tokenizer's own.
+            add_generation_prompt: Open the assistant's turn.
+            continue_final_message: Go on in the last message; needs `add_generation_prompt=False`.
+            tools: Function schemas, for templates that know tools.
+            chat_template_kwargs: Further variables of the template.
+
+        Returns:
+            As `generate`; `prompt` is the rendered text.
+
+        Raises:
+            ValueError: for arguments that are wrong for all conversations.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("continue_final_message=True needs add_generation_prompt=False: go on, or begin anew")
+        check_chat_template(self.get_tokenizer(), chat_template, chat_template_kwargs)
+        defaults = self._live_engine().default_sampling_params
+        asked = pair_params(list_conversations(messages), sampling_params, defaults)
+        render = functools.partial(
+            encode_chat,
+            self._tokenizer,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return self._run(asked, functools.partial(_encode_conversations, render), use_tqdm)
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer.
+
+        Raises:
+            ValueError: when it was left out.
+        """
+        if self._tokenizer is None:
+            raise ValueError("skip_tokenizer_init=True left the tokenizer out: build the LLM with False")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is used when no sampling_params are given: the model's generation_config over the neutral values."""
+        return SamplingParams.from_mapping(None, self._live_engine().default_sampling_params)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prompt prefixes."""
+        self._live_engine().reset_prefix_cache()
+
+    def get_metrics(self) -> EngineStats:
+        """The engine's counts."""
+        return self._live_engine().stats()
+
+    def shutdown(self) -> None:
+        """Free the device; the LLM cannot generate after. Done again it does nothing."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _live_engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this LLM was shut down: make a new one")
+        return self._engine
+
+    def _run(self, prompts: list[Prompt], encode: Encode, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+        generation = Generation(self._live_engine(), self._seed, self._request_ids, self._occurrences)
+        with Progress(len(prompts), use_tqdm, "Processed prompts") as progress:
+            return generation.run(prompts, encode, self._finish, progress)
+
+    def _encode_texts(self, prompts: list[Prompt]) -> None:
+        texts = [prompt for prompt in prompts if prompt.error is None and prompt.token_ids is None]
+        try:
+            encoded = encode_texts(self._tokenizer, [prompt.text or "" for prompt in texts])
+        except Exception:  # one text spoils the batch (a lone surrogate, say): each for itself shows which
+            for prompt in texts:
+                prompt.attempt(self._encode_text)
+            return
+        for prompt, token_ids in zip(texts, encoded, strict=True):
+            prompt.token_ids = token_ids
+
+    def _encode_text(self, prompt: Prompt) -> None:
+        prompt.token_ids = encode_texts(self._tokenizer, [prompt.text or ""])[0]
+
+    def _finish(self, prompt: Prompt, output: RequestOutput) -> None:
+        output.prompt = prompt.text
+        prompt.attempt(functools.partial(self._fill_text, output))
+        if prompt.error is not None:
+            output.outputs, output.error = [], prompt.error
+
+    def _fill_text(self, output: RequestOutput, prompt: Prompt) -> None:
+        if self._tokenizer is None or prompt.params is None or not prompt.params.detokenize:
+            return
+        for one in output.outputs:
+            one.text = output_text(self._tokenizer, one.token_ids, prompt.params, one.stop_reason, one.finish_reason)
+            if one.logprobs is not None:
+                one.logprobs = [self._name_tokens(position) for position in one.logprobs]
+
+    def _name_tokens(self, position: dict[int, Logprob]) -> dict[int, Logprob]:
+        return {
+            token_id: dataclasses.replace(logprob, decoded_token=self._decode_token(token_id))
+            for token_id, logprob in position.items()
+        }
+
+    def _decode_one(self, token_id: int) -> str:
+        text: str = self.get_tokenizer().decode([token_id])
+        return text
+
+
+def _find_tokenizer(tokenizer: Any, model_path: str, trust_remote_code: bool) -> Any:
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    path = model_path if tokenizer is None else resolve_model(tokenizer, weights=False)
+    return load_tokenizer(path, trust_remote_code=trust_remote_code)
+
+
+def _encode_conversations(render: Callable[[Any], tuple[str, list[int]]], prompts: list[Prompt]) -> None:
+    for prompt in prompts:
+        prompt.attempt(functools.partial(_encode_conversation, render))
+
+
+def _encode_conversation(render: Callable[[Any], tuple[str, list[int]]], prompt: Prompt) -> None:
+    prompt.text, prompt.token_ids = render(prompt.given)

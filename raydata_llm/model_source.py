@@ -1,0 +1,173 @@
+"""What a user names as the model, turned into files on this node, and checked before a GPU is taken.
+
+Owns the meaning of `model_source`: a local folder, a GGUF file, a Hub id, or a remote folder such as `s3://...`.
+Knows no tokens and no rows. Importing it imports neither torch nor transformers, and reads nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from pathlib import Path
+
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.model_cache import fetch_model
+from raydata_llm.remote_model import RemoteModel, wanted_files
+
+logger = logging.getLogger(__name__)
+
+_KINDS = "give a folder with config.json, a .gguf file, a Hub id such as org/name, or s3://bucket/folder"
+_HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*(/[\w][\w.-]*)?)(@(?P<revision>[^@\s]+))?")
+# A GGUF header (the vocabulary is in it) is 2-10 MB; 64 MB holds any known one.
+_GGUF_HEADER_BYTES = 64 << 20
+# The archive's end record and its longest comment.
+_ZIP_END_BYTES = 22 + (1 << 16)
+
+
+def resolve_model(model_source: str, *, weights: bool = True, load_format: str = "auto") -> str:
+    """Return the local path of a model's folder or GGUF file, fetching what is remote once per node.
+
+    Args:
+        model_source: A local folder or GGUF file, a Hub id `org/name[@revision]`, or a remote folder or GGUF file.
+        weights: False fetches only what configs and tokenizers need; a later call with True completes the folder.
+        load_format: EngineConfig's; it tells which weights to fetch ("dummy": none).
+
+    Raises:
+        ValueError: when there is nothing to read there, with the remedy.
+    """
+    if not isinstance(model_source, str) or not model_source.strip():
+        raise ValueError(f"model_source={model_source!r} is not valid: {_KINDS}")
+    weights = weights and load_format != "dummy"
+    if _is_remote(model_source):
+        return _check_folder(model_source, fetch_model(model_source, weights=weights, load_format=load_format))
+    local = _local_path(model_source)
+    if local.exists():
+        return _check_folder(model_source, str(local))
+    return _fetch_from_hub(model_source, weights=weights, load_format=load_format)
+
+
+def check_model(model_source: str, engine_config: EngineConfig) -> None:
+    """Check what a driver can, without torch, without weights and before any GPU is taken.
+
+    The config is translated, max_model_len is compared with it, and so are the weights' names, shapes and file
+    sizes: of remote safetensors and GGUF files the headers are read. Of a Hub model only the config is checked.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+    if isinstance(model_source, str) and _is_remote(model_source):
+        _check_remote(model_source, engine_config)
+        return
+    path = resolve_model(model_source, weights=False)
+    _check_files(path, engine_config, load_format=engine_config.load_format if _is_local(model_source) else "dummy")
+
+
+def _is_remote(model_source: str) -> bool:
+    return "://" in model_source and not model_source.startswith("file://")
+
+
+def _local_path(model_source: str) -> Path:
+    return Path(model_source.removeprefix("file://")).expanduser()
+
+
+def _is_local(model_source: str) -> bool:
+    return _local_path(model_source).exists()
+
+
+def _check_folder(model_source: str, path: str) -> str:
+    # A folder that only holds a tokenizer is fine here: `tokenizer=` may name one.
+    folder = Path(path)
+    if folder.is_file():
+        if folder.suffix != ".gguf":
+            raise ValueError(f"model_source={model_source!r} is a file, but no .gguf file: {_KINDS}")
+    elif not any((folder / name).exists() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+        ggufs = sorted(found.name for found in folder.glob("*.gguf"))
+        hint = f"name the file itself, such as {ggufs[0]}" if ggufs else "check that it is a model's own folder"
+        raise ValueError(f"model_source={model_source!r} has no config.json in the folder: {hint}")
+    return path
+
+
+def _check_files(path: str, engine_config: EngineConfig, *, load_format: str) -> None:
+    from raydata_llm.engine.model_files import ModelFiles
+
+    files = ModelFiles.open(path, load_format=load_format, hf_overrides=engine_config.hf_overrides)
+    model_config = files.model_config()
+    files.check_weights(model_config)
+    longest, wanted = model_config.context_length, engine_config.max_model_len
+    if wanted is not None and wanted > longest:
+        raise ValueError(
+            f"max_model_len={wanted} is not valid: the model was made for {longest} tokens (max_position_embeddings "
+            f"and its RoPE scaling); give {longest} or less, or scale RoPE with hf_overrides={{'rope_scaling': ...}}"
+        )
+
+
+def _check_remote(uri: str, engine_config: EngineConfig) -> None:
+    remote = RemoteModel(uri)
+    with tempfile.TemporaryDirectory(prefix="raydata_llm-") as folder:
+        path = _outline(remote, Path(folder), engine_config.load_format)
+        try:
+            _check_files(path, engine_config, load_format=engine_config.load_format)
+        except ValueError as error:
+            raise ValueError(str(error).replace(path, uri)) from error
+
+
+def _outline(remote: RemoteModel, folder: Path, load_format: str) -> str:
+    """Write the remote model's files as far as a check reads them; the rest of a weight file is a hole."""
+    names = wanted_files(remote.files, weights=True, load_format=load_format)
+    for name in names:
+        size = remote.files[name].size
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("wb") as out:
+            out.truncate(size)
+            for start, length in _checked_ranges(remote, name):
+                out.seek(start)
+                out.write(remote.read(name, start, min(length, size - start)))
+    return str(folder / names[0]) if remote.uri.endswith(".gguf") else _check_folder(remote.uri, str(folder))
+
+
+def _checked_ranges(remote: RemoteModel, name: str) -> list[tuple[int, int]]:
+    """Where in a file the checks read: (start, length) pairs."""
+    size = remote.files[name].size
+    if name.endswith(".gguf"):
+        return [(0, _GGUF_HEADER_BYTES)]
+    if name.endswith(".safetensors"):
+        length = int.from_bytes(remote.read(name, 0, 8), "little")
+        return [(0, 8 + min(length, size))]
+    if name.endswith(".bin"):  # a zip archive, its directory at the end
+        return [(0, 64), (max(0, size - _ZIP_END_BYTES), _ZIP_END_BYTES)]
+    return [(0, size)]
+
+
+def _fetch_from_hub(model_source: str, *, weights: bool, load_format: str) -> str:
+    named = _HUB_ID.fullmatch(model_source)
+    if named is None:
+        raise ValueError(f"model_source={model_source!r} not found: no such folder or file here; {_KINDS}")
+    from huggingface_hub import snapshot_download
+
+    repo, revision = named["repo"], named["revision"]
+    try:
+        names = _list_hub_files(repo, revision)
+        chosen = None if names is None else wanted_files(names, weights=weights, load_format=load_format)
+        path: str = snapshot_download(repo, revision=revision, allow_patterns=chosen, local_files_only=names is None)
+    except (OSError, ValueError) as error:  # what huggingface_hub raises for ids, answers and its cache
+        raise ValueError(
+            f"model_source={model_source!r} not found: it is neither a folder nor a .gguf file here, nor a Hub id "
+            f"that can be read ({str(error).splitlines()[0]}); {_KINDS}. Without a network, or with HF_HUB_OFFLINE=1, "
+            "only models in the Hub's own cache can be read; a gated model needs HF_TOKEN"
+        ) from error
+    return _check_folder(model_source, path)
+
+
+def _list_hub_files(repo: str, revision: str | None) -> list[str] | None:
+    """The repository's files; None without a network, where the Hub's own cache has to do."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return HfApi().list_repo_files(repo, revision=revision)
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception as error:  # the transport's errors change their package with huggingface_hub's version
+        logger.warning("The Hub cannot be reached (%s): looking for %s in its cache", error, repo)
+        return None

@@ -1,0 +1,172 @@
+"""The table of a finished block.
+
+Owns the Arrow types of the engine's columns and the schema of error rows. A column of the dataset that comes through
+unchanged is the dataset's own Arrow column again, type and nulls included. Knows no tokens and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.types as pat
+
+from raydata_llm.ray_blocks import columns_to_arrow
+from raydata_llm.row_payload import ERROR_COLUMN
+
+Row = dict[str, Any]
+
+_LOGPROBS = pa.list_(
+    pa.list_(
+        pa.struct({"token_id": pa.int32(), "logprob": pa.float64(), "rank": pa.int32(), "decoded_token": pa.string()})
+    )
+)
+_KEYED = ("stop_reason", "logprobs")
+_CHOICE = pa.struct(
+    {
+        "index": pa.int64(),
+        "text": pa.string(),
+        "token_ids": pa.list_(pa.int32()),
+        "num_tokens": pa.int64(),
+        "finish_reason": pa.string(),
+        "stop_reason": pa.string(),
+        "cumulative_logprob": pa.float64(),
+        "logprobs": _LOGPROBS,
+    }
+)
+# What the engine adds to a row, and its Arrow type where it reaches the output. Fixed, so that a block in which all
+# values are null has the schema of the others.
+OUTPUT_COLUMNS: dict[str, pa.DataType] = {
+    "prompt": pa.string(),
+    "prompt_token_ids": pa.list_(pa.int32()),
+    "num_input_tokens": pa.int64(),
+    "generated_tokens": pa.list_(pa.int32()),
+    "generated_text": pa.string(),
+    "num_generated_tokens": pa.int64(),
+    "finish_reason": pa.string(),
+    "stop_reason": pa.string(),
+    "cumulative_logprob": pa.float64(),
+    "logprobs": _LOGPROBS,
+    "embeddings": pa.list_(pa.float32()),
+    "metrics": pa.string(),
+    "request_id": pa.int64(),
+    "time_taken_llm": pa.float64(),
+    "params": pa.string(),
+    "outputs": pa.list_(_CHOICE),
+    ERROR_COLUMN: pa.string(),
+}
+
+
+class OutputRows:
+    """Collects a block's finished rows and makes their table.
+
+    Args:
+        source: The dataset's own columns.
+        inputs: The same, as rows.
+        keep_all: Whether there is no `postprocess`, so that every engine column is part of the schema.
+        with_error: Whether good rows say that they are (`__inference_error__` is then part of the schema).
+    """
+
+    def __init__(self, source: pa.Table, inputs: list[Row], *, keep_all: bool, with_error: bool) -> None:
+        self.inputs = inputs
+        self.errors: list[str | None] = []
+        self._source = source
+        self._rows: list[Row] = []
+        self._keep_all = keep_all
+        self._with_error = with_error
+
+    def add(self, row: Row) -> None:
+        """Append a finished row."""
+        if self._with_error:
+            row.setdefault(ERROR_COLUMN, "")
+        self._rows.append(row)
+        self.errors.append(None)
+
+    def add_error(self, columns: Row, error: str) -> None:
+        """Append a row that failed, with what is known of its columns."""
+        self._rows.append({**columns, ERROR_COLUMN: error})
+        self.errors.append(error)
+
+    def to_table(self) -> pa.Table:
+        """All rows as one table, error rows in the schema of good ones."""
+        columns = {name: self._column(name) for name in self._names()}
+        return pa.table(columns)
+
+    def _names(self) -> list[str]:
+        if self._keep_all:
+            names = _keys(self._rows)
+            made = [name for name in names if name not in OUTPUT_COLUMNS]
+            engine = [name for name in OUTPUT_COLUMNS if name != "outputs" or name in names]
+            return list(dict.fromkeys([*self._source.column_names, *made, *engine]))
+        good = [row for row, error in zip(self._rows, self.errors, strict=True) if error is None]
+        return _keys(good) if good else [*self._source.column_names, ERROR_COLUMN]
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        values = [row.get(name) for row in self._rows]
+        own = self._source.column(name) if name in self._source.column_names else None
+        if own is not None and self._unchanged(name, values, own.type):
+            return own
+        if name in OUTPUT_COLUMNS:
+            typed = _typed(name, values)
+            if typed is not None:
+                return typed
+        made = columns_to_arrow({name: values}).column(0)
+        return made if own is None else _alike(made, own.type)
+
+    def _unchanged(self, name: str, values: Sequence[Any], kind: pa.DataType) -> bool:
+        if not all(value is row[name] for value, row in zip(values, self.inputs, strict=True)):
+            return False
+        # `postprocess` may have changed a list or dict in place: compare with a fresh copy. Arrays don't compare.
+        if self._keep_all or not _is_mutable(kind):
+            return True
+        return not isinstance(kind, pa.BaseExtensionType) and bool(self._source.column(name).to_pylist() == values)
+
+
+def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _is_mutable(kind: pa.DataType) -> bool:
+    return bool(pat.is_nested(kind) or isinstance(kind, pa.BaseExtensionType))
+
+
+def _typed(name: str, values: Sequence[Any]) -> pa.ChunkedArray | None:
+    """The values in the engine's own type; None when `postprocess` put something else under the name."""
+    try:
+        plain = [None if value is None else _plain(name, value) for value in values]
+        return pa.chunked_array([pa.array(plain, type=OUTPUT_COLUMNS[name])])
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A stop token's id as text, and what is keyed by token id as a list: Arrow has one type a column."""
+    if name == "stop_reason":
+        return str(value)
+    if name == "logprobs":
+        return [[{"token_id": token_id, **entry} for token_id, entry in position.items()] for position in value]
+    if name == "outputs":
+        return [
+            {**choice, **{key: _plain(key, choice[key]) for key in _KEYED if choice[key] is not None}}
+            for choice in value
+        ]
+    return value
+
+
+def _alike(made: pa.ChunkedArray, own: pa.DataType) -> pa.ChunkedArray:
+    """In the type of the dataset's column where that says the same, so that all blocks have one schema."""
+    families = (pat.is_integer, pat.is_boolean, _is_text, _is_bytes, pat.is_timestamp)
+    related = pat.is_null(made.type) or any(family(made.type) and family(own) for family in families)
+    try:
+        return made.cast(own) if related else made
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return made
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pat.is_string(kind) or pat.is_large_string(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pat.is_binary(kind) or pat.is_large_binary(kind))

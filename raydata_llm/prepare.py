@@ -1,0 +1,191 @@
+"""The first operator: `preprocess`, chat template and tokeniser for one block, as a Ray task.
+
+Owns how a row becomes a request: which of its columns is the prompt, and what happens when one of these steps fails.
+Knows no engine. Invariant: one output row for each input row, in order, with the input columns untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raydata_llm.model_source import resolve_model
+from raydata_llm.ray_blocks import block_number, block_rows
+from raydata_llm.row_key import row_digest, sampling_keys
+from raydata_llm.row_payload import (
+    CARRIED_COLUMN,
+    REQUEST_COLUMN,
+    Carried,
+    RowRequest,
+    append_packed,
+    check_column_names,
+    describe_failure,
+    row_error,
+)
+from raydata_llm.tokenizer import encode_texts, load_tokenizer, render_chat
+
+Row = dict[str, Any]
+RowFunction = Callable[[Row], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparePlan:
+    """What the first operator is told; it travels to its tasks.
+
+    Args:
+        model_source: Where the tokenizer comes from.
+        trust_remote_code: Run code that comes with the tokenizer.
+        preprocess: The user's function of a row; None leaves rows as they are.
+        apply_chat_template: Whether `messages` are taken.
+        chat_template: Instead of the model's own.
+        chat_template_kwargs: Variables of the template.
+        tokenize: Off, `tokenized_prompt` is taken before anything else.
+        job_seed: Seed of rows without one.
+        keep_going: Turn failures into error rows instead of raising.
+    """
+
+    model_source: str
+    trust_remote_code: bool = False
+    preprocess: RowFunction | None = None
+    apply_chat_template: bool = True
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tokenize: bool = True
+    job_seed: int = 0
+    keep_going: bool = False
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded once per process."""
+        path = resolve_model(self.model_source, weights=False)
+        return load_tokenizer(path, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass
+class _Draft:
+    """One row on its way to a request."""
+
+    row: Row
+    made: Row = field(default_factory=dict)
+    prompt: str | None = None
+    templated: bool = False
+    token_ids: Any = None
+    error: str | None = None
+
+    @property
+    def columns(self) -> Row:
+        return {**self.row, **self.made}
+
+
+def prepare(table: pa.Table, plan: PreparePlan) -> pa.Table:
+    """Append a request and what passes by the replica to each row of a block.
+
+    Raises:
+        RowError: for a row that fails, unless `plan.keep_going`.
+        ValueError: for columns named like ours, or a tokenizer that cannot be loaded.
+    """
+    check_column_names(table.column_names)
+    tokenizer = plan.tokenizer()
+    drafts = [_Draft(row) for row in block_rows(table)]
+    for draft in drafts:
+        _attempt(draft, plan, "preprocess", lambda draft: _preprocess(draft, plan.preprocess))
+        _attempt(draft, plan, "chat template", lambda draft: _choose_prompt(draft, plan, tokenizer))
+    _tokenize(drafts, plan, tokenizer)
+    keys = sampling_keys(
+        [row_digest(draft.columns) for draft in drafts], job_seed=plan.job_seed, block_number=block_number()
+    )
+    requests = [
+        RowRequest(draft.token_ids, draft.columns.get("sampling_params"), key, draft.error)
+        for draft, key in zip(drafts, keys, strict=True)
+    ]
+    table = append_packed(table, REQUEST_COLUMN, requests)
+    return append_packed(table, CARRIED_COLUMN, [Carried(draft.made, draft.prompt) for draft in drafts])
+
+
+def _attempt(draft: _Draft, plan: PreparePlan, stage: str, step: Callable[[_Draft], None]) -> None:
+    if draft.error is not None:
+        return
+    try:
+        step(draft)
+    except Exception as error:
+        cause = describe_failure(error, stage)
+        if not plan.keep_going:
+            raise row_error(draft.row, cause) from error
+        draft.error = cause
+
+
+def _preprocess(draft: _Draft, preprocess: RowFunction | None) -> None:
+    if preprocess is None:
+        return
+    made = preprocess(dict(draft.row))
+    if not isinstance(made, Mapping):
+        raise TypeError(f"preprocess returned a {type(made).__name__}: return a dict of columns")
+    draft.made = dict(made)
+
+
+def _choose_prompt(draft: _Draft, plan: PreparePlan, tokenizer: Any) -> None:
+    columns = draft.columns
+    given = {name for name in ("messages", "prompt", "tokenized_prompt") if columns.get(name) is not None}
+    if "tokenized_prompt" in given and (not plan.tokenize or given == {"tokenized_prompt"}):
+        draft.token_ids = _token_array(columns["tokenized_prompt"])
+        draft.prompt = columns.get("prompt")
+    elif "messages" in given and plan.apply_chat_template:
+        draft.templated = True
+        draft.prompt = render_chat(
+            tokenizer,
+            columns["messages"],
+            chat_template=plan.chat_template,
+            chat_template_kwargs=plan.chat_template_kwargs,
+            tools=columns.get("tools"),
+        )
+    elif "prompt" in given:
+        draft.prompt = _text(columns["prompt"])
+    else:
+        raise KeyError(_missing_prompt(columns, given))
+
+
+def _missing_prompt(columns: Row, given: set[str]) -> str:
+    if "messages" in given:
+        return "the row has messages, but the chat template stage is off: switch it on or give prompt"
+    return (
+        f"the row has none of messages, prompt, tokenized_prompt, only {', '.join(columns)}: "
+        "let preprocess return one of them"
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"prompt={value!r} is a {type(value).__name__}: give text")
+    return value
+
+
+def _token_array(value: object) -> np.ndarray[Any, Any]:
+    remedy = "give a list of token ids (whole numbers from 0 on)"
+    token_ids = np.asarray(value)
+    if token_ids.ndim != 1 or token_ids.size == 0 or token_ids.dtype.kind not in "iu":
+        raise TypeError(f"tokenized_prompt={value!r} is not valid: {remedy}")
+    if token_ids.min() < 0 or token_ids.max() >= 2**31:
+        raise ValueError(f"tokenized_prompt={value!r} is not valid: {remedy}")
+    return token_ids.astype(np.int32)
+
+
+def _tokenize(drafts: Sequence[_Draft], plan: PreparePlan, tokenizer: Any) -> None:
+    for templated in (False, True):
+        group = [d for d in drafts if d.error is None and d.token_ids is None and d.templated == templated]
+        try:
+            _encode(group, tokenizer)
+        except Exception:  # one bad text fails the whole call: find it
+            for draft in group:
+                _attempt(draft, plan, "tokenize", lambda draft: _encode([draft], tokenizer))
+
+
+def _encode(group: Sequence[_Draft], tokenizer: Any) -> None:
+    if not group:
+        return
+    texts = [draft.prompt or "" for draft in group]
+    encoded = encode_texts(tokenizer, texts, add_special_tokens=not group[0].templated)
+    for draft, token_ids in zip(group, encoded, strict=True):
+        draft.token_ids = np.asarray(token_ids, dtype=np.int32)

@@ -1,0 +1,228 @@
+"""`build_llm_processor`: a config and two functions of a row become a lazy `Dataset -> Dataset`.
+
+Owns the three operators and how Ray Data runs them. Building checks what the driver can check and runs nothing; no
+DataContext is changed. Knows no tokens; imports Ray only when a dataset is handed in.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raydata_llm.config import EngineProcessorConfig, ProcessorConfig, StageConfig
+from raydata_llm.finish import FinishPlan, finish
+from raydata_llm.model_source import check_model
+from raydata_llm.prepare import PreparePlan, RowFunction, prepare
+from raydata_llm.ray_operators import map_blocks, pool_options, task_options
+from raydata_llm.replica import EngineFactory, Replica, start_engine
+from raydata_llm.replica_pool import Cluster, ReplicaPool
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One operator of a processor.
+
+    Args:
+        name: "prepare", "replica" or "finish".
+        does: What happens in it.
+        reads: The columns that it looks for in a row.
+    """
+
+    name: str
+    does: str
+    reads: Mapping[str, str]
+
+
+_STAGES = (
+    Stage(
+        name="prepare",
+        does="preprocess, chat template and tokeniser, as tasks",
+        reads={
+            "messages": "a conversation, for the chat template",
+            "prompt": "text, where there are no messages or the chat template stage is off",
+            "tokenized_prompt": "token ids, where there is neither or the tokenise stage is off",
+            "sampling_params": "optional: a dict of sampling parameters",
+        },
+    ),
+    Stage(name="replica", does="one engine in each actor of the pool", reads={}),
+    Stage(name="finish", does="detokeniser and postprocess, as tasks", reads={}),
+)
+
+
+class Processor:
+    """A lazy `Dataset -> Dataset`, to be used on any number of datasets.
+
+    Made by `build_llm_processor`.
+    """
+
+    def __init__(
+        self,
+        config: EngineProcessorConfig,
+        preprocess: RowFunction | None = None,
+        postprocess: RowFunction | None = None,
+        *,
+        preprocess_map_kwargs: Mapping[str, Any] | None = None,
+        postprocess_map_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        engine_factory: EngineFactory = start_engine,
+    ) -> None:
+        self.config = config
+        self.preprocess = preprocess
+        self.postprocess = postprocess
+        self._engine_factory = engine_factory
+        chat, tokenize, detokenize = config.chat_template_options, config.tokenize_options, config.detokenize_options
+        self._prepare_plan = PreparePlan(
+            model_source=_tokenizer_source(config, chat, tokenize),
+            trust_remote_code=config.engine_config().trust_remote_code,
+            preprocess=_bound("preprocess", preprocess, preprocess_map_kwargs),
+            apply_chat_template=chat.enabled,
+            chat_template=chat.chat_template,
+            chat_template_kwargs=chat.chat_template_kwargs or chat_template_kwargs or {},
+            tokenize=tokenize.enabled,
+            job_seed=config.engine_config().seed,
+            keep_going=config.should_continue_on_error,
+        )
+        self._finish_plan = FinishPlan(
+            model_source=detokenize.model_source or config.model_source,
+            trust_remote_code=config.engine_config().trust_remote_code,
+            detokenize=detokenize.enabled,
+            postprocess=_bound("postprocess", postprocess, postprocess_map_kwargs),
+            keep_going=config.should_continue_on_error,
+        )
+        self._prepare_options = task_options("preprocess_map_kwargs", preprocess_map_kwargs, [chat, tokenize], config)
+        self._finish_options = task_options("postprocess_map_kwargs", postprocess_map_kwargs, [detokenize], config)
+
+    def __call__(self, dataset: Dataset) -> Dataset:
+        """The dataset with an answer in each row; nothing runs until it is consumed.
+
+        Raises:
+            ValueError: for anything that is not a `ray.data.Dataset`.
+        """
+        if not hasattr(dataset, "map_batches"):
+            raise ValueError(f"dataset={type(dataset).__name__} is not valid: give a ray.data.Dataset")
+        pool = ReplicaPool.plan(self.config, Cluster.current())
+        # Ray Data hands a small Parquet folder on as one block, which would keep one replica busy; and tiny blocks
+        # would be as many tasks. Exact sizes also keep a block's rows the same in every run.
+        dataset = dataset.repartition(target_num_rows_per_block=pool.block_rows, strict=True)
+        rows = pool.block_rows
+        dataset = map_blocks(dataset, prepare, rows, fn_kwargs={"plan": self._prepare_plan}, **self._prepare_options)
+        dataset = map_blocks(dataset, Replica, rows, **self._replica_options(pool))
+        return map_blocks(dataset, finish, rows, fn_kwargs={"plan": self._finish_plan}, **self._finish_options)
+
+    def list_stage_names(self) -> list[str]:
+        """The operators' names, in order."""
+        return [stage.name for stage in _STAGES]
+
+    def get_stage_by_name(self, name: str) -> Stage:
+        """One operator.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        for stage in _STAGES:
+            if stage.name == name:
+                return stage
+        raise ValueError(f"name={name!r} is not a stage: choose one of {', '.join(self.list_stage_names())}")
+
+    def log_input_column_names(self) -> None:
+        """Log the columns that a row may have for the first operator."""
+        lines = "".join(f"\n  {name}: {meaning}" for name, meaning in _STAGES[0].reads.items())
+        logger.info("Columns that preprocess returns, or the dataset has:%s", lines)
+
+    def _replica_options(self, pool: ReplicaPool) -> dict[str, Any]:
+        constructor_kwargs = {
+            "model_source": self.config.model_source,
+            "engine_kwargs": pool.engine_kwargs,
+            "keep_going": self.config.should_continue_on_error,
+            "engine_factory": self._engine_factory,
+        }
+        return {"fn_constructor_kwargs": constructor_kwargs, **pool_options(pool, self.config)}
+
+
+def build_llm_processor(
+    config: ProcessorConfig,
+    preprocess: RowFunction | None = None,
+    postprocess: RowFunction | None = None,
+    preprocess_map_kwargs: Mapping[str, Any] | None = None,
+    postprocess_map_kwargs: Mapping[str, Any] | None = None,
+    builder_kwargs: Mapping[str, Any] | None = None,
+) -> Processor:
+    """Build a processor: a lazy `Dataset -> Dataset` that answers each row with a model.
+
+    Args:
+        config: The model, the engine's settings and the pool.
+        preprocess: Row to a dict with `messages`, `prompt` or `tokenized_prompt`, `sampling_params`, and anything
+            that `postprocess` should see.
+        postprocess: Row, with its input columns and the engine's, to the row that is wanted.
+        preprocess_map_kwargs: Ray options of the tasks that run `preprocess`: num_cpus, memory, concurrency, ...
+        postprocess_map_kwargs: The same for `postprocess`.
+        builder_kwargs: {"chat_template_kwargs": {...}}, variables of the chat template.
+
+    Raises:
+        ValueError: for what the driver can tell is wrong with the config or the model's files.
+    """
+    if not isinstance(config, EngineProcessorConfig):
+        raise ValueError(f"config={type(config).__name__} is not valid: give an EngineProcessorConfig")
+    processor = Processor(
+        config,
+        preprocess,
+        postprocess,
+        preprocess_map_kwargs=preprocess_map_kwargs,
+        postprocess_map_kwargs=postprocess_map_kwargs,
+        chat_template_kwargs=_chat_template_kwargs(builder_kwargs or {}),
+    )
+    check_model(config.model_source, config.engine_config())
+    return processor
+
+
+build_processor = build_llm_processor
+
+
+def _chat_template_kwargs(builder_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in builder_kwargs:
+        if name != "chat_template_kwargs":
+            raise ValueError(
+                f"builder_kwargs[{name!r}] is not valid: only 'chat_template_kwargs' is; "
+                "preprocess, postprocess and their map kwargs are arguments of their own"
+            )
+    kwargs = builder_kwargs.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"builder_kwargs['chat_template_kwargs']={kwargs!r} is not valid: give a dict")
+    return kwargs
+
+
+def _tokenizer_source(config: EngineProcessorConfig, *stages: StageConfig) -> str:
+    sources = {stage.model_source for stage in stages if stage.model_source is not None}
+    if len(sources) > 1:
+        raise ValueError(
+            f"chat_template_stage and tokenize_stage name two tokenizers, {' and '.join(sorted(sources))}: name one"
+        )
+    return sources.pop() if sources else config.model_source
+
+
+def _bound(name: str, function: RowFunction | None, map_kwargs: Mapping[str, Any] | None) -> RowFunction | None:
+    """The user's function with its further arguments."""
+    if function is None:
+        return None
+    if isinstance(function, type) or not callable(function):
+        raise ValueError(f"{name}={function!r} is not valid: give a function of a row that returns a dict")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise ValueError(f"{name}={function!r} is not valid: give a plain function, neither async nor a generator")
+    kwargs = map_kwargs or {}
+    args = tuple(kwargs.get("fn_args") or ())
+    if not args and not kwargs.get("fn_kwargs"):
+        return function
+    return functools.partial(_call, function, args, dict(kwargs.get("fn_kwargs") or {}))
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], row: dict[str, Any]) -> Any:
+    return function(row, *args, **kwargs)

@@ -1,0 +1,147 @@
+"""What `LLM.generate` and `LLM.chat` take, told apart and checked.
+
+Owns the forms of a prompt: text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`, a plain list of token ids, or a
+conversation; and the pairing of prompts with sampling parameters. Knows no tokenizer and no engine.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raydata_llm.engine.sampling_params import SamplingParams
+
+ParamsLike = SamplingParams | Mapping[str, Any]
+
+
+@dataclass
+class Prompt:
+    """One prompt on its way to a request.
+
+    Args:
+        index: Its place in the caller's list.
+        given: As the caller gave it.
+        params: None when they could not be read (`error` says why).
+        text: As given, or rendered by the chat template; None when only token ids are known.
+        token_ids: As given, or encoded later.
+        error: Why it cannot be run, as `Type: message`.
+    """
+
+    index: int
+    given: Any
+    params: SamplingParams | None
+    text: str | None = None
+    token_ids: list[int] | None = None
+    error: str | None = None
+
+    def attempt(self, work: Callable[[Prompt], None]) -> None:
+        """Do something with this prompt, unless it failed before; what goes wrong becomes its error."""
+        if self.error is not None:
+            return
+        try:
+            work(self)
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+
+
+def list_prompts(prompts: Any) -> list[Any]:
+    """Make a list of what may be one prompt or several.
+
+    Raises:
+        ValueError: for what is neither.
+    """
+    if isinstance(prompts, (str, Mapping)) or _is_token_ids(prompts):
+        return [prompts]
+    if isinstance(prompts, Iterable) and not isinstance(prompts, bytes):
+        return list(prompts)
+    raise ValueError(
+        f"prompts={prompts!r} is a {type(prompts).__name__}: give text, token ids, "
+        '{"prompt": ...}, {"prompt_token_ids": ...}, or a list of these'
+    )
+
+
+def list_conversations(messages: Any) -> list[Any]:
+    """Make a list of what may be one conversation (a list of dicts) or several."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        return [messages]
+    conversations = list(messages)
+    return [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+
+
+def pair_params(given: list[Any], sampling_params: Any, defaults: Mapping[str, Any]) -> list[Prompt]:
+    """Pair prompts with sampling parameters: none, one for all, or a list with one each.
+
+    Raises:
+        ValueError: for a list of another length, or parameters for all that are not valid; those of one prompt
+            in a list become that prompt's error.
+    """
+    if sampling_params is None or isinstance(sampling_params, (SamplingParams, Mapping)):
+        params = SamplingParams.from_mapping(sampling_params, defaults)
+        return [Prompt(index, prompt, params) for index, prompt in enumerate(given)]
+    if not isinstance(sampling_params, Sequence) or isinstance(sampling_params, str):
+        kind = type(sampling_params).__name__
+        raise ValueError(f"sampling_params={sampling_params!r} is a {kind}: give SamplingParams, a dict, or a list")
+    if len(sampling_params) != len(given):
+        raise ValueError(
+            f"sampling_params has {len(sampling_params)} entries for {len(given)} prompts: give one each or one"
+        )
+    prompts = [Prompt(index, prompt, None) for index, prompt in enumerate(given)]
+    for prompt, one in zip(prompts, sampling_params, strict=True):
+        prompt.attempt(functools.partial(_read_params, one, defaults))
+    return prompts
+
+
+def read_prompt(prompt: Prompt) -> None:
+    """Fill in text or token ids from what was given.
+
+    Raises:
+        ValueError: naming what came instead.
+    """
+    given = prompt.given
+    if isinstance(given, Mapping):
+        prompt.text = given.get("prompt")
+        if given.get("prompt_token_ids") is not None:
+            prompt.token_ids = _token_ids(given["prompt_token_ids"])
+            return
+        given = prompt.text
+        if given is None:
+            raise ValueError(f"prompt has the keys {sorted(map(str, prompt.given))}: give prompt or prompt_token_ids")
+    if isinstance(given, str):
+        prompt.text = given
+        return
+    if not isinstance(given, Sequence | np.ndarray):
+        raise ValueError(f"prompt={given!r} is a {type(given).__name__}: give text or token ids")
+    prompt.token_ids = _token_ids(given)
+
+
+def _read_params(params: Any, defaults: Mapping[str, Any], prompt: Prompt) -> None:
+    prompt.params = SamplingParams.from_mapping(params, defaults)
+
+
+def _is_token_ids(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
+    return isinstance(value, (list, tuple)) and bool(value) and all(_is_integer(one) for one in value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _token_ids(value: Any) -> list[int]:
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or not all(map(_is_integer, value)):
+        raise ValueError(f"prompt_token_ids={_short(value)} is not valid: give whole numbers")
+    token_ids = [int(one) for one in value]
+    # The engine keeps them in 32 bits: a larger number must not come out as another token.
+    if any(not -1 < one < 1 << 31 for one in token_ids):
+        raise ValueError(f"prompt_token_ids={_short(value)} is not valid: token ids are 0 or more, and below 2**31")
+    return token_ids
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,41 @@
+"""A Ray task's view of its block: rows as Ray Data hands them to a user's function, and the block's number.
+
+Owns the few things that only Ray Data can tell from inside a task.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+
+def block_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows, their values converted as `Dataset.map` converts them."""
+    from ray.data.block import BlockAccessor
+
+    return list(BlockAccessor.for_block(table).iter_rows(public_row_format=True))
+
+
+def block_number() -> int:
+    """The number of this block among those of its operator, the same in a retry; 0 outside a Ray Data task."""
+    from ray.data._internal.execution.interfaces.task_context import TaskContext
+
+    context = TaskContext.get_current()
+    return 0 if context is None else int(context.task_idx)
+
+
+def block_size_limit() -> int | None:
+    """Bytes from which Ray Data may cut a task's output into several blocks; None when it does not."""
+    from ray.data import DataContext
+
+    return DataContext.get_current().target_max_block_size
+
+
+def columns_to_arrow(columns: dict[str, list[Any]]) -> pa.Table:
+    """A table of Python values, with Ray Data's rules for tensors and for what Arrow has no type for."""
+    from ray.data.block import BlockAccessor
+
+    table = BlockAccessor.batch_to_arrow_block(columns)
+    assert isinstance(table, pa.Table)
+    return table

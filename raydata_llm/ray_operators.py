@@ -1,0 +1,106 @@
+"""How Ray Data runs our operators: the options of their tasks and of the pool, for the versions of Ray we work with.
+
+Owns every name of Ray Data's that the processor depends on, so that a new version of Ray is a matter of this file.
+Nothing here changes a DataContext. Imports Ray only inside functions, which a driver calls with a dataset in hand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raydata_llm.config import EngineProcessorConfig, StageConfig
+from raydata_llm.replica_pool import ReplicaPool
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+# Times a block is sent again when its replica's process or node is lost. Unlimited, as Ray Data's default, a row that
+# kills the engine would do so for ever.
+_BLOCK_RETRIES = 4
+
+# Arguments of the user's function, bound to it elsewhere.
+_BINDABLE = ("fn_args", "fn_kwargs")
+_TASK_OPTIONS = (
+    "accelerator_type",
+    "concurrency",
+    "fallback_strategy",
+    "label_selector",
+    "max_calls",
+    "max_retries",
+    "memory",
+    "num_cpus",
+    "num_gpus",
+    "resources",
+    "retry_exceptions",
+    "runtime_env",
+    "scheduling_strategy",
+)
+
+
+def task_options(
+    name: str,
+    map_kwargs: Mapping[str, Any] | None,
+    stages: Sequence[StageConfig],
+    config: EngineProcessorConfig,
+) -> dict[str, Any]:
+    """Options of one operator's tasks: the processor's, then its stages', then the user's for the function."""
+    options: dict[str, Any] = {"runtime_env": config.runtime_env}
+    for stage in stages:
+        for option in ("num_cpus", "memory", "concurrency", "runtime_env"):
+            if getattr(stage, option) is not None:
+                options[option] = getattr(stage, option)
+    for option, value in (map_kwargs or {}).items():
+        if option not in _TASK_OPTIONS and option not in _BINDABLE:
+            near = difflib.get_close_matches(option, _TASK_OPTIONS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join((*_TASK_OPTIONS, *_BINDABLE))}"
+            raise ValueError(f"{name}[{option!r}]={value!r} is not valid: {hint}")
+        if option in _TASK_OPTIONS:
+            options[option] = value
+    return {option: value for option, value in options.items() if value is not None}
+
+
+def pool_options(pool: ReplicaPool, config: EngineProcessorConfig) -> dict[str, Any]:
+    """Options of the pool of replicas."""
+    options = {
+        # Ray Data gives every actor a CPU of its own otherwise, and two replicas on two CPUs leave none for the
+        # tasks that feed them: no row, no message.
+        "num_cpus": 0,
+        "max_task_retries": _BLOCK_RETRIES,
+        "runtime_env": config.runtime_env,
+        **_actor_pool(pool),
+    }
+    if pool.use_gpu:
+        options |= {"num_gpus": 1, "accelerator_type": config.accelerator_type}
+    return {option: value for option, value in options.items() if value is not None}
+
+
+def map_blocks(dataset: Dataset, function: Any, block_rows: int, **options: Any) -> Dataset:
+    """Run a function of a whole block, as an Arrow table, over a dataset."""
+    from ray.data import TaskPoolStrategy
+
+    concurrency = options.pop("concurrency", None)
+    if concurrency is not None:
+        options["compute"] = TaskPoolStrategy(size=max(concurrency) if isinstance(concurrency, tuple) else concurrency)
+    options |= {"batch_format": "pyarrow", "zero_copy_batch": True, "udf_modifying_row_count": False}
+    if hasattr(dataset, "map_batches_internal"):
+        return dataset.map_batches_internal(function, batch_size=None, **options)
+    # Older Rays have the public method alone, which asks for a batch size where a GPU is taken.
+    return dataset.map_batches(function, batch_size=block_rows if options.get("num_gpus") else None, **options)
+
+
+def _actor_pool(pool: ReplicaPool) -> dict[str, Any]:
+    from ray.data import ActorPoolStrategy
+
+    strategy: dict[str, Any] = {
+        "min_size": pool.min_size,
+        "max_size": pool.max_size,
+        "initial_size": pool.min_size,
+        "max_tasks_in_flight_per_actor": pool.blocks_in_flight,
+        "enable_true_multi_threading": True,
+    }
+    if "max_concurrent_calls_per_actor" not in inspect.signature(ActorPoolStrategy).parameters:  # before Ray 2.58
+        return {"compute": ActorPoolStrategy(**strategy), "max_concurrency": pool.concurrent_blocks}
+    return {"compute": ActorPoolStrategy(**strategy, max_concurrent_calls_per_actor=pool.concurrent_blocks)}

@@ -1,0 +1,148 @@
+"""A model's files in a remote store, such as `s3://bucket/folder` or `gs://bucket/model.gguf`: listed and read.
+
+Owns what of a model's folder is worth reading, and what a store's failure means to the user. Knows no cache.
+pyarrow's own file systems come first (no extra package, and they fail loudly on a missing bucket), fsspec's after.
+Importing this reads no store and imports no file system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+from typing import Any
+
+_METADATA_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+_TEMPLATE_FOLDER = "additional_chat_templates"
+_CREDENTIAL_ERRORS = (
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY",
+    "SIGNATURE",
+    "INVALID_CLIENT_TOKEN",
+    "EXPIRED",
+    "Forbidden",
+)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file: its path in the store, its size in bytes, and a stamp that changes when it is overwritten."""
+
+    path: str
+    size: int
+    stamp: str
+
+
+class RemoteModel:
+    """The files of a remote model.
+
+    Args:
+        uri: A folder, or a `.gguf` file.
+
+    Raises:
+        ValueError: naming the URI, what went wrong and the remedy.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._filesystem, path = _open_filesystem(uri)
+        try:
+            self.files = {name: self._remote_file(info) for name, info in self._list(path).items()}
+        except OSError as error:
+            raise _store_error(uri, error) from error
+        if not self.files:
+            raise ValueError(f"model_source={uri!r} not found: there is no file at that place; check the folder's name")
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Read `length` bytes (fewer at the file's end) from position `start`."""
+        try:
+            with self._filesystem.open_input_file(self.files[name].path) as stream:
+                stream.seek(start)
+                content: bytes = stream.read(length)
+        except OSError as error:
+            raise _store_error(self.uri, error) from error
+        return content
+
+    def _list(self, path: str) -> dict[str, Any]:
+        from pyarrow.fs import FileSelector, FileType
+
+        if path.endswith(".gguf"):
+            info = self._filesystem.get_file_info(path)
+            return {PurePosixPath(path).name: info} if info.type == FileType.File else {}
+        found = {}
+        for folder in ("", f"{_TEMPLATE_FOLDER}/"):
+            selector = FileSelector(f"{path.rstrip('/')}/{folder}".rstrip("/"), allow_not_found=bool(folder))
+            for info in self._filesystem.get_file_info(selector):
+                if info.type == FileType.File:
+                    found[folder + info.base_name] = info
+        return found
+
+    def _remote_file(self, info: Any) -> RemoteFile:
+        # pyarrow tells no etag; the modification time changes with every overwrite. fsspec's stores tell a key.
+        handler = getattr(self._filesystem, "handler", None)
+        stamp = str(info.mtime_ns) if handler is None else str(handler.fs.ukey(info.path))
+        return RemoteFile(path=info.path, size=info.size, stamp=stamp)
+
+
+def wanted_files(names: Iterable[str], *, weights: bool, load_format: str = "auto") -> list[str]:
+    """Choose from a model folder's files what the engine reads.
+
+    Left out are notes and pictures, weights in a second format (`.bin` beside `.safetensors`), Mistral's
+    `consolidated` copy, and subfolders such as `original/`; a GGUF file counts only when it is named itself.
+    """
+    names = sorted(names)
+    if len(names) == 1 and names[0].endswith(".gguf"):
+        return names
+    plain = [name for name in names if "/" not in name or name.startswith(f"{_TEMPLATE_FOLDER}/")]
+    chosen = [name for name in plain if name.endswith(_METADATA_SUFFIXES)]
+    return chosen + weight_files(plain, load_format) if weights else chosen
+
+
+def weight_files(names: Iterable[str], load_format: str = "auto") -> list[str]:
+    """The files that hold the weights, in the formats that `load_format` takes (as the engine's `ModelFiles`)."""
+    names = sorted(names)
+    safetensors = [name for name in names if fnmatch(name, "model*.safetensors")]
+    pickled = [name for name in names if fnmatch(name, "pytorch_model*.bin")]
+    by_format = {"auto": safetensors or pickled, "safetensors": safetensors, "pt": pickled}
+    return by_format.get(load_format, [])
+
+
+def _open_filesystem(uri: str) -> tuple[Any, str]:
+    import pyarrow
+    from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+
+    try:
+        filesystem, path = FileSystem.from_uri(uri)
+        return filesystem, path
+    except pyarrow.ArrowInvalid as error:
+        if "Unrecognized filesystem" not in str(error):
+            raise ValueError(f"model_source={uri!r} is not a valid address: {error}") from error
+    except OSError as error:
+        raise _store_error(uri, error) from error
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        scheme = uri.partition("://")[0]
+        raise ValueError(
+            f"model_source={uri!r} cannot be read: {error}; use s3://, gs:// or abfs://, "
+            f"or install fsspec's package for {scheme}://"
+        ) from error
+    return PyFileSystem(FSSpecHandler(filesystem)), path
+
+
+def _store_error(uri: str, error: OSError) -> ValueError:
+    cause = str(error).partition(" (Request ID")[0]
+    if "NO_SUCH_BUCKET" in cause:
+        return ValueError(
+            f"model_source={uri!r} not found: its bucket does not exist; check the bucket's name ({cause})"
+        )
+    if isinstance(error, FileNotFoundError):
+        return ValueError(f"model_source={uri!r} not found: check bucket and folder ({cause})")
+    if isinstance(error, PermissionError) or any(code in cause for code in _CREDENTIAL_ERRORS):
+        remedy = "check the credentials (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and their right to read it"
+        return ValueError(f"model_source={uri!r} was refused: {remedy} ({cause})")
+    remedy = "check the network and the endpoint (for S3: AWS_ENDPOINT_URL, AWS_REGION)"
+    return ValueError(f"model_source={uri!r} could not be read: {remedy} ({cause})")

@@ -1,0 +1,132 @@
+"""How many replicas, on what, and how much work each holds: worked out from the config and the cluster as it is.
+
+Owns the sizes (rows of a block, blocks in flight, CPU threads) and the choice between GPU and CPU. Runs on the driver;
+knows no rows and no engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raydata_llm.config import EngineProcessorConfig
+
+logger = logging.getLogger(__name__)
+
+# EngineConfig's own defaults of max_num_seqs.
+_SLOTS_ON_GPU, _SLOTS_ON_CPU = 1024, 64
+# Blocks small enough that a small dataset feeds several replicas, large enough that ten million rows are not a
+# hundred thousand tasks.
+_BLOCK_ROWS_ON_GPU, _BLOCK_ROWS_ON_CPU = 256, 16
+# Rows queued a slot, so that a finished row is followed at once. On a CPU, where a row takes seconds, a long queue
+# only means that the replica which is ready first takes a small dataset for itself.
+_QUEUE_ON_GPU, _QUEUE_ON_CPU = 3.0, 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What the driver sees of the cluster.
+
+    Args:
+        num_gpus: All GPUs.
+        node_cpus: CPUs of each node that has some.
+    """
+
+    num_gpus: float
+    node_cpus: Sequence[float]
+
+    @classmethod
+    def current(cls) -> Cluster:
+        """The cluster that Ray is connected to (it is started if there is none)."""
+        import ray
+
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        cpus = [node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"]]
+        return cls(num_gpus=resources.get("GPU", 0.0), node_cpus=[count for count in cpus if count > 0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaPool:
+    """The sizes of a pool.
+
+    Args:
+        min_size, max_size: Replicas.
+        use_gpu: Whether each takes a GPU.
+        block_rows: Rows of a block.
+        concurrent_blocks: Blocks a replica works on at once.
+        blocks_in_flight: Blocks sent to a replica at once, those at work included.
+        engine_kwargs: The user's, with what the placement decides.
+    """
+
+    min_size: int
+    max_size: int
+    use_gpu: bool
+    block_rows: int
+    concurrent_blocks: int
+    blocks_in_flight: int
+    engine_kwargs: Mapping[str, Any]
+
+    @classmethod
+    def plan(cls, config: EngineProcessorConfig, cluster: Cluster) -> ReplicaPool:
+        """Work out the pool for a cluster."""
+        use_gpu = _uses_gpu(config, cluster)
+        min_size, max_size = config.pool_bounds
+        block_rows = config.batch_size or (_BLOCK_ROWS_ON_GPU if use_gpu else _BLOCK_ROWS_ON_CPU)
+        grows = min_size < max_size
+        concurrent = config.max_concurrent_batches or _concurrent_blocks(config, use_gpu, block_rows, grows=grows)
+        # Ray Data adds a replica when the blocks in flight pass 1.75 times those at work: a pool that may grow
+        # needs room for more than that.
+        in_flight = config.max_tasks_in_flight_per_actor or (2 * concurrent if grows else concurrent)
+        return cls(
+            min_size=min_size,
+            max_size=max_size,
+            use_gpu=use_gpu,
+            block_rows=block_rows,
+            concurrent_blocks=concurrent,
+            blocks_in_flight=in_flight,
+            engine_kwargs=_placed(config.engine_kwargs, use_gpu, max_size, cluster),
+        )
+
+
+def _uses_gpu(config: EngineProcessorConfig, cluster: Cluster) -> bool:
+    device = str(config.engine_kwargs.get("device") or "auto").partition(":")[0]
+    if device != "auto":
+        use_gpu, reason = device == "cuda", f"engine_kwargs['device']={device!r}"
+    elif config.accelerator_type is not None:
+        use_gpu, reason = True, f"accelerator_type={config.accelerator_type!r}"
+    else:
+        use_gpu, reason = cluster.num_gpus > 0, f"the cluster has {cluster.num_gpus:g} GPUs"
+    asked = config.pool_bounds[0]
+    logger.info("Replicas run on %s: %s", "one GPU each" if use_gpu else "CPUs", reason)
+    if use_gpu and cluster.num_gpus < asked:
+        logger.warning(
+            "concurrency=%s asks for %d GPUs and the cluster has %g: the missing replicas wait for more nodes",
+            config.concurrency,
+            asked,
+            cluster.num_gpus,
+        )
+    return use_gpu
+
+
+def _concurrent_blocks(config: EngineProcessorConfig, use_gpu: bool, block_rows: int, *, grows: bool) -> int:
+    slots = config.engine_kwargs.get("max_num_seqs") or (_SLOTS_ON_GPU if use_gpu else _SLOTS_ON_CPU)
+    rows: float = slots * (_QUEUE_ON_GPU if use_gpu else _QUEUE_ON_CPU)
+    if config.max_pending_requests is not None and config.max_pending_requests > 0:
+        rows = min(rows, config.max_pending_requests)
+    # A pool that may grow has as many blocks waiting at a replica as at work.
+    return max(1, math.ceil(rows / block_rows / (2 if grows else 1)))
+
+
+def _placed(engine_kwargs: Mapping[str, Any], use_gpu: bool, replicas: int, cluster: Cluster) -> dict[str, Any]:
+    placed = dict(engine_kwargs)
+    if placed.get("device") in (None, "auto"):
+        placed["device"] = "cuda" if use_gpu else "cpu"
+    if not use_gpu and placed.get("num_threads") is None:
+        # Ray sets OMP_NUM_THREADS to 1 in an actor that takes no CPUs, so the engine must be told.
+        per_node = math.ceil(replicas / max(1, len(cluster.node_cpus)))
+        placed["num_threads"] = max(1, int(min(cluster.node_cpus, default=1)) // per_node)
+    return placed

@@ -1,0 +1,143 @@
+"""What travels between our three operators beside the user's columns: opaque bytes, one cell a row.
+
+Python values cross as pickles, so `sampling_params`, messages and nested values arrive exactly as given; an Arrow
+struct would fill in other rows' keys with None and turn `top_k=5` into `5.0`. The user's own columns are left as Arrow
+slices. Knows no model and no Ray Data. Invariant: a table never loses or reorders a row here.
+
+    input columns                                     -> prepare
+    input columns | request | carried                 -> replica
+    input columns |           carried | output        -> finish
+"""
+
+from __future__ import annotations
+
+import pickle
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from raydata_llm.engine.request import RequestOutput, TokenArray
+
+REQUEST_COLUMN = "__raydata_llm_request"
+CARRIED_COLUMN = "__raydata_llm_carried"
+OUTPUT_COLUMN = "__raydata_llm_output"
+BLOCK_COLUMN = "__raydata_llm_block"
+RESERVED_COLUMNS = (REQUEST_COLUMN, CARRIED_COLUMN, OUTPUT_COLUMN, BLOCK_COLUMN)
+ERROR_COLUMN = "__inference_error__"
+
+_ROW_TEXT_LIMIT = 500
+
+
+class RowRequest(NamedTuple):
+    """What a replica needs to know of a row; `error` says why it has no request."""
+
+    prompt_token_ids: TokenArray | None
+    sampling_params: Any
+    key: int
+    error: str | None = None
+
+
+class Carried(NamedTuple):
+    """What passes by the replica: the columns that `preprocess` made and the prompt's text."""
+
+    columns: Mapping[str, Any]
+    prompt: str | None = None
+
+
+class RowOutput(NamedTuple):
+    """What a replica says of a row; `sampling_params` is JSON, and `error` says why it has no output."""
+
+    output: RequestOutput | None
+    sampling_params: str
+    request_id: int
+    seconds: float
+    error: str | None = None
+
+
+class RowError(RuntimeError):
+    """A row that failed, named by its input columns, the stage and the cause."""
+
+
+def row_error(row: Mapping[str, Any], cause: str) -> RowError:
+    """The error that stops a job whose rows must all succeed.
+
+    Args:
+        row: The row's input columns.
+        cause: From `describe_failure`.
+    """
+    return RowError(
+        f"a row failed with {cause}. Its input columns: {abbreviate(row)}. "
+        "Mend or filter such rows, or set should_continue_on_error=True to get them as rows with "
+        f"{ERROR_COLUMN} set."
+    )
+
+
+def describe_failure(error: BaseException | str, stage: str) -> str:
+    """`Type: message (stage)`; engine errors come with their type already."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return f"{text} ({stage})"
+
+
+def abbreviate(row: Mapping[str, Any]) -> str:
+    """A row's columns as text of at most 500 characters, long values shortened first."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 120
+    columns = [f"{name!r}: {shortened.repr(row[name])}" for name in row if name not in RESERVED_COLUMNS]
+    text = f"{{{', '.join(columns)}}}"
+    return text if len(text) <= _ROW_TEXT_LIMIT else f"{text[:_ROW_TEXT_LIMIT]}..."
+
+
+def check_column_names(names: Iterable[str]) -> None:
+    """Refuse datasets whose columns are named like ours.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    for name in names:
+        if name in RESERVED_COLUMNS:
+            raise ValueError(f"the dataset's column {name!r} has a name that raydata_llm needs itself: rename it")
+
+
+def pack(value: object) -> bytes:
+    """Pickle a value; what plain pickle cannot name (classes of the driver's script, lambdas) goes by value."""
+    try:
+        return pickle.dumps(value, protocol=5)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        from ray import cloudpickle
+
+        return bytes(cloudpickle.dumps(value, protocol=5))  # type: ignore[no-untyped-call]
+
+
+def append_packed(table: pa.Table, name: str, values: Iterable[object]) -> pa.Table:
+    """The table with one more column, a pickle a row."""
+    return table.append_column(name, pa.array([pack(value) for value in values], type=pa.large_binary()))
+
+
+def unpack_column(table: pa.Table, name: str) -> list[Any]:
+    """The values of a column made by `append_packed`."""
+    return [pickle.loads(cell) for cell in table.column(name).to_pylist()]
+
+
+def seal_block(table: pa.Table, limit: int | None) -> pa.Table:
+    """The table itself, or, from `limit` bytes on, a table of one row that holds it.
+
+    Ray Data cuts a task's output into blocks by bytes and replays a retried task by block number. Regenerated text has
+    other lengths, so other cuts: rows would be lost and repeated in silence. One row cannot be cut.
+    """
+    if limit is None or table.nbytes < limit:
+        return table
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    sealed = pa.array([sink.getvalue().to_pybytes()], type=pa.large_binary())
+    return pa.table({BLOCK_COLUMN: sealed})
+
+
+def open_block(table: pa.Table) -> pa.Table:
+    """Undo `seal_block`."""
+    if table.column_names != [BLOCK_COLUMN]:
+        return table
+    with pa.ipc.open_stream(table.column(BLOCK_COLUMN)[0].as_buffer()) as reader:
+        return reader.read_all()

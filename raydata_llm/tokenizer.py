@@ -1,0 +1,234 @@
+"""Text to token ids: the tokenizer of a model, its chat template, and how a prompt becomes token ids.
+
+Owns the rule for special tokens: plain text gets those the tokenizer adds, templated text gets none (its template
+has written them). Knows no rows and no engine. Importing it imports neither transformers nor torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raydata_llm.tokenizer_cache import load_prepared, tokenizer_stamp
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def load_tokenizer(local_path: str, *, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer, once per process.
+
+    Args:
+        local_path: A folder in Hugging Face's layout, or a GGUF file (see `resolve_model`).
+        trust_remote_code: Run tokenizer code that comes with the folder.
+
+    Returns:
+        A transformers tokenizer. Do not change it: the process shares it.
+
+    Raises:
+        ValueError: when there is no tokenizer that can be read, with the remedy.
+    """
+    return _load(local_path, tokenizer_stamp(Path(local_path)), trust_remote_code)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(local_path: str, stamp: str, trust_remote_code: bool) -> Any:
+    try:
+        return load_prepared(Path(local_path), stamp, trust_remote_code=trust_remote_code)
+    except (OSError, ImportError, KeyError, TypeError, ValueError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"model_source={local_path!r} has no tokenizer that can be read: {cause}; "
+            "add its tokenizer.json (and tokenizer_config.json), or name another one with tokenizer="
+        ) from error
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of plain text, with the special tokens that the tokenizer adds (a BOS, if it has the habit).
+
+    Raises:
+        ValueError: when `text` is no string.
+    """
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of several texts at once: tokenizers spreads a list over the machine's cores.
+
+    Raises:
+        ValueError: when one of them is no string.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"prompt={text!r} is a {type(text).__name__}: give text")
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    token_ids: list[list[int]] = encoded["input_ids"]
+    return token_ids
+
+
+def encode_chat(
+    tokenizer: Any,
+    messages: Any,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Any = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+) -> tuple[str, list[int]]:
+    """Render a conversation to text and token ids; arguments as `render_chat`'s.
+
+    Returns:
+        The prompt's text, and its token ids without added special tokens.
+    """
+    text = render_chat(
+        tokenizer,
+        messages,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+    )
+    return text, encode_texts(tokenizer, [text], add_special_tokens=False)[0]
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Any,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Any = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+) -> str:
+    """Apply the chat template.
+
+    Args:
+        messages: Dicts with `role` and `content`; lists may be NumPy arrays, as Arrow hands them over.
+        chat_template: Instead of the tokenizer's own.
+        chat_template_kwargs: Further variables of the template, such as `enable_thinking`.
+        tools: Function schemas, for templates that know tools.
+        add_generation_prompt: Open the assistant's turn; None: unless the last message is the assistant's.
+        continue_final_message: Let the model go on in the last message; None: if it is the assistant's.
+
+    Raises:
+        ValueError: naming what came in place of messages, or why the template could not be applied.
+    """
+    conversation = _plain_messages(messages)
+    variables = dict(_plain(chat_template_kwargs or {}))
+    tools = _plain(tools) if tools is not None else variables.pop("tools", None)
+    if chat_template is None:
+        chat_template = variables.pop("chat_template", None)
+    check_chat_template(tokenizer, chat_template)
+    opens = variables.pop("add_generation_prompt", add_generation_prompt)
+    continues = variables.pop("continue_final_message", continue_final_message)
+    opens, continues = _choose_ending(conversation, opens, continues)
+    try:
+        text: str = tokenizer.apply_chat_template(
+            conversation,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=opens,
+            continue_final_message=continues,
+            tokenize=False,
+            **variables,
+        )
+    except Exception as error:  # a template is a program: anything may come out of it
+        raise ValueError(f"the chat template could not be applied: {type(error).__name__}: {error}") from error
+    return text
+
+
+def check_chat_template(
+    tokenizer: Any, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Check that there is a chat template.
+
+    Raises:
+        ValueError: when neither the caller nor the tokenizer has one.
+    """
+    given = chat_template or (chat_template_kwargs or {}).get("chat_template")
+    if not given and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "chat_template=None, but the model's tokenizer has none of its own: give chat_template, "
+            "or give `prompt` instead of `messages`"
+        )
+
+
+def _choose_ending(conversation: list[Any], opens: bool | None, continues: bool | None) -> tuple[bool, bool]:
+    if opens and continues:
+        raise ValueError(
+            "continue_final_message=True is not valid with add_generation_prompt=True: the last message "
+            "can be continued, or a new one begun"
+        )
+    if continues is None:
+        continues = not opens and opens is None and conversation[-1]["role"] == "assistant"
+    return (not continues if opens is None else opens), continues
+
+
+def _plain_messages(messages: Any) -> list[dict[str, Any]]:
+    conversation = _plain(messages)
+    remedy = 'give a list such as [{"role": "user", "content": "Hello"}]'
+    if not isinstance(conversation, list):
+        raise ValueError(f"messages={_short(messages)} is a {type(messages).__name__}: {remedy}")
+    if not conversation:
+        raise ValueError(f"messages=[] is empty: {remedy}")
+    for index, message in enumerate(conversation):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"messages[{index}]={_short(message)} is not a dict with a role: {remedy}")
+    return [_plain_message(index, message) for index, message in enumerate(conversation)]
+
+
+def _plain_message(index: int, message: dict[str, Any]) -> dict[str, Any]:
+    # Arrow fills the keys that other rows' messages have with None; templates ask whether a key is there.
+    message = {key: value for key, value in message.items() if value is not None}
+    if isinstance(message.get("content"), list):
+        message["content"] = _joined_text(index, message["content"])
+    if isinstance(message.get("tool_calls"), list):
+        message["tool_calls"] = [_without_none(call) for call in message["tool_calls"]]
+    return message
+
+
+def _joined_text(index: int, parts: list[Any]) -> str:
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise ValueError(f"messages[{index}]['content'] has a part that is no text: {_short(part)}; give text only")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _without_none(value: Any) -> Any:
+    # Arguments of a call are the user's own data: a null there may be meant.
+    if not isinstance(value, dict):
+        return value
+    kept = {key: inner for key, inner in value.items() if inner is not None}
+    return {key: inner if key == "arguments" else _without_none(inner) for key, inner in kept.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    # NumPy arrays and scalars, pyarrow scalars and arrays
+    for method in ("tolist", "as_py"):
+        if hasattr(value, method):
+            return _plain(getattr(value, method)())
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

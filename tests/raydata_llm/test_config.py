@@ -1,0 +1,150 @@
+"""Configs: what is taken, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import raydata_llm
+from raydata_llm import (
+    ChatTemplateStageConfig,
+    DetokenizeStageConfig,
+    EngineProcessorConfig,
+    TokenizerStageConfig,
+    vLLMEngineProcessorConfig,
+)
+
+
+def test_a_model_is_all_that_is_needed() -> None:
+    config = EngineProcessorConfig(model_source="org/model")
+    assert config.pool_bounds == (1, 1) and config.task_type == "generate"
+    assert config.chat_template_options.enabled and config.tokenize_options.enabled
+    assert config.engine_config().model == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "EngineProcessorConfig: model_source is missing: give model_source=..."),
+        ({"model_source": ""}, "model_source='' is not valid: give a Hub id, a local folder"),
+        ({"model_source": 3}, "model_source=3 is not valid"),
+        ({"batch_size": -1}, "batch_size=-1 is not valid: input should be greater than or equal to 1"),
+        ({"batch_size": "8"}, "batch_size='8' is not valid: input should be a valid integer"),
+        ({"batch_size": True}, "batch_size=True is not valid"),
+        ({"bacth_size": 8}, "bacth_size=8 is not a setting: did you mean batch_size?"),
+        ({"concurrency": 0}, "concurrency=0 is not valid: give a number of replicas from 1 on"),
+        ({"concurrency": (3, 2)}, "concurrency=(3, 2) is not valid"),
+        ({"concurrency": (1, 2, 3)}, "concurrency=(1, 2, 3) is not valid"),
+        ({"concurrency": True}, "concurrency=True is not valid"),
+        ({"concurrency": 1.5}, "concurrency=1.5 is not valid"),
+        ({"task_type": "embed"}, "task_type='embed' is not supported yet"),
+        ({"task_type": "chat"}, "task_type='chat' is not valid: use 'generate'"),
+        ({"engine_kwargs": {"max_num_seq": 8}}, "did you mean max_num_seqs?"),
+        ({"engine_kwargs": {"max_model_len": -5}}, "max_model_len=-5 is not valid: give 1 or more"),
+        ({"engine_kwargs": {"device": "cuda:1"}}, "engine_kwargs['device']='cuda:1' is not valid: Ray picks"),
+        ({"engine_kwargs": None}, "engine_kwargs=None is not valid: input should be a valid dictionary"),
+        ({"chat_template_stage": 3}, "chat_template_stage=3 is not valid: give True, False, a dict or ChatTempl"),
+        ({"chat_template_stage": {"enable": True}}, "enable=True is not a setting: did you mean enabled?"),
+        ({"detokenize_stage": TokenizerStageConfig()}, "give True, False, a dict or DetokenizeStageConfig"),
+        ({"tokenize_stage": {"num_cpus": -1}}, "num_cpus=-1 is not valid"),
+        ({"tokenize_stage": False, "tokenize": True}, "tokenize=True says the same as tokenize_stage"),
+        ({"max_concurrent_batches": 0}, "max_concurrent_batches=0 is not valid"),
+        ({"should_continue_on_error": "no"}, "should_continue_on_error='no' is not valid"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_mistake_is_one_line_with_field_value_and_remedy(fields: dict[str, Any], message: str) -> None:
+    given = fields if "model_source" in fields or not fields else {"model_source": "m", **fields}
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        EngineProcessorConfig(**given)
+    assert "\n" not in str(error.value)
+
+
+def test_an_autoscaling_pool_may_be_a_list_as_yaml_has_it() -> None:
+    fields: dict[str, Any] = {"model_source": "m", "concurrency": [1, 4]}
+    assert EngineProcessorConfig(**fields).pool_bounds == (1, 4)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = EngineProcessorConfig(model_source="m")
+    with pytest.raises(ValueError, match="frozen"):
+        config.batch_size = 8
+
+
+@pytest.mark.parametrize(
+    ("given", "enabled"),
+    [(True, True), (False, False), ({"enabled": False}, False), (ChatTemplateStageConfig(enabled=False), False)],
+)
+def test_a_stage_is_a_flag_a_dict_or_a_config(given: Any, enabled: bool) -> None:
+    assert EngineProcessorConfig(model_source="m", chat_template_stage=given).chat_template_options.enabled is enabled
+
+
+def test_older_names_set_the_stages() -> None:
+    config = EngineProcessorConfig(
+        model_source="m", apply_chat_template=False, chat_template="{{ x }}", tokenize=False, detokenize=False
+    )
+    assert config.chat_template_options == ChatTemplateStageConfig(enabled=False, chat_template="{{ x }}")
+    assert config.tokenize_options == TokenizerStageConfig(enabled=False)
+    assert config.detokenize_options == DetokenizeStageConfig(enabled=False)
+
+
+def test_vllms_harmless_settings_are_left_out_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    fields: dict[str, Any] = {"log_engine_metrics": False, "has_image": False}
+    with caplog.at_level(logging.WARNING):
+        config = vLLMEngineProcessorConfig(
+            model_source="m",
+            engine_kwargs={
+                "swap_space": 4,
+                "distributed_executor_backend": "ray",
+                "load_format": "runai_streamer",
+                "enable_lora": False,
+                "tensor_parallel_size": 1,
+                "max_num_seqs": 8,
+            },
+            **fields,
+        )
+    assert config.engine_kwargs == {"load_format": "auto", "tensor_parallel_size": 1, "max_num_seqs": 8}
+    assert isinstance(config, EngineProcessorConfig)
+    [warning] = caplog.messages
+    for name in ("swap_space", "distributed_executor_backend", "runai_streamer", "log_engine_metrics"):
+        assert name in warning
+    assert "enable_lora" not in warning
+
+
+@pytest.mark.parametrize(
+    ("engine_kwargs", "message"),
+    [
+        ({"enable_lora": True}, "enable_lora=True is not supported yet"),
+        ({"quantization": "awq"}, "quantization='awq' is not supported yet"),
+        ({"revision": "v2"}, "revision='v2' is not supported yet: download that revision"),
+        ({"rope_scaling": {"factor": 2}}, "set hf_overrides"),
+        ({"task": "embed"}, "task='embed' is not supported yet"),
+        ({"max_nun_seqs": 8}, "did you mean max_num_seqs?"),
+    ],
+    ids=str,
+)
+def test_vllms_settings_that_change_answers_are_refused(engine_kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vLLMEngineProcessorConfig(model_source="m", engine_kwargs=engine_kwargs)
+
+
+def test_only_the_peers_name_takes_vllms_settings() -> None:
+    with pytest.raises(ValueError, match="swap_space"):
+        EngineProcessorConfig(model_source="m", engine_kwargs={"swap_space": 4})
+
+
+def test_every_exported_name_is_there() -> None:
+    assert all(getattr(raydata_llm, name) is not None for name in raydata_llm.__all__)
+    assert set(raydata_llm.__all__) <= set(dir(raydata_llm))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        raydata_llm.nothing  # noqa: B018
+
+
+def test_the_version_is_the_packages() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert raydata_llm.__version__ == project["version"]

@@ -1,0 +1,246 @@
+"""The third operator: a finished row's columns, and error rows in the same schema."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raydata_llm.output_table import OUTPUT_COLUMNS
+from raydata_llm.ray_blocks import block_rows, columns_to_arrow
+from raydata_llm.row_payload import RowError
+from raydata_llm.tokenizer import encode_text, load_tokenizer
+from tests.raydata_llm.processor_chain import answered, params_of
+from tests.raydata_llm.processor_fakes import MAX_MODEL_LEN
+from tests.raydata_llm.tiny_tokenizer import save_tokenizer
+
+COLUMNS = {
+    "id": pa.array([1, None, 3], pa.int32()),
+    "text": pa.array(["a", None, "c"], pa.large_string()),
+    "when": pa.array([datetime.datetime(2026, 1, 1), None, datetime.datetime(2026, 1, 3)], pa.timestamp("ns")),
+    "list": pa.array([[1, None], None, []], pa.list_(pa.int16())),
+    "nested": pa.array([{"a": {"b": [1.5]}}, {"a": None}, None]),
+    "kind": pa.array(["x", "y", "x"]).dictionary_encode(),
+    "raw": pa.array([b"\x00\xff", None, b""]),
+    "nothing": pa.nulls(3),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tokenizer(tmp_path_factory.mktemp("model")))
+
+
+def ask(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": "hello", "sampling_params": {"max_tokens": 3}}
+
+
+def assert_carried(table: pa.Table) -> None:
+    for name, column in COLUMNS.items():
+        assert table.column(name).type == column.type, name
+        assert table.column(name).to_pylist() == column.to_pylist(), name
+
+
+def test_a_row_has_the_engines_columns(model: str) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def look(row: dict[str, Any]) -> dict[str, Any]:
+        seen.append(row)
+        return {"answer": row["generated_text"]}
+
+    table = answered(pa.table({"id": [4]}), model, ask, look)
+    [row] = seen
+    tokenizer = load_tokenizer(model)
+    prompt = encode_text(tokenizer, "hello")
+    assert table.to_pylist() == [{"answer": row["generated_text"]}]
+    assert set(row) == {"id"} | set(OUTPUT_COLUMNS) - {"outputs"}
+    assert row["id"] == 4 and row["prompt"] == "hello"
+    assert row["prompt_token_ids"] == prompt and row["num_input_tokens"] == len(prompt)
+    assert row["generated_tokens"] == prompt[::-1][:3] and row["num_generated_tokens"] == len(prompt[::-1][:3])
+    assert row["generated_text"] == tokenizer.decode(row["generated_tokens"], skip_special_tokens=True)
+    assert (row["finish_reason"], row["cumulative_logprob"]) == ("length", -1.5) and "process" in row["stop_reason"]
+    assert row["logprobs"] is row["embeddings"] is row["metrics"] is None
+    assert row["time_taken_llm"] > 0 and row["request_id"] == 0 and row["__inference_error__"] == ""
+    assert params_of(row) == {"max_tokens": 3, "temperature": 0.25}
+
+
+def test_without_postprocess_all_columns_come_out_and_the_datasets_own_are_untouched(model: str) -> None:
+    table = answered(pa.table(COLUMNS), model, lambda row: {**ask(row), "extra": [{"row": row["id"]}]})
+    assert table.column_names[: len(COLUMNS)] == list(COLUMNS)
+    assert_carried(table)
+    assert set(table.column_names) == set(COLUMNS) | {"extra"} | set(OUTPUT_COLUMNS) - {"outputs"}
+    for name, kind in OUTPUT_COLUMNS.items():
+        assert name == "outputs" or table.column(name).type == kind, name
+    assert table.column("extra").to_pylist() == [[{"row": 1}], [{"row": None}], [{"row": 3}]]
+
+
+def test_columns_that_postprocess_hands_on_are_untouched(model: str) -> None:
+    assert_carried(answered(pa.table(COLUMNS), model, ask, lambda row: {**row, "new": 1}))
+
+
+def test_tensor_columns_are_carried(model: str) -> None:
+    tensors = np.arange(24.0).reshape(3, 2, 4)
+    source = columns_to_arrow({"id": [0, 1, 2], "image": list(tensors)})
+    for postprocess in (None, lambda row: dict(row)):
+        table = answered(source, model, ask, postprocess)
+        assert table.column("image").type == source.column("image").type
+        for row in block_rows(table):
+            assert np.array_equal(row["image"], tensors[row["id"]])
+
+
+def test_what_postprocess_changes_in_place_is_changed(model: str) -> None:
+    def grow(row: dict[str, Any]) -> dict[str, Any]:
+        row["list"] = row["list"] or []
+        row["list"].append(9)
+        row["nested"] = row["nested"] or {}
+        row["nested"]["c"] = "new"
+        return {"list": row["list"], "nested": row["nested"], "id": (row["id"] or 0) + 1}
+
+    table = answered(pa.table(COLUMNS), model, ask, grow)
+    assert table.column("list").to_pylist() == [[1, None, 9], [9], [9]]
+    assert [value["c"] for value in table.column("nested").to_pylist()] == ["new"] * 3
+    assert table.column("id").type == pa.int32(), "the dataset's own type, as in blocks where nothing changed"
+    assert table.column("id").to_pylist() == [2, 1, 4]
+
+
+def test_a_changed_column_may_have_another_type(model: str) -> None:
+    table = answered(pa.table({"id": [1, 2]}), model, ask, lambda row: {"id": f"row {row['id']}"})
+    assert table.column("id").to_pylist() == ["row 1", "row 2"]
+
+
+def test_values_of_preprocess_reach_postprocess_exactly(model: str) -> None:
+    made = [{"schema": {"x": {"type": "int"}}, "k": 5}, {"schema": {"y": [1, "two", None]}, "k": None}, {"only": (1,)}]
+    seen: list[Any] = []
+
+    def look(row: dict[str, Any]) -> dict[str, Any]:
+        seen.append(row["made"])
+        return {"id": row["id"]}
+
+    answered(pa.table({"id": [0, 1, 2]}), model, lambda row: {**ask(row), "made": made[row["id"]]}, look)
+    assert seen == made and [type(value["k"]) for value in seen[:2]] == [int, type(None)]
+
+
+def test_mixed_parameters_reach_the_engine_exactly(model: str) -> None:
+    given: list[dict[str, Any]] = [
+        {"temperature": 0.0, "max_tokens": 8},
+        {"top_k": 5, "stop": ["x"], "logit_bias": {7: 1.5}},
+        {"max_tokens": None, "seed": 3},
+        {},
+    ]
+    preprocess = lambda row: {"prompt": "x", "sampling_params": given[row["id"]]}  # noqa: E731
+    table = answered(pa.table({"id": range(4)}), model, preprocess)
+    assert [params_of(row) for row in table.to_pylist()] == [
+        {"temperature": 0.0, "max_tokens": 8},
+        {"temperature": 0.25, "top_k": 5, "stop": ["x"], "logit_bias": {"7": 1.5}},
+        {"temperature": 0.25, "max_tokens": None, "seed": 3},
+        {"temperature": 0.25},
+    ]
+
+
+def test_several_outputs_are_kept_beside_the_first(model: str) -> None:
+    params = [{"n": 3, "max_tokens": 2, "logprobs": 1}, {"max_tokens": 2}]
+    preprocess = lambda row: {"prompt": "hello", "sampling_params": params[row["id"]]}  # noqa: E731
+    table = answered(pa.table({"id": [0, 1]}), model, preprocess)
+    first, second = table.to_pylist()
+    assert table.column("outputs").type == OUTPUT_COLUMNS["outputs"]
+    assert [choice["index"] for choice in first["outputs"]] == [0, 1, 2] and second["outputs"] is None
+    assert first["outputs"][0]["text"] == first["generated_text"]
+    assert first["outputs"][0]["token_ids"] == first["generated_tokens"]
+
+
+def test_logprobs_are_keyed_by_token_for_postprocess_and_lists_in_tables(model: str) -> None:
+    seen: list[Any] = []
+
+    def look(row: dict[str, Any]) -> dict[str, Any]:
+        seen.append(row["logprobs"])
+        return row
+
+    ask_logprobs = lambda row: {"prompt": "hello", "sampling_params": {"max_tokens": 1, "logprobs": 1}}  # noqa: E731
+    table = answered(pa.table({"id": [0]}), model, ask_logprobs, look)
+    token_id = table.column("generated_tokens").to_pylist()[0][0]
+    entry = seen[0][0][token_id]
+    assert (entry["logprob"], entry["rank"]) == (-0.5, 1)
+    assert entry["decoded_token"] == load_tokenizer(model).decode([token_id])
+    [[[likeliest, other]]] = table.column("logprobs").to_pylist()
+    assert likeliest == {"token_id": token_id, **entry} and other["token_id"] == 7
+
+
+def test_detokenising_can_be_left_out_altogether(model: str) -> None:
+    off = lambda row: {"prompt": "hello", "sampling_params": {"detokenize": False}}  # noqa: E731
+    texts = [
+        answered(pa.table({"id": [0]}), model, off, detokenize=True).column("generated_text")[0].as_py(),
+        answered(pa.table({"id": [0]}), model, off, detokenize=False).column("generated_text")[0].as_py(),
+        answered(pa.table({"id": [0]}), model, ask, detokenize=False).column("generated_text")[0].as_py(),
+    ]
+    assert [bool(text) for text in texts] == [True, False, True]
+
+
+def fail_some(row: dict[str, Any]) -> dict[str, Any]:
+    """Preprocess of rows that fail in one stage each."""
+    if row["fails"] == "preprocess":
+        return {"prompt": row["no such column"]}
+    prompt = "x" * (MAX_MODEL_LEN + 1) if row["fails"] == "engine" else "hello"
+    return {"prompt": prompt, "sampling_params": {"top_j": 1} if row["fails"] == "sampling_params" else {}}
+
+
+def post_some(row: dict[str, Any]) -> dict[str, Any]:
+    if row["fails"] == "postprocess":
+        raise RuntimeError("no answer")
+    return {"id": row["id"], "answer": row["generated_text"], "length": row["num_generated_tokens"]}
+
+
+STAGES = {
+    "preprocess": "KeyError: 'no such column' (preprocess)",
+    "sampling_params": "ValueError: sampling_params has unknown field(s) top_j",
+    "engine": f"max_model_len={MAX_MODEL_LEN} allows fewer (engine)",
+    "postprocess": "RuntimeError: no answer (postprocess)",
+}
+
+
+def test_rows_that_fail_are_rows_of_the_same_schema(model: str) -> None:
+    source = pa.table({"id": pa.array(range(5), pa.int16()), "fails": [*STAGES, "nowhere"]})
+    table = answered(source, model, fail_some, post_some, keep_going=True)
+    good = answered(source.slice(4), model, fail_some, post_some, keep_going=True)
+    assert table.schema == good.schema
+    assert table.column_names == ["id", "answer", "length", "__inference_error__"]
+    assert table.column("id").to_pylist() == list(range(5))
+    for row, message in zip(table.to_pylist(), STAGES.values(), strict=False):
+        assert message in row["__inference_error__"] and row["answer"] is None and row["length"] is None
+    assert table.to_pylist()[4]["__inference_error__"] == "" and table.to_pylist()[4]["answer"]
+
+
+def test_rows_that_fail_have_all_columns_where_all_are_kept(model: str) -> None:
+    source = pa.table({"id": [1, 2], "fails": ["engine", "nowhere"]})
+    table = answered(source, model, fail_some, keep_going=True)
+    assert table.schema == answered(source.slice(1), model, fail_some, keep_going=True).schema
+    assert table.schema == answered(source.slice(0, 1), model, fail_some, keep_going=True).schema
+    assert table.column("generated_text").to_pylist()[0] is None
+
+
+def test_a_block_of_bad_rows_has_its_input_columns_and_the_error(model: str) -> None:
+    source = pa.table({"id": [1, 2], "fails": ["engine", "preprocess"]})
+    table = answered(source, model, fail_some, post_some, keep_going=True)
+    assert table.column_names == ["id", "fails", "__inference_error__"]
+    assert table.drop_columns(["__inference_error__"]).equals(source)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_without_leave_to_go_on_a_bad_row_stops_the_block_by_name(stage: str, model: str) -> None:
+    source = pa.table({"id": [70, 71], "fails": ["nowhere", stage]})
+    with pytest.raises(RowError) as error:
+        answered(source, model, fail_some, post_some)
+    assert STAGES[stage] in str(error.value) and "'id': 71" in str(error.value)
+
+
+def test_without_leave_to_go_on_good_rows_have_no_error_column(model: str) -> None:
+    source = pa.table({"id": [1], "fails": ["nowhere"]})
+    assert answered(source, model, fail_some, post_some).column_names == ["id", "answer", "length"]
+
+
+@pytest.mark.parametrize("made", [None, [], {}, "text"], ids=str)
+def test_postprocess_must_return_columns(made: Any, model: str) -> None:
+    with pytest.raises(RowError, match="return a dict of columns"):
+        answered(pa.table({"id": [1]}), model, ask, lambda row: made)

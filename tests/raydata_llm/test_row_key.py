@@ -1,0 +1,72 @@
+"""Which noise a row draws."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raydata_llm.engine.request import sampling_key
+from raydata_llm.row_key import row_digest, sampling_keys
+
+ROW = {"id": 7, "text": "héllo\ud800", "none": None, "nested": {"b": [1, 2.5], "a": b"x"}, "array": np.arange(3)}
+
+
+def test_equal_rows_have_equal_digests_whatever_the_order_of_their_columns() -> None:
+    again = {"array": np.arange(3), "nested": {"a": b"x", "b": [1, 2.5]}, **ROW, "none": None}
+    assert row_digest(again) == row_digest(ROW)
+
+
+def test_a_digest_is_the_same_in_another_process() -> None:
+    code = (
+        "import numpy as np; from raydata_llm.row_key import row_digest;"
+        "print(row_digest({'id': 7, 'text': 'héllo\\ud800', 'none': None, 'nested': {'b': [1, 2.5], 'a': b'x'},"
+        "'array': np.arange(3), 'set': {'p', 'q', 'r'}}).hex())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == row_digest({**ROW, "set": {"r", "q", "p"}}).hex()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": 8},
+        {"text": "hello"},
+        {"nested": {"a": b"y", "b": [1, 2.5]}},
+        {"array": np.arange(4)},
+        {"array": np.arange(3.0)},
+        {"new": None},
+    ],
+    ids=str,
+)
+def test_any_changed_value_changes_the_digest(change: dict[str, Any]) -> None:
+    assert row_digest({**ROW, **change}) != row_digest(ROW)
+
+
+def test_rows_that_json_cannot_say_have_digests_too() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    for row in ({"x": {1: "a", "b": 2}}, {"x": object}, {"x": lambda: None}, {"x": loop}):
+        assert len(row_digest(row)) == 16
+
+
+def test_a_row_alone_of_its_kind_has_a_key_of_its_content_alone() -> None:
+    digests = [row_digest({"id": index}) for index in range(3)]
+    keys = sampling_keys(digests, job_seed=5, block_number=0)
+    assert keys == [sampling_key(5, digest) for digest in digests]
+    assert sampling_keys(digests[::-1], job_seed=5, block_number=9) == keys[::-1]
+    assert not set(keys) & set(sampling_keys(digests, job_seed=6, block_number=0))
+
+
+def test_identical_rows_draw_differently_within_and_across_blocks() -> None:
+    digests = [row_digest({"x": 1})] * 40
+    keys = [
+        key
+        for number, size in enumerate((16, 16, 8))
+        for key in sampling_keys(digests[:size], job_seed=0, block_number=number)
+    ]
+    assert len(set(keys)) == 40
+    assert sampling_keys(digests[:16], job_seed=0, block_number=1) == keys[16:32]
