@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+# Tiny models gain nothing from a second thread, and threads that wait by spinning lose much on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Odd on purpose: 3 query heads a KV head, a head_dim that is no power of 2, a prime vocabulary, and a hidden_size that
 # is not heads * head_dim. A wide initializer keeps greedy output from settling on one token.
