@@ -35,16 +35,20 @@ SOURCE = f"s3://{BUCKET}/prompts"
 TARGET = f"s3://{BUCKET}/answers"
 NUM_PROMPT_FILES = 4
 
-# Ray's log of what goes well, and one line about actor restarts that it prints for every pool of actors; all else that
-# quickstart.py prints, warnings and errors above all, is passed on.
-NOISE = re.compile(r"\sINFO [\w.]+:\d+ -- |has constructor arguments in the object store and max_restarts > 0")
+# Ray's log of what goes well, and two lines that it prints in any run with a pool of actors, at its start and at its
+# end. All else that quickstart.py prints, warnings and errors above all, is passed on.
+NOISE = re.compile(
+    r"\sINFO [\w.]+:\d+ -- "
+    r"|has constructor arguments in the object store and max_restarts > 0"
+    r"|Failed to kill actor .* Socket closed"
+)
 PROGRESS = re.compile(r"MapBatches\(Replica\): ([1-9]\d*)/")
 
 
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=164, help="prompts to answer, of HumanEval's 164 (default: all)")
+    parser.add_argument("--rows", type=int, default=48, help="prompts to answer, of HumanEval's 164 (default: 48)")
     parser.add_argument("--shown", type=int, default=4, help="answers to print (default: 4)")
     arguments = parser.parse_args()
     records = prompts()[: arguments.rows]
@@ -55,7 +59,8 @@ def main() -> None:
         os.environ.update(variables)  # Ray's workers inherit them
         put_prompts(records)
         say(f"{len(records)} prompts are in {SOURCE}, on an S3 server at {variables['AWS_ENDPOINT_URL']}")
-        say(f"python examples/quickstart.py {model.name} {SOURCE} {TARGET}")
+        say(f"python examples/quickstart.py {os.path.relpath(model)} {SOURCE} {TARGET}")
+        print("   starting Ray and loading the model", flush=True)
         seconds = run_quickstart(model, len(records))
         answers = read_table(TARGET)
         folders = [copy_to_disk(uri) for uri in (SOURCE, TARGET)]
