@@ -151,7 +151,7 @@ def launch_paged_decode_attention(
     if not num_rows:
         return out
     block_d = max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
-    tile = tile or tuning.tuning_of(q.device).decode_tile(block_d * q.element_size())
+    tile = tile or tuning.tuning_of(q.device).decode_tile(block_d, q.dtype)
     if num_splits is None:
         num_splits = choose_splits(num_rows * kv_heads, block_table.shape[1] * block_size, tile.block_n, q.device)
     parts, lse = out, out

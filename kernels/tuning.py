@@ -34,8 +34,7 @@ class Tuning:
     """Choices for one kind of GPU.
 
     Args:
-        decode, prefill: by bytes of a head (head_dim rounded up to a power of two, times the dtype's size), the
-            largest that the choice is for.
+        decode, prefill: by bytes of a head (head_dim rounded up to a power of two), the most that the choice is for.
         programs_per_sm: Decode programs that an SM needs to run at the memory's speed; with fewer, keys are split.
     """
 
@@ -43,13 +42,14 @@ class Tuning:
     prefill: dict[int, Tile]
     programs_per_sm: int = 4
 
-    def decode_tile(self, head_bytes: int) -> Tile:
-        """The choice for a head of so many bytes."""
-        return _at_most(self.decode, head_bytes)
+    def decode_tile(self, head_dim: int, dtype: torch.dtype) -> Tile:
+        """The choice for a head."""
+        return _at_most(self.decode, head_dim * dtype.itemsize)
 
-    def prefill_tile(self, head_bytes: int) -> Tile:
-        """The choice for a head of so many bytes."""
-        return _at_most(self.prefill, head_bytes)
+    def prefill_tile(self, head_dim: int, dtype: torch.dtype) -> Tile:
+        """The choice for a head."""
+        # Tensor cores do no float32 products; without them the operands stand in registers, and large tiles spill.
+        return _at_most(self.prefill, head_dim * dtype.itemsize * (2 if dtype == torch.float32 else 1))
 
 
 def _at_most(tiles: dict[int, Tile], head_bytes: int) -> Tile:
@@ -68,7 +68,7 @@ _HOPPER = Tuning(
         128: Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
         256: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
         512: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
-        1024: Tile(block_m=32, block_n=16, num_warps=4, num_stages=2),
+        2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
     },
 )
 
@@ -84,7 +84,7 @@ _SMALL = Tuning(
         128: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
         256: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         512: Tile(block_m=32, block_n=16, num_warps=4, num_stages=2),
-        1024: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
+        2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
     },
 )
 

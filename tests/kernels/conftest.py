@@ -45,5 +45,33 @@ def close(triton_device: torch.device) -> Callable[..., None]:
     return check
 
 
+@pytest.fixture
+def make_rows(triton_device: torch.device) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """`make_rows(lengths, kv_heads, head_dim, block_size, dtype)`: caches of keys and values, and the block table."""
+    return lambda *args: tuple(tensor.to(triton_device) for tensor in _make_rows(*args))
+
+
+def _make_rows(
+    lengths: list[int], kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Caches in which only the rows' own tokens are numbers, all else NaN or infinite; unused columns out of range."""
+    generator = torch.Generator().manual_seed(0)
+    columns = -(-max(lengths) // block_size)
+    num_blocks = len(lengths) * columns + 2
+    order = torch.randperm(num_blocks, generator=generator)
+    table = torch.full((len(lengths), columns), 2**31 - 1, dtype=torch.int32)
+    caches = [
+        torch.full((num_blocks, kv_heads, block_size, head_dim), poison) for poison in (float("nan"), float("inf"))
+    ]
+    for row, length in enumerate(lengths):
+        used = -(-length // block_size)
+        table[row, :used] = order[row * columns : row * columns + used]
+        for cache in caches:
+            keys = torch.randn((kv_heads, used * block_size, head_dim), generator=generator)
+            keys[:, length:] = cache[0, 0, 0, 0]
+            cache[table[row, :used].long()] = keys.view(kv_heads, used, block_size, head_dim).transpose(0, 1)
+    return caches[0].to(dtype), caches[1].to(dtype), table
+
+
 def _poison_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**30))

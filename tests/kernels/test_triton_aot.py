@@ -152,3 +152,25 @@ def test_decode_attention_in_float32(compiler: Compiler) -> None:
     for model in ("llama-3.1-8b", "gemma-like"):
         launch_paged_decode_attention(*rows_of(model, 64, torch.float32), 0.1, num_splits=1)
     compiler.check()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_prefill_attention(model: str, compiler: Compiler) -> None:
+    from raydata_llm.kernels.paged_prefill_triton import launch_paged_prefill_attention
+
+    q, k_cache, v_cache, table, lens = rows_of(model, 64)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    launch_paged_prefill_attention(q, k_cache, v_cache, table, lens, starts, 0.1)
+    launch_paged_prefill_attention(q, k_cache, v_cache, table, lens, starts, 0.1, window=4096)
+    compiler.check()
+    if compiler.capability[0] == 9:
+        assert "warp_group_dot" in compiler.launches[0].ttgir
+
+
+def test_prefill_attention_in_float32(compiler: Compiler) -> None:
+    from raydata_llm.kernels.paged_prefill_triton import launch_paged_prefill_attention
+
+    for model in ("llama-3.1-8b", "gemma-like"):
+        q, k_cache, v_cache, table, lens = rows_of(model, 64, torch.float32)
+        launch_paged_prefill_attention(q, k_cache, v_cache, table, lens, torch.tensor([0, 1, 2]).int(), 0.1)
+    compiler.check()

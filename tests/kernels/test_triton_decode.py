@@ -11,28 +11,8 @@ from raydata_llm.kernels.paged_attention import paged_attention_ref
 from raydata_llm.kernels.tuning import Tile
 
 Close = Callable[..., None]
-NAN = float("nan")
+MakeRows = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 SMALL = Tile(block_n=16, num_warps=2, num_stages=2)
-
-
-def make_rows(
-    lengths: list[int], kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Caches in which only the rows' own tokens are numbers, all else NaN or infinite; unused columns out of range."""
-    generator = torch.Generator().manual_seed(0)
-    columns = -(-max(lengths) // block_size)
-    num_blocks = len(lengths) * columns + 2
-    order = torch.randperm(num_blocks, generator=generator)
-    table = torch.full((len(lengths), columns), 2**31 - 1, dtype=torch.int32)
-    caches = [torch.full((num_blocks, kv_heads, block_size, head_dim), poison) for poison in (NAN, float("inf"))]
-    for row, length in enumerate(lengths):
-        used = -(-length // block_size)
-        table[row, :used] = order[row * columns : row * columns + used]
-        for cache in caches:
-            keys = torch.randn((kv_heads, used * block_size, head_dim), generator=generator)
-            keys[:, length:] = cache[0, 0, 0, 0]
-            cache[table[row, :used].long()] = keys.view(kv_heads, used, block_size, head_dim).transpose(0, 1)
-    return caches[0].to(device, dtype), caches[1].to(device, dtype), table.to(device)
 
 
 def expected_of(
@@ -58,12 +38,13 @@ def test_decode_equals_the_reference(
     num_splits: int,
     triton_dtype: torch.dtype,
     triton_device: torch.device,
+    make_rows: MakeRows,
     close: Close,
 ) -> None:
     from raydata_llm.kernels.paged_decode_triton import launch_paged_decode_attention
 
     lengths = [1, 30, 16, 17, 53]
-    caches = make_rows(lengths, kv_heads, head_dim, block_size, triton_dtype, triton_device)
+    caches = make_rows(lengths, kv_heads, head_dim, block_size, triton_dtype)
     q = torch.randn((len(lengths), heads, head_dim), generator=torch.Generator().manual_seed(1))
     q = q.to(triton_device, triton_dtype)
     context = torch.tensor(lengths, dtype=torch.int32, device=triton_device)
@@ -71,30 +52,34 @@ def test_decode_equals_the_reference(
     close(result, expected_of(q, caches, lengths, window))
 
 
-def test_a_group_of_more_heads_than_a_dot_product_has_rows(triton_device: torch.device, close: Close) -> None:
+def test_a_group_of_more_heads_than_a_dot_product_has_rows(
+    triton_device: torch.device, make_rows: MakeRows, close: Close
+) -> None:
     from raydata_llm.kernels.paged_decode_triton import launch_paged_decode_attention
 
-    caches = make_rows([19, 3], 1, 16, 16, torch.float16, triton_device)
+    caches = make_rows([19, 3], 1, 16, 16, torch.float16)
     q = torch.randn((2, 23, 16), generator=torch.Generator().manual_seed(1)).to(triton_device, torch.float16)
     context = torch.tensor([19, 3], dtype=torch.int32, device=triton_device)
     close(launch_paged_decode_attention(q, *caches, context, 0.2), expected_of(q, caches, [19, 3], None))
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_a_padding_row_of_no_length_gives_zeros(num_splits: int, triton_device: torch.device) -> None:
+def test_a_padding_row_of_no_length_gives_zeros(
+    num_splits: int, triton_device: torch.device, make_rows: MakeRows
+) -> None:
     from raydata_llm.kernels.paged_decode_triton import launch_paged_decode_attention
 
-    caches = make_rows([5, 5], 1, 16, 16, torch.float16, triton_device)
+    caches = make_rows([5, 5], 1, 16, 16, torch.float16)
     q = torch.ones((2, 2, 16), device=triton_device, dtype=torch.float16)
     context = torch.tensor([0, 5], dtype=torch.int32, device=triton_device)
     result = launch_paged_decode_attention(q, *caches, context, 0.2, tile=SMALL, num_splits=num_splits)
     assert torch.equal(result[0], torch.zeros_like(result[0])) and result[1].isfinite().all()
 
 
-def test_rows_of_a_wider_block_table(triton_device: torch.device, close: Close) -> None:
+def test_rows_of_a_wider_block_table(triton_device: torch.device, make_rows: MakeRows, close: Close) -> None:
     from raydata_llm.kernels.paged_decode_triton import launch_paged_decode_attention
 
-    k_cache, v_cache, table = make_rows([40, 21], 2, 16, 8, torch.float32, triton_device)
+    k_cache, v_cache, table = make_rows([40, 21], 2, 16, 8, torch.float32)
     wide = torch.full((2, 11), 2**31 - 1, dtype=torch.int32, device=triton_device)
     wide[:, : table.shape[1]] = table
     q = torch.randn((2, 6, 16), generator=torch.Generator().manual_seed(1)).to(triton_device)
