@@ -174,3 +174,21 @@ def test_prefill_attention_in_float32(compiler: Compiler) -> None:
         q, k_cache, v_cache, table, lens = rows_of(model, 64, torch.float32)
         launch_paged_prefill_attention(q, k_cache, v_cache, table, lens, torch.tensor([0, 1, 2]).int(), 0.1)
     compiler.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sampling(dtype: torch.dtype, compiler: Compiler) -> None:
+    from raydata_llm.kernels.draw_triton import launch_draw, launch_greedy
+    from raydata_llm.kernels.penalise_triton import launch_penalise
+    from raydata_llm.kernels.truncate_triton import launch_cut, launch_truncate
+
+    vocab, number, whole = 128256, torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    logits = torch.zeros((2, vocab), dtype=dtype)
+    launch_greedy(logits)
+    cut = launch_cut(logits, number, whole, number, number)
+    launch_draw(logits, number, whole, whole)
+    launch_draw(logits, number, whole, whole, cut)
+    launch_truncate(logits, whole, number, number)
+    in_prompt, counts = torch.zeros((2, vocab), dtype=torch.bool), torch.zeros((2, vocab), dtype=torch.int32)
+    launch_penalise(logits, in_prompt, counts, number, number, number, whole)
+    compiler.check()
