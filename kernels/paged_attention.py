@@ -60,8 +60,12 @@ def paged_decode_attention(
 ) -> torch.Tensor:
     """Attention of one query a row: q [R, H, D].
 
-    Rows of like length are gathered together, so that a batch of uneven lengths pays little for padding.
+    On a CPU rows of like length are gathered together, so that a batch of uneven lengths pays little for padding.
     """
+    if q.is_cuda:
+        from raydata_llm.kernels.paged_decode_triton import launch_paged_decode_attention
+
+        return launch_paged_decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, window)
     out = torch.empty_like(q)
     order = torch.argsort(context_lens)
     for rows in order.split(_rows_at_once(len(context_lens))):
@@ -116,6 +120,12 @@ def paged_prefill_attention(
     window: int | None = None,
 ) -> torch.Tensor:
     """Attention of a chunk of queries a row: q [T, H, D], rows' queries one after the other."""
+    if q.is_cuda:
+        from raydata_llm.kernels.paged_prefill_triton import launch_paged_prefill_attention
+
+        return launch_paged_prefill_attention(
+            q, k_cache, v_cache, block_table, context_lens, query_starts, scale, window
+        )
     out = torch.empty_like(q)
     group = q.shape[1] // k_cache.shape[1]
     starts = query_starts.tolist()

@@ -43,6 +43,10 @@ def qkv_to_cache(
     Returns:
         The rotated queries, [T, H, D].
     """
+    if qkv.is_cuda:
+        from raydata_llm.kernels.qkv_to_cache_triton import launch_qkv_to_cache
+
+        return launch_qkv_to_cache(qkv, positions, slot_mapping, rope_table, k_cache, v_cache, q_norm, k_norm, eps)
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]

@@ -22,6 +22,10 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm over the last dimension."""
+    if x.is_cuda:
+        from raydata_llm.kernels.rms_norm_triton import launch_rms_norm
+
+        return launch_rms_norm(x, weight, eps)
     if x.dtype == torch.float32:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return rms_norm_ref(x, weight, eps)
@@ -31,5 +35,9 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `residual` to `x` and normalise; returns (normalised, the sum)."""
+    if x.is_cuda:
+        from raydata_llm.kernels.rms_norm_triton import launch_add_rms_norm
+
+        return launch_add_rms_norm(x, residual, weight, eps)
     residual = x + residual
     return rms_norm(residual, weight, eps), residual

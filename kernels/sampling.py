@@ -8,7 +8,8 @@
 
 The noise is a hash of (key, position, v) and nothing else, so a row's draw never depends on its neighbours.
 
-dtype policy: float32 logits. Shapes: N rows, V vocabulary; logits [N, V], per-row parameters [N].
+dtype policy: float32 logits; on a GPU also the model's own dtype, read as float32.
+Shapes: N rows, V vocabulary; logits [N, V], per-row parameters [N].
 """
 
 from __future__ import annotations
@@ -25,13 +26,25 @@ def penalise_(
     presence: torch.Tensor,
     frequency: torch.Tensor,
     repetition: torch.Tensor,
+    pool_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply the three penalties in place.
 
     Args:
         in_prompt: [N, V] bool.
         output_counts: [N, V] integer.
+        pool_rows: [N] integer. If given, the other arguments are pools of rows: which row of theirs each row of the
+            logits has, -1 for one without penalties.
     """
+    if logits.is_cuda:
+        from raydata_llm.kernels.penalise_triton import launch_penalise
+
+        return launch_penalise(logits, in_prompt, output_counts, presence, frequency, repetition, pool_rows)
+    if pool_rows is not None:
+        rows = (pool_rows >= 0).nonzero()[:, 0]
+        pools = (pool[pool_rows[rows]] for pool in (in_prompt, output_counts, presence, frequency, repetition))
+        logits[rows] = penalise_(logits[rows], *pools)
+        return logits
     seen = in_prompt | (output_counts > 0)
     factor = torch.where(logits > 0, 1.0 / repetition[:, None], repetition[:, None])
     logits.mul_(torch.where(seen, factor, 1.0))
@@ -51,7 +64,11 @@ def truncate_ref(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
 
 
 def truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """As `truncate_ref`; where every row has a top_k, only that many are put in order."""
+    """As `truncate_ref`; where every row has a top_k, only that many are put in order, and on a GPU none."""
+    if logits.is_cuda:
+        from raydata_llm.kernels.truncate_triton import launch_truncate
+
+        return launch_truncate(logits, top_k, top_p, min_p)
     logits = logits.masked_fill(_below_min_p(logits, min_p), float("-inf"))
     limit = int(top_k.max()) if bool((top_k > 0).all()) else logits.shape[-1]
     ordered, order = logits.topk(min(limit, logits.shape[-1]), dim=-1)
@@ -73,6 +90,52 @@ def _truncate_ordered(
     # A row that keeps everything must not lose its tail to rounding in the sum.
     ordered = ordered.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter_(-1, order, ordered)
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token a row, [N] int64."""
+    if logits.is_cuda:
+        from raydata_llm.kernels.draw_triton import launch_greedy
+
+        return launch_greedy(logits)
+    return logits.argmax(dim=-1)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    any_truncated: bool = True,
+) -> torch.Tensor:
+    """A token a row, [N] int64: the likeliest where the temperature is 0, otherwise a draw.
+
+    Args:
+        temperature: [N] float32.
+        top_k, top_p, min_p: as in `truncate_ref`, of the logits divided by the temperature.
+        keys, positions: [N] int64, as in `row_seeds`.
+        any_truncated: False if the caller knows that no row has a top_k, top_p or min_p.
+    """
+    if logits.is_cuda:
+        from raydata_llm.kernels.draw_triton import launch_draw
+        from raydata_llm.kernels.truncate_triton import launch_cut
+
+        cut = launch_cut(logits, temperature, top_k, top_p, min_p) if any_truncated else None
+        return launch_draw(logits, temperature, keys, positions, cut)
+    tokens = logits.argmax(dim=-1)
+    rows = temperature.nonzero()[:, 0]
+    scaled = logits[rows].float() / temperature[rows, None]
+    cut_rows = (top_k[rows] > 0) | (top_p[rows] < 1) | (min_p[rows] > 0)
+    if any_truncated and cut_rows.any():
+        of = rows[cut_rows]
+        scaled[cut_rows] = truncate(scaled[cut_rows], top_k[of], top_p[of], min_p[of])
+    noise = gumbel_noise(row_seeds(keys[rows], positions[rows]), logits.shape[-1])
+    tokens[rows] = (scaled + noise).argmax(dim=-1)
+    return tokens
 
 
 def row_seeds(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

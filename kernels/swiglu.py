@@ -20,5 +20,9 @@ def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """Activation of a fused gate-and-up projection."""
+    if gate_up.is_cuda:
+        from raydata_llm.kernels.swiglu_triton import launch_swiglu
+
+        return launch_swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

@@ -1,0 +1,105 @@
+"""Launch choices of the Triton kernels by GPU: tile sizes, warps and pipeline stages.
+
+Owns the one table of tuned numbers; nothing is tuned at run time. Knows no kernel's inner workings. Invariant: every
+choice fits the shared memory of the GPUs it is for (tests/kernels/test_triton_aot.py compiles them all).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One kernel's choice.
+
+    Args:
+        block_m: Query rows of a program; in decode the heads of a group, at least.
+        block_n: Keys of an iteration.
+        split_mask: Prefill only: run the keys that every query sees in a loop of their own, without masks.
+    """
+
+    block_m: int = 16
+    block_n: int
+    num_warps: int
+    num_stages: int
+    split_mask: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Choices for one kind of GPU.
+
+    Args:
+        decode, prefill: by bytes of a head (head_dim rounded up to a power of two), the most that the choice is for.
+        programs_per_sm: Decode programs that an SM needs to run at the memory's speed; with fewer, keys are split.
+    """
+
+    decode: dict[int, Tile]
+    prefill: dict[int, Tile]
+    programs_per_sm: int = 4
+
+    def decode_tile(self, head_dim: int, dtype: torch.dtype) -> Tile:
+        """The choice for a head."""
+        return _at_most(self.decode, head_dim * dtype.itemsize)
+
+    def prefill_tile(self, head_dim: int, dtype: torch.dtype) -> Tile:
+        """The choice for a head."""
+        # Tensor cores do no float32 products; without them the operands stand in registers, and large tiles spill.
+        return _at_most(self.prefill, head_dim * dtype.itemsize * (2 if dtype == torch.float32 else 1))
+
+
+def _at_most(tiles: dict[int, Tile], head_bytes: int) -> Tile:
+    return next(tile for limit, tile in tiles.items() if head_bytes <= limit)
+
+
+# 228 KB of shared memory an SM.
+_HOPPER = Tuning(
+    decode={
+        128: Tile(block_n=64, num_warps=4, num_stages=4),
+        256: Tile(block_n=64, num_warps=4, num_stages=3),
+        512: Tile(block_n=32, num_warps=4, num_stages=3),
+        1024: Tile(block_n=16, num_warps=4, num_stages=3),
+    },
+    prefill={
+        128: Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
+        256: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+        512: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
+    },
+)
+
+# 99 KB a program: what every GPU from compute capability 8.0 on has.
+_SMALL = Tuning(
+    decode={
+        128: Tile(block_n=64, num_warps=4, num_stages=3),
+        256: Tile(block_n=32, num_warps=4, num_stages=3),
+        512: Tile(block_n=32, num_warps=4, num_stages=2),
+        1024: Tile(block_n=16, num_warps=4, num_stages=2),
+    },
+    prefill={
+        128: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
+        256: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        512: Tile(block_m=32, block_n=16, num_warps=4, num_stages=2),
+        2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
+    },
+)
+
+BY_CAPABILITY = {(8, 0): _SMALL, (9, 0): _HOPPER}
+
+
+@cache
+def tuning_of(device: torch.device) -> Tuning:
+    """The choices for a device; off CUDA (the interpreter) those that suit any GPU."""
+    if device.type != "cuda":
+        return _SMALL
+    return BY_CAPABILITY.get(torch.cuda.get_device_capability(device), _SMALL)
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,34 @@
+"""Runs the Triton kernels' tests under the interpreter, on any machine.
+
+In a process of its own: the interpreter is chosen when triton is first imported, and would keep this one from
+compiling.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+FILES = sorted(path for path in Path(__file__).parent.glob("test_triton_*.py") if path.name != Path(__file__).name)
+
+
+def interpreter_works() -> bool:
+    triton = pytest.importorskip("triton")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version >= (3, 7) or tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4)
+
+
+@pytest.mark.parametrize("file", [path for path in FILES if "_aot" not in path.name], ids=lambda path: path.stem)
+def test_kernels_under_the_interpreter(file: Path) -> None:
+    if not interpreter_works():
+        pytest.skip("Triton before 3.7 cannot interpret with NumPy 2.4 or later")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert "passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-1000:]
