@@ -134,8 +134,8 @@ class Decoder:
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores over the vocabulary, float32: [N, vocab_size]."""
-        return F.linear(hidden, self._lm_head).float()
+        """Scores over the vocabulary, in the model's dtype: [N, vocab_size]."""
+        return F.linear(hidden, self._lm_head)
 
     def _attention(
         self, x: torch.Tensor, layer: Layer, batch: ForwardBatch, cache: tuple[torch.Tensor, torch.Tensor]

@@ -17,7 +17,7 @@ import torch
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.sequence import IntArray, Sequence
-from raydata_llm.kernels.sampling import gumbel_noise, penalise_, row_seeds, truncate
+from raydata_llm.kernels.sampling import greedy, penalise_, sample
 
 Rows = npt.NDArray[np.int64]
 
@@ -94,14 +94,16 @@ class Sampler:
         """Draw a token a row.
 
         Args:
-            logits: [N, V] float32; changed in place.
+            logits: [N, V] in the model's dtype; may be changed in place.
 
         Returns:
             The tokens, [N] int64, and what rows with `logprobs` asked for, taken from the logits as they came.
         """
         slots = batch.sample_slots
         logprob_rows = np.flatnonzero(self._num_logprobs[slots] >= 0)
-        raw = logits[self._index(logprob_rows)].log_softmax(dim=-1) if len(logprob_rows) else None
+        raw = logits[self._index(logprob_rows)].float().log_softmax(dim=-1) if len(logprob_rows) else None
+        if self._adjusted[slots].any() or self._penalties.any(slots):
+            logits = logits.float()
         self._adjust_(logits, slots, batch.sample_positions)
         self._penalties.apply_(logits, slots)
         tokens = self._draw(logits, slots, batch.sample_positions)
@@ -109,24 +111,19 @@ class Sampler:
         return tokens, None if raw is None else self._logprobs(raw, tokens, logprob_rows, slots)
 
     def _draw(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
-        random = np.flatnonzero(self._random[slots])
-        if not len(random):
-            return logits.argmax(dim=-1)
-        tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
-        greedy = np.flatnonzero(~self._random[slots])
-        if len(greedy):
-            rows = self._index(greedy)
-            tokens[rows] = logits[rows].argmax(dim=-1)
-            logits = logits[self._index(random)]
-        random_slots = self._index(slots[random])
-        logits = logits / self._temperature[random_slots, None]
-        truncated = np.flatnonzero(self._truncated[slots[random]])
-        if len(truncated):
-            rows, of = self._index(truncated), self._index(slots[random][truncated])
-            logits[rows] = truncate(logits[rows], self._top_k[of], self._top_p[of], self._min_p[of])
-        seeds = row_seeds(self._keys[random_slots], self._index(positions[random]))
-        tokens[self._index(random)] = (logits + gumbel_noise(seeds, self._vocab_size)).argmax(dim=-1)
-        return tokens
+        if not self._random[slots].any():
+            return greedy(logits)
+        of = self._index(slots)
+        return sample(
+            logits,
+            self._temperature[of],
+            self._top_k[of],
+            self._top_p[of],
+            self._min_p[of],
+            self._keys[of],
+            self._index(positions),
+            any_truncated=bool(self._truncated[slots].any()),
+        )
 
     def _adjust_(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> None:
         """Allowed tokens, biases and banned early ends, on the rows that have them."""
@@ -187,6 +184,10 @@ class _PenaltyPool:
         in_prompt[row] = False
         in_prompt[row, tokens[: sequence.num_prompt]] = True
         counts[row] = torch.bincount(tokens[sequence.num_prompt :], minlength=self._vocab_size)
+
+    def any(self, slots: IntArray) -> bool:
+        """Whether any of the slots has penalties."""
+        return bool((self._row_of[slots] >= 0).any())
 
     def apply_(self, logits: torch.Tensor, slots: IntArray) -> None:
         """Penalise the rows that have penalties, in place."""

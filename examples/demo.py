@@ -30,7 +30,7 @@ from moto.server import ThreadedMotoServer
 
 from examples.demo_assets import demo_dir, model_path, prompts
 
-BUCKET = "demo-bucket"
+BUCKET = "demo"
 SOURCE = f"s3://{BUCKET}/prompts"
 TARGET = f"s3://{BUCKET}/answers"
 NUM_PROMPT_FILES = 4

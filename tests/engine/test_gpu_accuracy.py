@@ -55,7 +55,8 @@ def exact(demo_model: Path, texts: list[list[int]]) -> torch.Tensor:
 
 
 def load_reference(path: Path, dtype: torch.dtype) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     return model.to("cuda").eval()
 
 
