@@ -76,7 +76,7 @@ def _draw_kernel(
         pivot, tie_end = tl.load(pivot_ptr + row), tl.load(tie_end_ptr + row)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_token = tl.zeros([BLOCK], tl.int32)
-    for start in range(begin, tl.minimum(begin + stretch, VOCAB), BLOCK):
+    for start in tl.range(begin, tl.minimum(begin + stretch, VOCAB), BLOCK, num_stages=4):
         token = start + tl.arange(0, BLOCK)
         score = tl.load(logits_ptr + row * ROW_STRIDE + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
         if temperature > 0.0:

@@ -70,7 +70,8 @@ def _decode_kernel(
     table_ptr += row * table_stride
 
     peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
+    # Summed over a tile's keys only at the end: a sum crosses warps.
+    totals = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
     out = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     blocks = tile_blocks(table_ptr, first_tile * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
     for start in range(first_tile * BLOCK_N, last_tile * BLOCK_N, BLOCK_N):
@@ -87,11 +88,12 @@ def _decode_kernel(
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, axis=1)
+        totals = totals * shrink[:, None] + weights
         v = tl.load(v_cache_ptr + places, mask=readable, other=0.0)
         out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         peak = new_peak
 
+    total = tl.sum(totals, axis=1)
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
     place = row * KV_HEADS * GROUP + head
     if SPLIT:

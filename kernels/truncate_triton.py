@@ -79,7 +79,7 @@ def _floor_kernel(
     lane = tl.arange(0, BLOCK)
 
     lane_peak = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, VOCAB, BLOCK):
+    for start in tl.range(0, VOCAB, BLOCK, num_stages=4):
         token = start + lane
         x = tl.load(logits_ptr + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
         lane_peak = tl.maximum(lane_peak, x)
@@ -111,7 +111,7 @@ def _floor_kernel(
 
     count = 0
     if by_rank | by_weight:
-        for start in range(0, VOCAB, BLOCK):
+        for start in tl.range(0, VOCAB, BLOCK, num_stages=4):
             token = start + lane
             x = tl.load(logits_ptr + token, mask=token < VOCAB, other=float("-inf"))
             candidate = (x.to(tl.float32) >= floor) & (token < VOCAB)

@@ -74,20 +74,23 @@ def test_qkv_to_cache(
     from raydata_llm.kernels.qkv_to_cache_triton import launch_qkv_to_cache
 
     tokens, blocks = 5, 6
-    on = {"dtype": triton_dtype, "device": triton_device}
-    qkv = draw(tokens, (heads + 2 * kv_heads) * head_dim, **on)
+    qkv = draw(tokens, (heads + 2 * kv_heads) * head_dim, dtype=triton_dtype, device=triton_device)
     positions = torch.arange(tokens, device=triton_device) * 3
     slots = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(4))[:tokens].to(triton_device)
     angles = torch.outer(torch.arange(40.0), 10.0 ** -torch.linspace(0, 4, head_dim // 2))
     table = torch.cat([angles.cos(), angles.sin()], dim=-1).to(triton_device)
-    norms = (draw(head_dim, seed=5, **on), draw(head_dim, seed=6, **on)) if qk_norm else (None, None)
-    caches = [torch.full((blocks, kv_heads, block_size, head_dim), -7.0, **on) for _ in range(2)]
-    q = launch_qkv_to_cache(qkv, positions, slots, table, caches[0], caches[1], *norms, 1e-6)
-
-    expected_caches = [torch.full((blocks, kv_heads, block_size, head_dim), -7.0, dtype=triton_dtype) for _ in range(2)]
-    host_norms = [None if norm is None else norm.cpu() for norm in norms]
-    inputs = (qkv.cpu(), positions.cpu(), slots.cpu(), table.cpu())
-    expected = qkv_to_cache(*inputs, expected_caches[0], expected_caches[1], *host_norms, 1e-6)
+    q_norm, k_norm = (draw(head_dim, dtype=triton_dtype, device=triton_device, seed=seed) for seed in (5, 6))
+    shape = (blocks, kv_heads, block_size, head_dim)
+    caches = [torch.full(shape, -7.0, dtype=triton_dtype, device=triton_device) for _ in range(2)]
+    expected_caches = [torch.full(shape, -7.0, dtype=triton_dtype) for _ in range(2)]
+    inputs = (qkv, positions, slots, table)
+    host = (qkv.cpu(), positions.cpu(), slots.cpu(), table.cpu())
+    if qk_norm:
+        q = launch_qkv_to_cache(*inputs, caches[0], caches[1], q_norm, k_norm, 1e-6)
+        expected = qkv_to_cache(*host, expected_caches[0], expected_caches[1], q_norm.cpu(), k_norm.cpu(), 1e-6)
+    else:
+        q = launch_qkv_to_cache(*inputs, caches[0], caches[1])
+        expected = qkv_to_cache(*host, expected_caches[0], expected_caches[1])
     close(q, expected)
     # What no token is mapped to keeps its value, which a stray write would change.
     close(caches[0], expected_caches[0])

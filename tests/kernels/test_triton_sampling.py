@@ -152,10 +152,12 @@ def test_penalties(pooled: bool, triton_device: torch.device) -> None:
     counts = torch.randint(0, 3, (pool, VOCAB), generator=generator, dtype=torch.int32)
     values = torch.rand((3, pool), generator=generator) + 0.5
     pool_rows = torch.tensor([2, -1, 0, 3, -1, 1]) if pooled else None
-    expected = penalise_(logits.clone(), in_prompt, counts, *values, pool_rows)
-    on = [tensor.to(triton_device) for tensor in (logits.clone(), in_prompt, counts, *values)]
-    result = launch_penalise(*on, None if pool_rows is None else pool_rows.to(triton_device))
-    assert result is on[0]
+    expected = penalise_(logits.clone(), in_prompt, counts, values[0], values[1], values[2], pool_rows)
+    device = triton_device
+    on_device, pool_rows = logits.to(device, copy=True), None if pool_rows is None else pool_rows.to(device)
+    pools = (in_prompt.to(device), counts.to(device), values[0].to(device), values[1].to(device), values[2].to(device))
+    result = launch_penalise(on_device, *pools, pool_rows)
+    assert result is on_device
     torch.testing.assert_close(result.cpu(), expected)
     if pooled:
         assert torch.equal(result[1].cpu(), logits[1])
