@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from raydata_llm.kernels.rms_norm import rms_norm
+from raydata_llm.kernels.rms_norm import rms_norm_ref
 
 
 def rotate_ref(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
@@ -22,6 +22,31 @@ def rotate_ref(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
     low, high = x.float().chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
+
+
+def qkv_to_cache_ref(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    rope_table: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """The equation, all tokens at once; what a CPU runs too."""
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    if q_norm is not None and k_norm is not None:
+        q = rms_norm_ref(qk[:, :-num_kv_heads], q_norm, eps)
+        qk = torch.cat([q, rms_norm_ref(qk[:, -num_kv_heads:], k_norm, eps)], dim=1)
+    qk = rotate_ref(qk, rope_table[positions])
+    block, offset = slot_mapping // k_cache.shape[2], slot_mapping % k_cache.shape[2]
+    k_cache[block, :, offset] = qk[:, -num_kv_heads:]
+    v_cache[block, :, offset] = v
+    return qk[:, :-num_kv_heads]
 
 
 def qkv_to_cache(
@@ -47,14 +72,4 @@ def qkv_to_cache(
         from raydata_llm.kernels.qkv_to_cache_triton import launch_qkv_to_cache
 
         return launch_qkv_to_cache(qkv, positions, slot_mapping, rope_table, k_cache, v_cache, q_norm, k_norm, eps)
-    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
-    qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
-    if q_norm is not None and k_norm is not None:
-        q = rms_norm(qk[:, :-num_kv_heads], q_norm, eps)
-        qk = torch.cat([q, rms_norm(qk[:, -num_kv_heads:], k_norm, eps)], dim=1)
-    qk = rotate_ref(qk, rope_table[positions])
-    block, offset = slot_mapping // k_cache.shape[2], slot_mapping % k_cache.shape[2]
-    k_cache[block, :, offset] = qk[:, -num_kv_heads:]
-    v_cache[block, :, offset] = v
-    return qk[:, :-num_kv_heads]
+    return qkv_to_cache_ref(qkv, positions, slot_mapping, rope_table, k_cache, v_cache, q_norm, k_norm, eps)

@@ -40,7 +40,8 @@ def main() -> int:
         engine = Engine(EngineConfig(model=model, load_format="dummy", **json.loads(args.engine_kwargs)))
         _generate(engine, _warm_up(args.model))
         started_s = time.perf_counter() - began
-        results = [_measure(engine, args.model, name, started_s) for name in args.workload]
+        machine = _machine(args.commit)
+        results = [_measure(engine, args.model, name, started_s) | machine for name in args.workload]
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     return 0
@@ -74,7 +75,6 @@ def _measure(engine: Engine, model: str, workload: str, started_s: float) -> dic
         "steps": (after.num_steps - before.num_steps) // RUNS,
         "preemptions": after.num_preemptions - before.num_preemptions,
         "start_s": round(started_s, 2),
-        **_machine(),
     }
     print(json.dumps(line), flush=True)
     return line
@@ -91,14 +91,14 @@ def _generate(engine: Engine, work: Work) -> list[list[int]]:
     return [tokens[index] for index in range(len(work))]
 
 
-def _machine() -> dict[str, str]:
+def _machine(commit: str | None) -> dict[str, str]:
     on_gpu = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if on_gpu else "none",
         "cpu": platform.processor() or platform.machine(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none",
         "torch": torch.__version__,
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit or _output("git", "rev-parse", "--short", "HEAD"),
     }
 
 
@@ -114,6 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=SHAPES, required=True)
     parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=["decode", "mixed", "classify", "prefix"])
     parser.add_argument("--engine-kwargs", default="{}", help="JSON, fields of EngineConfig")
+    parser.add_argument("--commit", help="what to record where there is no git repository")
     parser.add_argument("--out", help="file for the JSON list")
     return parser.parse_args()
 
