@@ -233,7 +233,6 @@ def _cut_kernel(
         total = weight + (weight_from - weight) * allowed / tl.maximum(number_from - number, 1)
     if by_weight:
         high = top
-        rank_low = low
         while high - low > 1:
             middle = low + (high - low) // 2
             _, weight = _tally(values_ptr, count, _value(middle, ZERO_BITS), floor, peak, temperature, BLOCK)
@@ -243,8 +242,8 @@ def _cut_kernel(
         number_from, weight_from = _tally(values_ptr, count, _value(low, ZERO_BITS), floor, peak, temperature, BLOCK)
         each = (weight_from - weight) / tl.maximum(number_from - number, 1)
         needed = tl.ceil((top_p * total - weight) / each - 1e-4)
-        needed = tl.minimum(tl.maximum(needed, 1.0), 1e9).to(tl.int32)
-        allowed = tl.where(low > rank_low, needed, tl.minimum(needed, allowed))
+        # No more than top_k left, whose weights `total` is the sum of.
+        allowed = tl.minimum(tl.maximum(needed, 1.0), 1e9).to(tl.int32)
     pivot = tl.maximum(_value(low, ZERO_BITS), floor)
     tie_end = VOCAB
     if (allowed < VOCAB) & (number_from - number > allowed):

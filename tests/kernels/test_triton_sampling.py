@@ -119,11 +119,22 @@ def test_truncation_of_16_bit_logits_with_many_equals(triton_device: torch.devic
 def test_equal_logits_are_cut_to_their_share(triton_device: torch.device) -> None:
     from raydata_llm.kernels.truncate_triton import launch_truncate
 
-    logits = torch.zeros((3, VOCAB), device=triton_device)
-    top_k = torch.tensor([7, 0, 0], device=triton_device)
-    top_p = torch.tensor([1.0, 0.5, 1.0], device=triton_device)
-    result = launch_truncate(logits, top_k, top_p, torch.zeros(3, device=triton_device))
-    assert [len(tokens) for tokens in kept(result)] == [7, (VOCAB + 1) // 2, VOCAB]
+    logits = torch.zeros((4, VOCAB), device=triton_device)
+    top_k = torch.tensor([7, 0, 0, 9], device=triton_device)
+    top_p = torch.tensor([1.0, 0.5, 1.0, 0.7], device=triton_device)
+    result = launch_truncate(logits, top_k, top_p, torch.zeros(4, device=triton_device))
+    assert kept(result) == [set(range(number)) for number in (7, (VOCAB + 1) // 2, VOCAB, 7)]
+
+
+def test_what_min_p_drops_weighs_nothing_in_top_p(triton_device: torch.device) -> None:
+    """More candidates than are listed, and a min_p between the two float16 values that occur."""
+    from raydata_llm.kernels.truncate_triton import launch_truncate
+
+    logits = torch.full((1, VOCAB), 1.0 - 2**-11)
+    logits[:, 100:4600] = 1.0
+    arguments = torch.tensor([4800]), torch.tensor([0.9]), torch.tensor([0.9997])
+    on = (tensor.to(triton_device) for tensor in (logits.half(), *arguments))
+    assert kept(launch_truncate(*on)) == [set(range(100, 100 + 4050))]
 
 
 def test_rows_of_all_kinds_in_one_launch(triton_device: torch.device) -> None:
