@@ -65,8 +65,8 @@ _HOPPER = Tuning(
         1024: Tile(block_n=16, num_warps=4, num_stages=3),
     },
     prefill={
-        128: Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
-        256: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+        128: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, split_mask=True),
+        256: Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, split_mask=True),
         512: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
     },
