@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from raydata_llm.engine.batch import ForwardBatch
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.rope import rope_table
+from raydata_llm.kernels.linear import linear
 from raydata_llm.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
 from raydata_llm.kernels.qkv_to_cache import qkv_to_cache
 from raydata_llm.kernels.rms_norm import add_rms_norm, rms_norm
@@ -52,7 +53,7 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to the last dimension."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores over the vocabulary, in the model's dtype: [N, vocab_size]."""
-        return F.linear(hidden, self._lm_head)
+        return linear(hidden, self._lm_head)
 
     def _attention(
         self, x: torch.Tensor, layer: Layer, batch: ForwardBatch, cache: tuple[torch.Tensor, torch.Tensor]

@@ -19,14 +19,17 @@ from raydata_llm.engine.block_manager import BlockManager
 from raydata_llm.engine.decoder import Decoder, KVCache
 from raydata_llm.engine.detokenizer import StopStringWatch, Tokenizer
 from raydata_llm.engine.device import choose_device, choose_dtype
+from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.engine.kv_budget import check_sizes, num_kv_blocks
+from raydata_llm.engine.kv_budget import check_sizes, check_weights_fit, num_kv_blocks
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.model_runner import HostLogprobs, LaunchedStep, ModelRunner
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
 from raydata_llm.engine.scheduler import Scheduler, SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, Sequence
 from raydata_llm.engine.weights import load_weights
+
+_STEP_REMEDY = "lower gpu_memory_utilization, or max_num_batched_tokens and max_num_seqs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +77,12 @@ class Engine:
         sizes = check_sizes(config, self.model_config, device)
         self.max_model_len = sizes.max_model_len
         self.max_num_seqs = sizes.max_num_seqs
+        check_weights_fit(self.model_config, dtype, device)
         weights = load_weights(
             files, self.model_config, dtype=dtype, device=device, load_format=config.load_format, seed=config.seed
         )
-        decoder = Decoder(self.model_config, weights, max_model_len=self.max_model_len, dtype=dtype, device=device)
+        with explained("loading the weights", "use a smaller model, or a GPU with nothing else on it"):
+            decoder = Decoder(self.model_config, weights, max_model_len=self.max_model_len, dtype=dtype, device=device)
         self.num_kv_blocks = num_kv_blocks(config, self.model_config, sizes, dtype, device)
         limits = SchedulerLimits(
             max_num_seqs=sizes.max_num_seqs,
@@ -142,7 +147,8 @@ class Engine:
         """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests."""
         batch = self._scheduler.schedule(len(self._in_flight))
         if batch is not None:
-            self._in_flight.append((batch, self._live_runner().launch(batch)))
+            with explained(f"launching a step of {batch.num_tokens} tokens", _STEP_REMEDY):
+                self._in_flight.append((batch, self._live_runner().launch(batch)))
             self._num_steps += 1
             if len(self._in_flight) <= self._steps_ahead:
                 return []
@@ -190,7 +196,8 @@ class Engine:
 
     def _read_oldest(self) -> list[RequestOutput]:
         batch, launched = self._in_flight.popleft()
-        token_ids, logprobs = launched.read()
+        with explained(f"running a step of {batch.num_tokens} tokens", _STEP_REMEDY):
+            token_ids, logprobs = launched.read()
         if logprobs is not None:
             self._add_logprobs(batch, token_ids.tolist(), logprobs)
         return self._collect(self._scheduler.update(batch, token_ids))

@@ -6,6 +6,7 @@ Owns these figures and the errors that say what would fit. Invariant: what it re
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,23 @@ def check_sizes(config: EngineConfig, model: ModelConfig, device: torch.device) 
     )
 
 
+def check_weights_fit(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model whose weights the GPU has no room for, before the first is read.
+
+    Raises:
+        ValueError: with the memory needed and free.
+    """
+    if device.type != "cuda":
+        return
+    needed = sum(math.prod(shape) for shape in model.parameter_shapes().values()) * dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise ValueError(
+            f"the weights of this {model.architecture} take {needed / 2**30:.1f} GiB in {dtype} and {device} has "
+            f"{free / 2**30:.1f} GiB free: use a smaller model or dtype, or a GPU with more room"
+        )
+
+
 def num_kv_blocks(
     config: EngineConfig, model: ModelConfig, sizes: Sizes, dtype: torch.dtype, device: torch.device
 ) -> int:
@@ -87,7 +105,19 @@ def num_kv_blocks(
             f"for a single row, and {source} leaves {max(0, usable) * block_bytes / 2**20:.1f} MiB: {remedy}"
         )
     # More than all slots can hold is of use to the prefix cache only; twice that is plenty.
-    return min(usable, 2 * sizes.max_num_seqs * blocks_per_seq) + 1
+    usable = min(usable, 2 * sizes.max_num_seqs * blocks_per_seq)
+    _check_room((usable + 1) * block_bytes, source, device)
+    return usable + 1
+
+
+def _check_room(kv_bytes: int, source: str, device: torch.device) -> None:
+    """Refuse KV memory that was asked for by figure and is not there."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    if kv_bytes > free:
+        raise ValueError(
+            f"{source} makes {kv_bytes / 2**30:.1f} GiB of KV memory and {device} has {free / 2**30:.1f} GiB free: "
+            "ask for less, or leave it out to have it sized by what is free"
+        )
 
 
 def _kv_memory(

@@ -91,6 +91,7 @@ def _decode_rows(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
+    """Rows in order of their length, the last one filling all columns."""
     rows, heads, head_dim = q.shape
     kv_heads = k_cache.shape[1]
     keys = torch.arange(block_table.shape[1] * k_cache.shape[2], device=q.device)
@@ -99,14 +100,28 @@ def _decode_rows(
         visible &= keys >= context_lens[:, None] - window
     # The heads of a group stand where a sequence of queries would: K and V are read once for all of them.
     grouped = q.view(rows, kv_heads, heads // kv_heads, head_dim)
+    block_size = k_cache.shape[2]
+    used = (context_lens - 1) // block_size
+    # Unused columns read a full block instead, the first of the longest row: numbers, which the mask takes out.
+    unused = torch.arange(block_table.shape[1], device=q.device) > used[:, None]
+    block_table = torch.where(unused, block_table[-1, 0], block_table)
     k, v = gather_kv(k_cache, block_table), gather_kv(v_cache, block_table)
-    # Past a row's end lies whatever the blocks held before, NaN perhaps, which no mask makes harmless.
-    first_end = int(context_lens.min())
-    stale = (keys[first_end:] >= context_lens[:, None])[:, None, :, None]
-    k[:, :, first_end:].masked_fill_(stale, 0.0)
-    v[:, :, first_end:].masked_fill_(stale, 0.0)
+    for gathered in (k, v):
+        _clear_stale_(gathered, context_lens, used, block_size)
     mask = visible[:, None, None, :].expand(-1, -1, heads // kv_heads, -1)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
+
+
+def _clear_stale_(
+    gathered: torch.Tensor, context_lens: torch.Tensor, last_block: torch.Tensor, block_size: int
+) -> None:
+    """Zero what lies past each row's end in its last block: what the block held before, NaN perhaps, which no mask
+    makes harmless."""
+    rows = torch.arange(len(gathered), device=gathered.device)
+    blocks = gathered.unflatten(2, (-1, block_size))
+    offsets = last_block[:, None] * block_size + torch.arange(block_size, device=gathered.device)
+    stale = offsets >= context_lens[:, None]
+    blocks[rows, :, last_block.long()] = blocks[rows, :, last_block.long()].masked_fill(stale[:, None, :, None], 0.0)
 
 
 def paged_prefill_attention(

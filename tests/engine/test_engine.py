@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
+from raydata_llm.engine.device_errors import DeviceError, DeviceMemoryError, explained
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import Request, RequestOutput, request_digest, sampling_key, seeded_key
@@ -305,3 +306,22 @@ def test_narrow_dtypes_run(model_path: str, dtype: str) -> None:
     exact = Engine(EngineConfig(model=model_path, device="cpu"))
     outputs = [run(one, [request(0, logprobs=0, max_tokens=1)])[0].outputs[0] for one in (engine, exact)]
     assert outputs[0].cumulative_logprob == pytest.approx(outputs[1].cumulative_logprob, abs=0.3)
+
+
+def test_kv_memory_that_is_not_there_is_refused_before_it_is_taken(model_path: str) -> None:
+    asked: dict[str, Any] = {
+        "kv_cache_memory_bytes": 1 << 50,
+        "max_num_seqs": 1 << 20,
+        "max_num_batched_tokens": 1 << 20,
+    }
+    with pytest.raises(ValueError, match=r"kv_cache_memory_bytes=\d+ makes .* GiB free: ask for less"):
+        Engine(EngineConfig(model=model_path, device="cpu", **asked))
+
+
+def test_device_errors_say_what_to_change() -> None:
+    with pytest.raises(DeviceMemoryError, match=r"out of GPU memory while loading: buy more\. torch says: no room"):
+        with explained("loading", "buy more"):
+            raise torch.OutOfMemoryError("no room\ndetails")
+    with pytest.raises(DeviceError, match="the GPU failed while stepping: illegal access.*CUDA_LAUNCH_BLOCKING=1"):
+        with explained("stepping", "buy more"):
+            raise torch.AcceleratorError("illegal access")
