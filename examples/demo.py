@@ -34,6 +34,7 @@ BUCKET = "demo"
 SOURCE = f"s3://{BUCKET}/prompts"
 TARGET = f"s3://{BUCKET}/answers"
 NUM_PROMPT_FILES = 4
+NUM_SLOTS = 64  # rows that the engine runs at once on a CPU
 
 # Ray's log of what goes well, and two lines that it prints in any run with a pool of actors, at its start and at its
 # end. All else that quickstart.py prints, warnings and errors above all, is passed on.
@@ -149,6 +150,9 @@ def report(answers: list[dict[str, Any]], seconds: float, folders: list[Path]) -
     num_tokens = sum(row["num_generated_tokens"] for row in answers)
     rates = f"{len(answers) / seconds:.1f} rows/s, {num_tokens / seconds:.0f} tokens/s"
     say(f"{len(answers)} rows, {num_tokens} tokens in {seconds:.0f} s: {rates}, Ray's and the model's start included")
+    if len(answers) <= NUM_SLOTS:  # all rows were in the engine from the first to the last moment
+        busy = max(row["seconds"] for row in answers)
+        print(f"   the engine alone, prompts included: {busy:.0f} s, {num_tokens / busy:.0f} tokens/s")
     for folder in folders:
         files = sorted(folder.glob("*.parquet"))
         size = sum(file.stat().st_size for file in files)
@@ -156,4 +160,7 @@ def report(answers: list[dict[str, Any]], seconds: float, folders: list[Path]) -
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

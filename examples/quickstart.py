@@ -30,6 +30,7 @@ processor = build_llm_processor(
         "code": row["code"],
         "answer": row["generated_text"],
         "num_generated_tokens": row["num_generated_tokens"],
+        "seconds": row["time_taken_llm"],
     },
 )
 
