@@ -319,9 +319,9 @@ def test_kv_memory_that_is_not_there_is_refused_before_it_is_taken(model_path: s
 
 
 def test_device_errors_say_what_to_change() -> None:
-    with pytest.raises(DeviceMemoryError, match=r"out of GPU memory while loading: buy more\. torch says: no room"):
-        with explained("loading", "buy more"):
-            raise torch.OutOfMemoryError("no room\ndetails")
-    with pytest.raises(DeviceError, match="the GPU failed while stepping: illegal access.*CUDA_LAUNCH_BLOCKING=1"):
-        with explained("stepping", "buy more"):
-            raise torch.AcceleratorError("illegal access")
+    told = r"out of GPU memory while loading: buy more\. torch says: no room"
+    with pytest.raises(DeviceMemoryError, match=told), explained("loading", "buy more"):
+        raise torch.OutOfMemoryError("no room\ndetails")
+    told = r"the GPU failed while stepping: illegal access.*CUDA_LAUNCH_BLOCKING=1"
+    with pytest.raises(DeviceError, match=told), explained("stepping", "buy more"):
+        raise torch.AcceleratorError("illegal access")
