@@ -49,7 +49,7 @@ PROGRESS = re.compile(r"MapBatches\(Replica\): ([1-9]\d*)/")
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=48, help="prompts to answer, of HumanEval's 164 (default: 48)")
+    parser.add_argument("--rows", type=int, default=16, help="prompts to answer, of HumanEval's 164 (default: 16)")
     parser.add_argument("--shown", type=int, default=4, help="answers to print (default: 4)")
     arguments = parser.parse_args()
     records = prompts()[: arguments.rows]
