@@ -1,7 +1,7 @@
 """A step's work in two forms: the scheduler's choice, and the tensors that the model computes on.
 
 A scheduled batch is made of compact host arrays (what crosses to other ranks); the model runner turns it into a
-forward batch on the device. Decode rows come first, then the prefill chunks' tokens.
+forward batch on the device. Decode rows come first, in their plan's order, then the prefill chunks' tokens.
 
 Shapes: D decode rows, P prefill chunks, T tokens of the step, N rows to sample (all D, then the chunks that end
 their prefill).
@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.sequence import IntArray, Sequence
+from raydata_llm.kernels.paged_attention import SharedPrefixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class ScheduledBatch:
     """The scheduler's choice for one step.
 
     Args:
-        decode_slots: [D] slots that compute their last sampled token.
+        decode_plan: the D slots that compute their last sampled token.
         prefill_slots: [P] slots that compute a chunk of known tokens.
         prefill_starts: [P] position of each chunk's first token.
         prefill_counts: [P] tokens of each chunk.
@@ -34,10 +36,9 @@ class ScheduledBatch:
         block_slots, block_columns, blocks: [U] block table entries that are new in this step.
         released: slots given up since the last step.
         admitted: sequences that got a slot in this step.
-        max_decode_context, max_prefill_context: tokens that the longest row attends to.
     """
 
-    decode_slots: IntArray
+    decode_plan: DecodePlan
     prefill_slots: IntArray
     prefill_starts: IntArray
     prefill_counts: IntArray
@@ -50,13 +51,16 @@ class ScheduledBatch:
     blocks: IntArray
     released: list[int]
     admitted: list[tuple[int, Sequence]]
-    max_decode_context: int
-    max_prefill_context: int
+
+    @property
+    def num_decodes(self) -> int:
+        """D."""
+        return len(self.decode_plan.slots)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return len(self.decode_slots) + len(self.prefill_token_ids)
+        return self.num_decodes + len(self.prefill_token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +68,34 @@ class AttentionRows:
     """Rows of a forward batch that attend to their paged KV.
 
     Args:
-        block_table: [rows, blocks] int32.
+        slots: [rows] integer; the rows of the block table that are theirs.
         context_lens: [rows] int32; keys each row's last query may see, itself included.
-        query_starts: [rows + 1] int32; the rows' queries, one after the other. None in decode: a query a row.
     """
 
-    block_table: torch.Tensor
+    slots: torch.Tensor
     context_lens: torch.Tensor
-    query_starts: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRows(AttentionRows):
+    """Rows with one query each.
+
+    Args:
+        shared: Groups of rows with a common prefix, if any.
+    """
+
+    shared: SharedPrefixes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillRows(AttentionRows):
+    """Rows with a chunk of queries each.
+
+    Args:
+        query_starts: [rows + 1] int32; the rows' queries, one after the other.
+    """
+
+    query_starts: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +106,15 @@ class ForwardBatch:
         token_ids: [T] int64.
         positions: [T] int64.
         slot_mapping: [T] int64; where each token's KV goes: block * block_size + offset.
-        num_decodes: D.
+        block_table: [slots, blocks] int32.
         decode, prefill: None where the step has none.
-        sample_rows: [N] int64; tokens whose hidden state is sampled from.
+        sample_rows: [N] integer; tokens whose hidden state is sampled from. None: all.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     slot_mapping: torch.Tensor
-    num_decodes: int
-    decode: AttentionRows | None
-    prefill: AttentionRows | None
-    sample_rows: torch.Tensor
+    block_table: torch.Tensor
+    decode: DecodeRows | None
+    prefill: PrefillRows | None
+    sample_rows: torch.Tensor | None

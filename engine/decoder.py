@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from raydata_llm.engine.batch import ForwardBatch
+from raydata_llm.engine.batch import DecodeRows, ForwardBatch, PrefillRows
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.rope import rope_table
 from raydata_llm.kernels.linear import linear
@@ -129,7 +129,7 @@ class Decoder:
             x, residual = add_rms_norm(x, residual, layer.post_norm, eps)
             x = layer.down(swiglu(layer.gate_up(x)))
             next_norm = self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
-            if index + 1 == len(self._layers):
+            if index + 1 == len(self._layers) and batch.sample_rows is not None:
                 x, residual = x[batch.sample_rows], residual[batch.sample_rows]
             x, residual = add_rms_norm(x, residual, next_norm, eps)
         return x
@@ -151,24 +151,53 @@ class Decoder:
             layer.k_norm,
             self.config.rms_norm_eps,
         )
-        parts = []
+        parts, num_decodes = [], 0
         if batch.decode is not None:
-            rows = batch.decode
-            decode_q = q[: batch.num_decodes]
-            parts.append(
-                paged_decode_attention(decode_q, *cache, rows.block_table, rows.context_lens, self._scale, layer.window)
-            )
-        if batch.prefill is not None and batch.prefill.query_starts is not None:
-            rows = batch.prefill
-            prefill_q = q[batch.num_decodes :]
-            starts = batch.prefill.query_starts
-            parts.append(
-                paged_prefill_attention(
-                    prefill_q, *cache, rows.block_table, rows.context_lens, starts, self._scale, layer.window
-                )
-            )
+            num_decodes = len(batch.decode.slots)
+            parts.append(self._decode_attention(q[:num_decodes], layer, batch.block_table, batch.decode, cache))
+        if batch.prefill is not None:
+            parts.append(self._prefill_attention(q[num_decodes:], layer, batch.block_table, batch.prefill, cache))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.flatten(1)
+
+    def _decode_attention(
+        self,
+        q: torch.Tensor,
+        layer: Layer,
+        block_table: torch.Tensor,
+        rows: DecodeRows,
+        cache: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        return paged_decode_attention(
+            q,
+            *cache,
+            block_table,
+            rows.context_lens,
+            self._scale,
+            layer.window,
+            table_rows=rows.slots,
+            # A window soon leaves the prefix behind: such layers read their rows one by one.
+            shared=rows.shared if layer.window is None else None,
+        )
+
+    def _prefill_attention(
+        self,
+        q: torch.Tensor,
+        layer: Layer,
+        block_table: torch.Tensor,
+        rows: PrefillRows,
+        cache: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        return paged_prefill_attention(
+            q,
+            *cache,
+            block_table,
+            rows.context_lens,
+            rows.query_starts,
+            self._scale,
+            layer.window,
+            table_rows=rows.slots,
+        )
 
 
 _FUSED = {

@@ -42,6 +42,7 @@ class EngineStats:
         num_prompt_tokens: Of finished requests.
         num_output_tokens: Of finished requests.
         num_steps, num_preemptions: Since the start.
+        num_decode_rows: Rows that decoded, summed over steps: by num_steps, the mean decode batch.
     """
 
     num_running: int
@@ -51,6 +52,7 @@ class EngineStats:
     num_output_tokens: int
     num_steps: int
     num_preemptions: int
+    num_decode_rows: int
 
 
 class Engine:
@@ -92,6 +94,7 @@ class Engine:
             max_penalty_seqs=min(sizes.max_num_seqs, 256),
             enable_chunked_prefill=config.enable_chunked_prefill,
             enable_prefix_caching=config.enable_prefix_caching,
+            share_prefixes=config.enable_prefix_caching and not config.disable_cascade_attn,
         )
         self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks))
         self._runner: ModelRunner | None = ModelRunner(
@@ -101,12 +104,15 @@ class Engine:
             max_blocks=self._scheduler.table.block_table.shape[1],
             block_size=sizes.block_size,
             num_penalty_rows=limits.max_penalty_seqs,
+            use_graphs=device.type == "cuda" and not config.enforce_eager,
         )
+        with explained("capturing CUDA graphs", "set enforce_eager=True, or lower gpu_memory_utilization"):
+            self._runner.warm_up()
         self._steps_ahead = config.steps_ahead if config.steps_ahead is not None else int(device.type == "cuda")
         self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep]] = deque()
         self._unfinished: dict[str, _UnfinishedRequest] = {}
         self._next_seq_id = 0
-        self._num_prompt_tokens = self._num_output_tokens = self._num_steps = 0
+        self._num_prompt_tokens = self._num_output_tokens = self._num_steps = self._num_decode_rows = 0
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -150,6 +156,7 @@ class Engine:
             with explained(f"launching a step of {batch.num_tokens} tokens", _STEP_REMEDY):
                 self._in_flight.append((batch, self._live_runner().launch(batch)))
             self._num_steps += 1
+            self._num_decode_rows += batch.num_decodes
             if len(self._in_flight) <= self._steps_ahead:
                 return []
         return self._read_oldest() if self._in_flight else []
@@ -173,6 +180,7 @@ class Engine:
             num_output_tokens=self._num_output_tokens,
             num_steps=self._num_steps,
             num_preemptions=self._scheduler.num_preemptions,
+            num_decode_rows=self._num_decode_rows,
         )
 
     def reset_prefix_cache(self) -> None:

@@ -36,6 +36,7 @@ class EngineConfig:
         load_format: "auto", "safetensors", "pt" (torch's weights-only loader), "gguf" or "dummy" (seeded normal).
         trust_remote_code: Run code that comes with the tokenizer or config.
         enforce_eager: No CUDA graphs.
+        disable_cascade_attn: Let each row read a prefix that it shares with others for itself.
         steps_ahead: Steps launched before the oldest one's tokens are read; None: 0 on a CPU, 1 on a GPU.
         num_threads: CPU threads of the engine; None leaves torch's setting.
         generation_config: "auto" takes the model's generation_config as the default sampling parameters;
@@ -64,6 +65,7 @@ class EngineConfig:
     load_format: str = "auto"
     trust_remote_code: bool = False
     enforce_eager: bool = False
+    disable_cascade_attn: bool = False
     steps_ahead: int | None = None
     num_threads: int | None = None
     generation_config: str = "auto"
@@ -123,6 +125,7 @@ _FLAGS = (
     "enable_chunked_prefill",
     "trust_remote_code",
     "enforce_eager",
+    "disable_cascade_attn",
 )
 
 

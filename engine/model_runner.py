@@ -2,7 +2,8 @@
 
 Owns the device's state: weights, KV cache, and per slot the last token, the count of computed tokens, the block table
 and the sampling parameters. A step's decode inputs are made from that state, so launching a step needs no token of an
-earlier one on the host; sampled tokens come back by one asynchronous copy. Knows no requests' ends and no queue.
+earlier one on the host; sampled tokens come back by one asynchronous copy. Steps with prefill run as they come, pure
+decode steps in `decode_step.py`. Knows no requests' ends and no queue.
 
 Shapes as in batch.py; S slots.
 """
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raydata_llm.engine.batch import AttentionRows, ForwardBatch, ScheduledBatch
+from raydata_llm.engine.batch import ForwardBatch, PrefillRows, ScheduledBatch
+from raydata_llm.engine.decode_step import DecodeStep, SlotState
 from raydata_llm.engine.decoder import Decoder, KVCache
 from raydata_llm.engine.sampler import SampledLogprobs, Sampler
 from raydata_llm.engine.sequence import IntArray
@@ -74,6 +76,7 @@ class ModelRunner:
         max_blocks: Blocks of a sequence at most.
         block_size: Tokens of a block.
         num_penalty_rows: Rows with penalties at once at most.
+        use_graphs: Replay pure decode steps from CUDA graphs.
     """
 
     def __init__(
@@ -85,70 +88,90 @@ class ModelRunner:
         max_blocks: int,
         block_size: int,
         num_penalty_rows: int,
+        use_graphs: bool,
     ) -> None:
         self._decoder = decoder
         self._kv_cache = kv_cache
-        self._block_size = block_size
         self._device = decoder.device
         self._sampler = Sampler(num_slots, decoder.config.vocab_size, num_penalty_rows, self._device)
-        self._last_token = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
-        self._num_computed = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
-        self._block_table = torch.zeros((num_slots, max_blocks), dtype=torch.int32, device=self._device)
+        self._state = SlotState(num_slots, max_blocks, block_size, self._device)
+        self._decode = DecodeStep(decoder, kv_cache, self._state, use_graphs=use_graphs)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Do what the first steps would have to wait for."""
+        self._decode.warm_up()
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         """Start a step; steps run in launch order."""
         self._apply_updates(batch)
-        hidden = self._decoder.forward(self._forward_batch(batch), self._kv_cache)
-        tokens, logprobs = self._sampler.sample(self._decoder.logits(hidden), batch)
-        self._last_token[self._upload(batch.sample_slots)] = tokens
+        if len(batch.prefill_slots):
+            slots, forward_batch = self._forward_batch(batch)
+            hidden = self._decoder.forward(forward_batch, self._kv_cache)
+        else:
+            slots, hidden = self._decode.slots, self._decode.run()
+        # A sampled token's position is the number of tokens before it.
+        positions = self._state.num_computed[slots]
+        tokens, logprobs = self._sampler.sample(self._decoder.logits(hidden), batch, slots, positions)
+        self._state.last_token[slots] = tokens
         return LaunchedStep(tokens, logprobs)
 
     def _apply_updates(self, batch: ScheduledBatch) -> None:
         self._sampler.release(batch.released)
         self._sampler.admit(batch.admitted)
         if len(batch.blocks):
-            slots, columns = self._upload(batch.block_slots), self._upload(batch.block_columns)
-            self._block_table[slots, columns] = self._upload(batch.blocks).int()
+            slots, columns, blocks = self._upload(batch.block_slots, batch.block_columns, batch.blocks)
+            self._state.block_table[slots, columns] = blocks
+        self._decode.set_plan(batch.decode_plan)
 
-    def _forward_batch(self, batch: ScheduledBatch) -> ForwardBatch:
-        decode_slots = self._upload(batch.decode_slots)
-        prefill_slots = self._upload(batch.prefill_slots)
-        decode_positions = self._num_computed[decode_slots]
-        self._num_computed[decode_slots] += 1
-        self._num_computed[prefill_slots] = self._upload(batch.prefill_starts + batch.prefill_counts)
-        chunk_of, prefill_positions = _chunk_positions(batch)
-        token_slots = torch.cat([decode_slots, prefill_slots[self._upload(chunk_of)]])
-        positions = torch.cat([decode_positions, self._upload(prefill_positions)])
-        blocks = self._block_table[token_slots, positions // self._block_size].long()
-        return ForwardBatch(
-            token_ids=torch.cat([self._last_token[decode_slots], self._upload(batch.prefill_token_ids)]),
+    def _forward_batch(self, batch: ScheduledBatch) -> tuple[torch.Tensor, ForwardBatch]:
+        """The tensors of a step with prefill, and the slots that it samples for."""
+        state, num_decodes = self._state, batch.num_decodes
+        chunk_of, chunk_positions = _chunk_positions(batch)
+        prefill_slots, ends, starts, token_ids, positions, token_slots, sample_slots, sample_rows = self._upload(
+            batch.prefill_slots,
+            batch.prefill_starts + batch.prefill_counts,
+            np.concatenate([[0], np.cumsum(batch.prefill_counts)]),
+            batch.prefill_token_ids,
+            chunk_positions,
+            batch.prefill_slots[chunk_of],
+            batch.sample_slots,
+            _sample_rows(batch),
+        )
+        state.num_computed[prefill_slots] = ends
+        blocks = state.block_table[token_slots, positions // state.block_size].long()
+        slot_mapping = blocks * state.block_size + positions % state.block_size
+        decode = None
+        if num_decodes:
+            inputs = state.decode_inputs(self._decode.slots)
+            token_ids = torch.cat([inputs.token_ids, token_ids])
+            positions = torch.cat([inputs.positions, positions])
+            slot_mapping = torch.cat([inputs.slot_mapping, slot_mapping])
+            decode = self._decode.rows(num_decodes, inputs.context_lens)
+        return sample_slots, ForwardBatch(
+            token_ids=token_ids,
             positions=positions,
-            slot_mapping=blocks * self._block_size + positions % self._block_size,
-            num_decodes=len(batch.decode_slots),
-            decode=self._rows(decode_slots, batch.max_decode_context) if len(batch.decode_slots) else None,
-            prefill=self._prefill_rows(prefill_slots, batch) if len(batch.prefill_slots) else None,
-            sample_rows=self._upload(_sample_rows(batch)),
+            slot_mapping=slot_mapping,
+            block_table=state.block_table,
+            decode=decode,
+            prefill=PrefillRows(slots=prefill_slots, context_lens=ends, query_starts=starts),
+            sample_rows=sample_rows,
         )
 
-    def _rows(self, slots: torch.Tensor, max_context: int, query_starts: torch.Tensor | None = None) -> AttentionRows:
-        columns = -(-max_context // self._block_size)
-        return AttentionRows(
-            block_table=self._block_table[slots, :columns],
-            context_lens=self._num_computed[slots].int(),
-            query_starts=query_starts,
-        )
+    def _upload(self, *arrays: npt.NDArray[np.integer]) -> list[torch.Tensor]:
+        """Arrays as int32 on the device, by one copy.
 
-    def _prefill_rows(self, slots: torch.Tensor, batch: ScheduledBatch) -> AttentionRows:
-        starts = np.concatenate([[0], np.cumsum(batch.prefill_counts)])
-        return self._rows(slots, batch.max_prefill_context, self._upload(starts).int())
-
-    def _upload(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
-        tensor = torch.from_numpy(numbers.astype(np.int64))
-        if self._device.type == "cpu":
-            return tensor
-        # Pinned, so that the copy does not wait for the steps before it.
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        Each begins at 16 bytes of it: Triton compiles a kernel anew for pointers that do not.
+        """
+        sizes = [-(-len(array) // 4) * 4 for array in arrays]
+        host = torch.zeros(sum(sizes), dtype=torch.int32)
+        for part, array in zip(host.split(sizes), arrays, strict=True):
+            part[: len(array)] = torch.from_numpy(array.astype(np.int32))
+        if self._device.type != "cpu":
+            # Pinned, so that the copy does not wait for the steps before it.
+            host = host.pin_memory().to(self._device, non_blocking=True)
+        return [part[: len(array)] for part, array in zip(host.split(sizes), arrays, strict=True)]
 
 
 def _chunk_positions(batch: ScheduledBatch) -> tuple[IntArray, IntArray]:
@@ -161,7 +184,7 @@ def _chunk_positions(batch: ScheduledBatch) -> tuple[IntArray, IntArray]:
 
 def _sample_rows(batch: ScheduledBatch) -> IntArray:
     """The tokens whose hidden states are sampled: all decode rows, then the last of each chunk that ends a prefill."""
-    num_decodes = len(batch.decode_slots)
+    num_decodes = batch.num_decodes
     ending = np.isin(batch.prefill_slots, batch.sample_slots[num_decodes:])
     last = num_decodes + np.cumsum(batch.prefill_counts) - 1
     return np.concatenate([np.arange(num_decodes), last[ending]]).astype(np.int32)

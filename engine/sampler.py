@@ -90,11 +90,14 @@ class Sampler:
             self._sequences[slot] = sequence
             self._penalties.admit(slot, sequence)
 
-    def sample(self, logits: torch.Tensor, batch: ScheduledBatch) -> tuple[torch.Tensor, SampledLogprobs | None]:
+    def sample(
+        self, logits: torch.Tensor, batch: ScheduledBatch, slots_on_device: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, SampledLogprobs | None]:
         """Draw a token a row.
 
         Args:
             logits: [N, V] in the model's dtype; may be changed in place.
+            slots_on_device, positions: [N]; the rows' slots and the positions of the tokens to be drawn.
 
         Returns:
             The tokens, [N] int64, and what rows with `logprobs` asked for, taken from the logits as they came.
@@ -106,14 +109,13 @@ class Sampler:
             logits = logits.float()
         self._adjust_(logits, slots, batch.sample_positions)
         self._penalties.apply_(logits, slots)
-        tokens = self._draw(logits, slots, batch.sample_positions)
+        tokens = self._draw(logits, slots, slots_on_device, positions)
         self._penalties.count(slots, tokens)
         return tokens, None if raw is None else self._logprobs(raw, tokens, logprob_rows, slots)
 
-    def _draw(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, slots: IntArray, of: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not self._random[slots].any():
             return greedy(logits)
-        of = self._index(slots)
         return sample(
             logits,
             self._temperature[of],
@@ -121,7 +123,7 @@ class Sampler:
             self._top_p[of],
             self._min_p[of],
             self._keys[of],
-            self._index(positions),
+            positions.long(),
             any_truncated=bool(self._truncated[slots].any()),
         )
 

@@ -4,15 +4,17 @@ Owns the waiting queue, the slots and their blocks, and how a sequence ends. Kno
 pure host code over NumPy arrays, tested without a model.
 
 A step takes every decoding sequence, then goes on with prompts that are part-way, then admits waiting ones while the
-simulated peak of block use fits. Steps may be launched before the tokens of earlier ones are read: a launched step
-counts one token for each row it samples (`num_tokens`), and an end that is only seen in a token (EOS, a stop string)
-is noticed late. Invariants: blocks of sequences in slots are theirs until the sequence is finished, preempted or
-aborted; only steps launched later can be given them; preemption happens with no step in flight.
+simulated peak of block use fits: in bursts, so that most steps are pure decode, which the runner has graphs for.
+Steps may be launched before the tokens of earlier ones are read: a launched step counts one token for each row it
+samples (`num_tokens`), and an end that is only seen in a token (EOS, a stop string) is noticed late. Invariants: blocks
+of sequences in slots are theirs until the sequence is finished, preempted or aborted; only steps launched later can be
+given them; preemption happens with no step in flight.
 """
 
 from __future__ import annotations
 
 import heapq
+import zlib
 from collections import deque
 from dataclasses import dataclass
 
@@ -21,11 +23,16 @@ import numpy.typing as npt
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.block_manager import BlockArray, BlockManager, block_digests
+from raydata_llm.engine.decode_plan import DecodePlan, plan_decode
 from raydata_llm.engine.length_model import LengthModel, peak_blocks
 from raydata_llm.engine.request import FinishReason
 from raydata_llm.engine.sequence import FinishedSequence, IntArray, Sequence, SequenceTable
 
 _NO_INTS = np.zeros(0, dtype=np.int32)
+# Waiting sequences are looked at when this share of the decoding ones has ended since the last time.
+_BURST_SHARE = 1 / 32
+# Blocks from the start over which waiting prompts are compared.
+_PREFIX_BLOCKS = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,7 @@ class SchedulerLimits:
         max_penalty_seqs: Running sequences with penalties (their token counts live in a pool of this many rows).
         enable_chunked_prefill: Whether a prompt may be computed over several steps.
         enable_prefix_caching: Whether equal prefixes share blocks.
+        share_prefixes: Whether decode rows with a common prefix are grouped.
     """
 
     max_num_seqs: int
@@ -49,18 +57,26 @@ class SchedulerLimits:
     max_penalty_seqs: int
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
+    share_prefixes: bool = False
 
 
 class WaitingQueue:
-    """Sequences that wait: preempted ones first, then those that may write most (they would make the tail)."""
+    """Sequences that wait: preempted ones first, then those that may write most (they would make the tail).
 
-    def __init__(self) -> None:
+    Among sequences whose outputs are alike within a factor of two, those whose prompts begin alike come together: they
+    share blocks, and attention over them.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._prefixes = [count * block_size for count in _PREFIX_BLOCKS]
         self._preempted: deque[Sequence] = deque()
-        self._fresh: list[tuple[int, int, Sequence]] = []
+        self._fresh: list[tuple[tuple[int, ...], Sequence]] = []
 
     def push(self, sequence: Sequence) -> None:
         """Add a new sequence."""
-        heapq.heappush(self._fresh, (sequence.num_prompt - sequence.max_tokens, sequence.seq_id, sequence))
+        max_outputs = sequence.max_tokens - sequence.num_prompt
+        prefixes = (zlib.crc32(sequence.token_ids[:length].data) for length in self._prefixes)
+        heapq.heappush(self._fresh, ((-max_outputs.bit_length(), *prefixes, -max_outputs, sequence.seq_id), sequence))
 
     def push_preempted(self, sequence: Sequence) -> None:
         """Put a preempted sequence before all others."""
@@ -70,17 +86,17 @@ class WaitingQueue:
         """The next sequence, without taking it."""
         while self._preempted and self._preempted[0].aborted:
             self._preempted.popleft()
-        while self._fresh and self._fresh[0][2].aborted:
+        while self._fresh and self._fresh[0][1].aborted:
             heapq.heappop(self._fresh)
-        return self._preempted[0] if self._preempted else self._fresh[0][2] if self._fresh else None
+        return self._preempted[0] if self._preempted else self._fresh[0][1] if self._fresh else None
 
     def pop(self) -> Sequence:
         """Take the sequence that `peek` showed."""
-        return self._preempted.popleft() if self._preempted else heapq.heappop(self._fresh)[2]
+        return self._preempted.popleft() if self._preempted else heapq.heappop(self._fresh)[1]
 
     def sequences(self) -> list[Sequence]:
         """All that wait, in no particular order."""
-        waiting = [*self._preempted, *(entry[2] for entry in self._fresh)]
+        waiting = [*self._preempted, *(entry[1] for entry in self._fresh)]
         return [sequence for sequence in waiting if not sequence.aborted]
 
 
@@ -97,19 +113,23 @@ class Scheduler:
         self.blocks = blocks
         self.table = SequenceTable(limits.max_num_seqs, limits.max_model_len, limits.block_size)
         self.lengths = LengthModel()
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(limits.block_size)
         self.num_waiting = 0
         self.num_preemptions = 0
         self._num_admissions = 0
         self._num_penalty_seqs = 0
-        self._admission_is_stuck = False
+        # Whether waiting sequences are to be looked at now, and how many were released since they were.
+        self._admission_is_due = False
+        self._num_released = 0
         self._released: list[int] = []
+        self._decoding = np.zeros(limits.max_num_seqs, dtype=bool)
+        self._plan = self._plan_of(np.flatnonzero(self._decoding).astype(np.int32), version=0)
 
     def add(self, sequence: Sequence) -> None:
         """Take a new sequence, whose tokens fit `max_model_len`."""
         self.waiting.push(sequence)
         self.num_waiting += 1
-        self._admission_is_stuck = False
+        self._admission_is_due = True
 
     def has_unfinished(self) -> bool:
         """Whether any sequence waits or runs."""
@@ -124,21 +144,21 @@ class Scheduler:
         Returns:
             None if there is nothing to launch before a step in flight is read.
         """
-        decode_slots = self._decode_slots()
-        while self._missing_decode_blocks(decode_slots) > 0:
+        plan = self._decode_plan()
+        while self._missing_decode_blocks(plan.slots) > 0:
             if num_in_flight:
                 return None
             self._preempt(self._latest_admitted())
-            # What was just sent away would otherwise come straight back and be computed again for nothing.
-            self._admission_is_stuck = True
-            decode_slots = self._decode_slots()
-        budget = self.limits.max_num_batched_tokens - len(decode_slots)
-        grown = self._grow(decode_slots)
+            plan = self._decode_plan()
+        budget = self.limits.max_num_batched_tokens - len(plan.slots)
+        grown = self._grow(plan.slots)
         chunks, budget = self._continue_prefills(budget)
-        admitted = self._admit(budget, chunks, anything_scheduled=bool(len(decode_slots) or chunks))
-        if not len(decode_slots) and not chunks:
+        admitted: list[tuple[int, Sequence]] = []
+        if self._looks_at_waiting(len(plan.slots)):
+            admitted = self._admit(budget, chunks, anything_scheduled=bool(len(plan.slots) or chunks))
+        if not len(plan.slots) and not chunks:
             return None
-        return self._launch(decode_slots, chunks, grown, admitted)
+        return self._launch(plan, chunks, grown, admitted)
 
     def update(self, batch: ScheduledBatch, token_ids: IntArray) -> list[FinishedSequence]:
         """Take in a launched step's sampled tokens, in launch order, and return the sequences that ended.
@@ -214,10 +234,29 @@ class Scheduler:
 
     # Decode
 
-    def _decode_slots(self) -> IntArray:
+    def _decode_plan(self) -> DecodePlan:
+        """The rows that decode; the last step's plan as long as they are the same."""
         table = self.table
         decoding = (table.num_computed >= table.prefill_end) & (table.num_tokens < table.max_tokens)
-        return np.flatnonzero(decoding & (table.seq_id >= 0)).astype(np.int32)
+        decoding &= table.seq_id >= 0
+        # A slot that changes hands is out for at least the step of its new sequence's prefill.
+        if not np.array_equal(decoding, self._decoding):
+            self._decoding = decoding
+            self._plan = self._plan_of(np.flatnonzero(decoding).astype(np.int32), self._plan.version + 1)
+        return self._plan
+
+    def _plan_of(self, slots: IntArray, version: int) -> DecodePlan:
+        table = self.table
+        widest = int(table.num_blocks[slots].max(initial=0))
+        return plan_decode(
+            version,
+            slots,
+            table.block_table[slots, :widest],
+            table.num_blocks[slots],
+            table.num_tokens[slots],
+            self.limits.block_size,
+            share_prefixes=self.limits.share_prefixes,
+        )
 
     def _needs_block(self, slots: IntArray) -> npt.NDArray[np.bool_]:
         held: npt.NDArray[np.bool_] = self.table.num_computed[slots] >= (
@@ -251,23 +290,30 @@ class Scheduler:
                 budget -= count
         return chunks, budget
 
+    def _looks_at_waiting(self, num_decodes: int) -> bool:
+        """Whether enough has changed for another burst of admissions."""
+        return self.num_waiting > 0 and (self._admission_is_due or self._num_released >= _BURST_SHARE * num_decodes)
+
     def _admit(
         self, budget: int, chunks: list[tuple[int, int, int]], *, anything_scheduled: bool
     ) -> list[tuple[int, Sequence]]:
         """Admit waiting sequences while budget, slots and the simulated peak allow; adds their chunks to `chunks`."""
         admitted: list[tuple[int, Sequence]] = []
-        while budget > 0 and self.table.num_free_slots and not self._admission_is_stuck:
+        room: int | None = None
+        self._num_released = 0
+        self._admission_is_due = False
+        while budget > 0 and self.table.num_free_slots:
             sequence = self.waiting.peek()
             if sequence is None:
-                break
+                return admitted
             cached = self._cached_blocks(sequence)
             start = len(cached) * self.limits.block_size
             rest = len(sequence.token_ids) - start
             if rest > budget and not self.limits.enable_chunked_prefill and (anything_scheduled or admitted):
                 break
-            if not self._fits(sequence, cached):
-                self._admission_is_stuck = True  # until something ends or arrives
-                break
+            room = self._room_after(sequence, cached, room)
+            if room is None:
+                return admitted
             slot = self._occupy(self.waiting.pop(), cached)
             admitted.append((slot, sequence))
             count = min(rest, budget)
@@ -276,6 +322,8 @@ class Scheduler:
             # Now, not after the step: within a layer KV is written before attention reads it, so rows admitted
             # later in this same step share these blocks already.
             self._register_blocks(slot, start + count)
+        # The step is full, or the slots are: with slots free, the next step goes on.
+        self._admission_is_due = self.table.num_free_slots > 0
         return admitted
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
@@ -286,16 +334,28 @@ class Scheduler:
         # The last known token is always computed: its hidden state is sampled from.
         return self.blocks.match(sequence.digests[: (len(sequence.token_ids) - 1) // self.limits.block_size])
 
-    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
+    def _room_after(self, sequence: Sequence, cached: list[int], room: int | None) -> int | None:
+        """Blocks free at the simulated peak once `sequence` is admitted, or fewer; None if it does not fit.
+
+        Args:
+            room: The same before, None if not known. Peaks add up to no less than the peak of the sum, so while there
+                is room for a sequence's own peak nothing need be simulated.
+        """
         if _uses_penalties(sequence) and self._num_penalty_seqs >= self.limits.max_penalty_seqs:
-            return False
+            return None
         evictable = self.blocks.num_evictable(cached)
         new = self._num_blocks(len(sequence.token_ids)) - len(cached)
         if new + evictable > self.blocks.num_available:
-            return False
+            return None
         if self.table.num_running == 0:
-            return True  # alone it fits, whatever is predicted: the engine was sized so
-        return self.simulated_peak(sequence, len(cached)) + evictable <= self.blocks.num_usable
+            return 0  # alone it fits, whatever is predicted: the engine was sized so
+        if room is None:
+            room = self.blocks.num_usable - self.simulated_peak()
+        most = self._num_blocks(sequence.max_tokens) - len(cached) + evictable
+        if most <= room:
+            return room - most
+        room = self.blocks.num_usable - self.simulated_peak(sequence, len(cached)) - evictable
+        return room if room >= 0 else None
 
     def _occupy(self, sequence: Sequence, cached: list[int]) -> int:
         self.blocks.share(cached)
@@ -324,7 +384,7 @@ class Scheduler:
 
     def _launch(
         self,
-        decode_slots: IntArray,
+        plan: DecodePlan,
         chunks: list[tuple[int, int, int]],
         grown: tuple[IntArray, IntArray, IntArray],
         admitted: list[tuple[int, Sequence]],
@@ -333,18 +393,18 @@ class Scheduler:
         prefill = np.array(chunks, dtype=np.int32).reshape(-1, 3)
         slots, starts, counts = prefill[:, 0], prefill[:, 1], prefill[:, 2]
         token_ids = [table.token_ids[slot, start : start + count] for slot, start, count in chunks]
-        table.num_computed[decode_slots] += 1
+        table.num_computed[plan.slots] += 1
         table.num_computed[slots] += counts
         for slot, start, count in chunks:
             self._register_blocks(slot, start + count)
         ending = slots[table.num_computed[slots] == table.prefill_end[slots]]
-        sample_slots = np.concatenate([decode_slots, ending])
+        sample_slots = np.concatenate([plan.slots, ending])
         positions = table.num_tokens[sample_slots]
         table.num_tokens[sample_slots] += 1
         block_slots, block_columns, blocks = self._block_updates(grown, admitted)
         released, self._released = self._released, []
         return ScheduledBatch(
-            decode_slots=decode_slots,
+            decode_plan=plan,
             prefill_slots=slots,
             prefill_starts=starts,
             prefill_counts=counts,
@@ -357,8 +417,6 @@ class Scheduler:
             blocks=blocks,
             released=released,
             admitted=admitted,
-            max_decode_context=int(table.num_computed[decode_slots].max(initial=0)),
-            max_prefill_context=int((starts + counts).max(initial=0)),
         )
 
     def _block_updates(
@@ -385,7 +443,7 @@ class Scheduler:
         sequence = self.table.vacate(slot)
         self._released.append(slot)
         self._num_penalty_seqs -= _uses_penalties(sequence)
-        self._admission_is_stuck = False
+        self._num_released += 1
         return sequence
 
     def _stop_token(self, slot: int, token: int) -> int | None:
@@ -414,6 +472,8 @@ class Scheduler:
         self.num_preemptions += 1
         self.num_waiting += 1
         self.waiting.push_preempted(sequence)
+        # What was just sent away would otherwise come straight back and be computed again for nothing.
+        self._admission_is_due, self._num_released = False, 0
 
     def _sequence(self, slot: int) -> Sequence:
         sequence = self.table.sequences[slot]

@@ -5,15 +5,37 @@
 where row r's keys 0..context_lens[r]-1 lie in the blocks of block_table[r], and its last query has position
 context_lens[r] - 1. Queries and keys share heads in groups of G = H / K.
 
+Row r's blocks stand in row r of the block table, or in row table_rows[r] of a table of all slots.
+
 dtype policy: scores and softmax in float32.
 Shapes: R rows, T queries, H heads, K KV heads, D head_dim; q [T, H, D], cache [blocks, K, block_size, D],
-block_table [R, columns] int32, context_lens [R] int32, query_starts [R + 1] int32; out [T, H, D].
+block_table [R or slots, columns] int32, table_rows [R] integer, context_lens [R] int32, query_starts [R + 1] int32;
+out [T, H, D].
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPrefixes:
+    """Groups of neighbouring rows whose first keys lie in the same blocks, to be attended to once a group.
+
+    Args:
+        starts: [G + 1] int32; group g are the rows starts[g] to starts[g + 1] - 1.
+        lens: [G] int32; keys that a group shares, whole blocks; 0 in an unused group, which has no rows.
+        table_rows: [G] integer; the block table's row that has them.
+        row_lens: [R] int32; the same by row, 0 for rows in no group.
+    """
+
+    starts: torch.Tensor
+    lens: torch.Tensor
+    table_rows: torch.Tensor
+    row_lens: torch.Tensor
 
 
 def paged_attention_ref(
@@ -25,9 +47,12 @@ def paged_attention_ref(
     query_starts: torch.Tensor,
     scale: float,
     window: int | None = None,
+    *,
+    table_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The equation, a row and a head at a time."""
     out = torch.empty_like(q)
+    block_table = block_table if table_rows is None else block_table[table_rows]
     group = q.shape[1] // k_cache.shape[1]
     for row in range(len(context_lens)):
         start, end = int(query_starts[row]), int(query_starts[row + 1])
@@ -57,15 +82,24 @@ def paged_decode_attention(
     context_lens: torch.Tensor,
     scale: float,
     window: int | None = None,
+    *,
+    table_rows: torch.Tensor | None = None,
+    shared: SharedPrefixes | None = None,
 ) -> torch.Tensor:
     """Attention of one query a row: q [R, H, D].
 
-    On a CPU rows of like length are gathered together, so that a batch of uneven lengths pays little for padding.
+    On a CPU rows of like length are gathered together, so that a batch of uneven lengths pays little for padding; what
+    rows share is read from its group's blocks, but for each row anew.
     """
     if q.is_cuda:
         from raydata_llm.kernels.paged_decode_triton import launch_paged_decode_attention
 
-        return launch_paged_decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, window)
+        return launch_paged_decode_attention(
+            q, k_cache, v_cache, block_table, context_lens, scale, window, table_rows=table_rows, shared=shared
+        )
+    block_table = _rows_table(block_table, context_lens, k_cache.shape[2], table_rows)
+    if shared is not None:
+        block_table = _with_shared_blocks(block_table, shared, k_cache.shape[2])
     out = torch.empty_like(q)
     order = torch.argsort(context_lens)
     for rows in order.split(_rows_at_once(len(context_lens))):
@@ -74,6 +108,24 @@ def paged_decode_attention(
         table = block_table[rows, :columns]
         out[rows] = _decode_rows(q[rows], k_cache, v_cache, table, lens, scale, window)
     return out
+
+
+def _rows_table(
+    block_table: torch.Tensor, context_lens: torch.Tensor, block_size: int, table_rows: torch.Tensor | None
+) -> torch.Tensor:
+    """The rows' own block table, no wider than the longest row."""
+    columns = -(-int(context_lens.max()) // block_size)
+    return block_table[:, :columns] if table_rows is None else block_table[table_rows, :columns]
+
+
+def _with_shared_blocks(block_table: torch.Tensor, shared: SharedPrefixes, block_size: int) -> torch.Tensor:
+    """Each grouped row with its group's blocks in front."""
+    table, starts = block_table.clone(), shared.starts.tolist()
+    for group, length in enumerate(shared.lens.tolist()):
+        rows = slice(starts[group], starts[group + 1])
+        # The group's own row of the table is one of its members'.
+        table[rows, : length // block_size] = block_table[rows, : length // block_size][:1]
+    return table
 
 
 def _rows_at_once(num_rows: int) -> int:
@@ -133,14 +185,17 @@ def paged_prefill_attention(
     query_starts: torch.Tensor,
     scale: float,
     window: int | None = None,
+    *,
+    table_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a chunk of queries a row: q [T, H, D], rows' queries one after the other."""
     if q.is_cuda:
         from raydata_llm.kernels.paged_prefill_triton import launch_paged_prefill_attention
 
         return launch_paged_prefill_attention(
-            q, k_cache, v_cache, block_table, context_lens, query_starts, scale, window
+            q, k_cache, v_cache, block_table, context_lens, query_starts, scale, window, table_rows=table_rows
         )
+    block_table = _rows_table(block_table, context_lens, k_cache.shape[2], table_rows)
     out = torch.empty_like(q)
     group = q.shape[1] // k_cache.shape[1]
     starts = query_starts.tolist()

@@ -6,9 +6,12 @@ Where rows are too few to fill the chip, a row's keys are split among programs a
 
     out = sum_s 2^(lse_s - max lse) out_s / sum_s 2^(lse_s - max lse)      lse_s = log2 sum of 2^(score_j) in split s
 
+Where groups of rows share their first keys, the groups' part is computed first (paged_prefill_triton.py: a dense
+product a group), and a row's program begins from it as from a running softmax that has seen those keys already.
+
 Invariant: the grid depends on shapes alone and lengths are read on the device, so launches can be captured in a graph.
-Keys past a row's end are never loaded; a row of length 0 (padding) gives zeros. Programs start in row order: long rows
-first fill the chip best.
+Keys past a row's end, and those its group has seen, are never loaded; a row of length 0 (padding) gives zeros. Programs
+start in row order: long rows first fill the chip best.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import triton
 import triton.language as tl
 
 from raydata_llm.kernels import tuning
+from raydata_llm.kernels.paged_attention import SharedPrefixes
 from raydata_llm.kernels.paged_keys_triton import key_rows, tile_blocks
+from raydata_llm.kernels.paged_prefill_triton import launch_shared_prefix_attention
 
 _MAX_SPLITS = 32
 # A tensor core product has no fewer rows.
@@ -33,7 +38,11 @@ def _decode_kernel(
     k_cache_ptr: tl.tensor,
     v_cache_ptr: tl.tensor,
     table_ptr: tl.tensor,
+    table_rows_ptr: tl.tensor,
     lens_ptr: tl.tensor,
+    shared_lens_ptr: tl.tensor,
+    shared_out_ptr: tl.tensor,
+    shared_lse_ptr: tl.tensor,
     out_ptr: tl.tensor,
     lse_ptr: tl.tensor,
     scale: tl.tensor,
@@ -45,6 +54,8 @@ def _decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    INDIRECT: tl.constexpr,
+    SHARED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -54,6 +65,8 @@ def _decode_kernel(
     kv_head = tl.program_id(0) % KV_HEADS
     length = tl.load(lens_ptr + row)
     first_key = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
+    if SHARED:
+        first_key = tl.load(shared_lens_ptr + row)
     first_tile, last_tile = first_key // BLOCK_N, tl.cdiv(length, BLOCK_N)
     if SPLIT:
         tiles = tl.cdiv(last_tile - first_tile, num_splits)
@@ -67,23 +80,31 @@ def _decode_kernel(
     head = kv_head * GROUP + member
     q_at = q_ptr + row * Q_STRIDE + head[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(q_at, mask=in_group[:, None] & in_head[None, :], other=0.0)
-    table_ptr += row * table_stride
+    table_row = tl.load(table_rows_ptr + row).to(tl.int64) if INDIRECT else row
+    table_ptr += table_row * table_stride
 
     peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
     # Summed over a tile's keys only at the end: a sum crosses warps.
     totals = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
     out = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    if SHARED:
+        begun = in_group & (first_key > 0) & (tl.program_id(1) == 0)
+        at = row * KV_HEADS * GROUP + head
+        peak = tl.load(shared_lse_ptr + at, mask=begun, other=float("-inf"))
+        totals += tl.where(begun[:, None] & (key == 0)[None, :], 1.0, 0.0)
+        shared_at = shared_out_ptr + at[:, None] * HEAD_DIM + dim[None, :]
+        out = tl.load(shared_at, mask=begun[:, None] & in_head[None, :], other=0.0)
     blocks = tile_blocks(table_ptr, first_tile * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
     for start in range(first_tile * BLOCK_N, last_tile * BLOCK_N, BLOCK_N):
         rows = key_rows(blocks, start, kv_head, KV_HEADS, BLOCK_SIZE, BLOCK_N)
         blocks = tile_blocks(table_ptr, start + BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
         places = rows[:, None] * HEAD_DIM + dim[None, :]
         visible = start + key < length
+        if WINDOW > 0 or SHARED:
+            visible = visible & (start + key >= first_key)
         readable = visible[:, None] & in_head[None, :]
         k = tl.load(k_cache_ptr + places, mask=readable, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if WINDOW > 0:
-            visible = visible & (start + key >= first_key)
         scores = tl.where(visible[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_peak[:, None])
@@ -136,6 +157,8 @@ def launch_paged_decode_attention(
     scale: float,
     window: int | None = None,
     *,
+    table_rows: torch.Tensor | None = None,
+    shared: SharedPrefixes | None = None,
     tile: tuning.Tile | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor:
@@ -148,7 +171,9 @@ def launch_paged_decode_attention(
     _, kv_heads, block_size, _ = k_cache.shape
     assert q.stride(2) == 1 and q.stride(1) == head_dim and heads % kv_heads == 0, (q.shape, q.stride())
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape
-    assert block_table.stride(1) == 1 and len(block_table) == len(context_lens) == num_rows
+    assert block_table.stride(1) == 1 and len(context_lens) == num_rows
+    assert len(block_table) == num_rows if table_rows is None else len(table_rows) == num_rows
+    assert window is None or shared is None, "a window ends inside the shared keys"
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not num_rows:
         return out
@@ -156,6 +181,10 @@ def launch_paged_decode_attention(
     tile = tile or tuning.tuning_of(q.device).decode_tile(block_d, q.dtype)
     if num_splits is None:
         num_splits = choose_splits(num_rows * kv_heads, block_table.shape[1] * block_size, tile.block_n, q.device)
+    shared_out = shared_lse = None
+    if shared is not None:
+        assert len(shared.row_lens) == num_rows
+        shared_out, shared_lse = launch_shared_prefix_attention(q, k_cache, v_cache, block_table, shared, scale)
     parts, lse = out, out
     if num_splits > 1:
         parts = torch.empty((num_rows, heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
@@ -165,7 +194,11 @@ def launch_paged_decode_attention(
         k_cache,
         v_cache,
         block_table,
+        table_rows,
         context_lens,
+        None if shared is None else shared.row_lens,
+        shared_out,
+        shared_lse,
         parts,
         lse,
         scale * math.log2(math.e),
@@ -177,6 +210,8 @@ def launch_paged_decode_attention(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         WINDOW=window or 0,
+        INDIRECT=table_rows is not None,
+        SHARED=shared is not None,
         SPLIT=num_splits > 1,
         BLOCK_G=max(_MIN_DOT_ROWS, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_N=tile.block_n,

@@ -8,6 +8,10 @@ A program takes a tile of a row's queries with all the G heads that share a KV h
 Short chunks then still fill a tile, keys are read once for the group, and less of the causal diagonal is wasted.
 Row r has the tile numbers from query_starts[r] / (queries a tile) + r on: more numbers than tiles, never fewer, so that
 the grid depends on shapes alone and a program finds its row on the device; one without a tile ends at once.
+
+The shared part of decode attention is the same work: a group's rows are the queries of one "row", all of which see all
+of the keys that they share (SHARED below); it leaves float32 and log2 of the softmax's sum, to be gone on with.
+
 Invariant: keys past a tile's last query are never loaded. Tokens past query_starts[R] (padding) are not written.
 """
 
@@ -20,6 +24,7 @@ import triton
 import triton.language as tl
 
 from raydata_llm.kernels import tuning
+from raydata_llm.kernels.paged_attention import SharedPrefixes
 from raydata_llm.kernels.paged_keys_triton import key_rows, tile_blocks
 
 _MIN_DOT_ROWS = 16
@@ -82,9 +87,11 @@ def _prefill_kernel(
     k_cache_ptr: tl.tensor,
     v_cache_ptr: tl.tensor,
     table_ptr: tl.tensor,
+    table_rows_ptr: tl.tensor,
     lens_ptr: tl.tensor,
     starts_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
     scale: tl.tensor,
     num_rows: tl.tensor,
     table_stride: tl.tensor,
@@ -94,6 +101,8 @@ def _prefill_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    INDIRECT: tl.constexpr,
+    SHARED: tl.constexpr,
     SPLIT_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -120,16 +129,22 @@ def _prefill_kernel(
     q_at = q_ptr + (token * Q_STRIDE + head * HEAD_DIM)[:, None] + dim[None, :]
     q = tl.load(q_at, mask=inside, other=0.0)
 
-    cached = tl.load(lens_ptr + row) - count
-    position = cached + query
-    end = cached + tl.minimum(first + TILE_QUERIES, count)
-    begin = tl.maximum(cached + first + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N if WINDOW > 0 else 0
-    table_ptr += row.to(tl.int64) * table_stride
+    length = tl.load(lens_ptr + row)
+    if SHARED:
+        position = length - 1 + 0 * query
+        end, seen_by_all = length, length // BLOCK_N * BLOCK_N
+    else:
+        cached = length - count
+        position = cached + query
+        end = cached + tl.minimum(first + TILE_QUERIES, count)
+        seen_by_all = (cached + first + 1) // BLOCK_N * BLOCK_N
+    begin = tl.maximum(length - count + first + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N if WINDOW > 0 else 0
+    table_row = tl.load(table_rows_ptr + row) if INDIRECT else row
+    table_ptr += table_row.to(tl.int64) * table_stride
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if SPLIT_MASK and WINDOW == 0:
-        seen_by_all = (cached + first + 1) // BLOCK_N * BLOCK_N
         blocks = tile_blocks(table_ptr, 0, seen_by_all, BLOCK_SIZE, BLOCK_N)
         for start in range(0, seen_by_all, BLOCK_N):
             rows = key_rows(blocks, start, kv_head, KV_HEADS, BLOCK_SIZE, BLOCK_N)
@@ -150,7 +165,10 @@ def _prefill_kernel(
             q, peak, total, out, k_cache_ptr, v_cache_ptr, places, in_head, key, end, position, scale, WINDOW, True
         )
 
-    out_at = out_ptr + ((token * KV_HEADS * GROUP + head) * HEAD_DIM)[:, None] + dim[None, :]
+    place = token * KV_HEADS * GROUP + head
+    if SHARED:
+        tl.store(lse_ptr + place, peak + tl.log2(total), mask=in_tile)
+    out_at = out_ptr + (place * HEAD_DIM)[:, None] + dim[None, :]
     tl.store(out_at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -164,6 +182,7 @@ def launch_paged_prefill_attention(
     scale: float,
     window: int | None = None,
     *,
+    table_rows: torch.Tensor | None = None,
     tile: tuning.Tile | None = None,
 ) -> torch.Tensor:
     """As `paged_attention.paged_prefill_attention`.
@@ -171,15 +190,61 @@ def launch_paged_prefill_attention(
     Args:
         tile: overrides the choice for the GPU.
     """
+    assert table_rows is not None or len(block_table) == len(context_lens)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _launch(q, k_cache, v_cache, block_table, table_rows, context_lens, query_starts, scale, window, out, None, tile)
+    return out
+
+
+def launch_shared_prefix_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    shared: SharedPrefixes,
+    scale: float,
+    *,
+    tile: tuning.Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each group's rows to the keys that the group shares; rows in no group are left as they come.
+
+    Args:
+        q: [R, H, D], a query a row.
+
+    Returns:
+        The attention [R, H, D] and log2 of its softmax's sum [R, H], both float32.
+    """
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    rows, lens, starts = shared.table_rows, shared.lens, shared.starts
+    _launch(q, k_cache, v_cache, block_table, rows, lens, starts, scale, None, out, lse, tile)
+    return out, lse
+
+
+def _launch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    table_rows: torch.Tensor | None,
+    lens: torch.Tensor,
+    starts: torch.Tensor,
+    scale: float,
+    window: int | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    tile: tuning.Tile | None,
+) -> None:
+    """Fill `out`, and `lse` where the rows are groups with shared keys."""
     num_tokens, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
     assert q.stride(2) == 1 and q.stride(1) == head_dim and heads % kv_heads == 0, (q.shape, q.stride())
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape
-    num_rows, group = len(context_lens), heads // kv_heads
-    assert block_table.stride(1) == 1 and len(block_table) == num_rows == len(query_starts) - 1
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_rows, group = len(lens), heads // kv_heads
+    assert block_table.stride(1) == 1 and len(starts) == num_rows + 1
+    assert table_rows is None or len(table_rows) == num_rows
     if not num_tokens:
-        return out
+        return
     block_d = max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
     tile = tile or tuning.tuning_of(q.device).prefill_tile(block_d, q.dtype)
     block_m = max(tile.block_m, triton.next_power_of_2(group))
@@ -189,9 +254,11 @@ def launch_paged_prefill_attention(
         k_cache,
         v_cache,
         block_table,
-        context_lens,
-        query_starts,
+        table_rows,
+        lens,
+        starts,
         out,
+        lse,
         scale * math.log2(math.e),
         num_rows,
         block_table.stride(0),
@@ -201,6 +268,8 @@ def launch_paged_prefill_attention(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         WINDOW=window or 0,
+        INDIRECT=table_rows is not None,
+        SHARED=lse is not None,
         SPLIT_MASK=tile.split_mask,
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
@@ -208,4 +277,3 @@ def launch_paged_prefill_attention(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return out

@@ -23,7 +23,6 @@ _LEFT_OUT = {
     "cuda_graph_sizes",
     "data_parallel_backend",
     "disable_async_output_proc",
-    "disable_cascade_attn",
     "disable_custom_all_reduce",
     "disable_hybrid_kv_cache_manager",
     "disable_log_requests",

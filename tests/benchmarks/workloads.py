@@ -128,10 +128,27 @@ def long(vocab_size: int) -> Work:
     return [(_token_ids(rng, 16384, vocab_size), 256) for _ in range(64)]
 
 
+def eos(vocab_size: int) -> Work:
+    """Unknown lengths: 1024 rows, 256 tokens in, ending by themselves at the drawn length (log-normal, median 200).
+
+    Each row asks for `EOS_MAX_TOKENS`; the benchmark makes the engine draw EOS where the row is to end.
+    """
+    rng = np.random.default_rng(5)
+    return [
+        (
+            _token_ids(rng, 256, vocab_size),
+            int(np.clip(np.exp(rng.normal(np.log(200), 0.8)), 8, EOS_MAX_TOKENS)),
+        )
+        for _ in range(1024)
+    ]
+
+
+EOS_MAX_TOKENS = 2048
 WORKLOADS: dict[str, Callable[[int], Work]] = {
     "mixed": mixed,
     "classify": classify,
     "decode": decode,
     "prefix": prefix,
     "long": long,
+    "eos": eos,
 }

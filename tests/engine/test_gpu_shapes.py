@@ -35,10 +35,10 @@ def add_rms_norm_ref(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tens
     return rms_norm_ref(x + residual, weight, eps), x + residual
 
 
-def decode_ref(q: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def decode_ref(q: torch.Tensor, *arguments: Any, table_rows: torch.Tensor, shared: None) -> torch.Tensor:
     k_cache, v_cache, table, context, scale, window = arguments
     starts = torch.arange(len(q) + 1, device=q.device)
-    return paged_attention_ref(q, k_cache, v_cache, table, context, starts, scale, window)
+    return paged_attention_ref(q, k_cache, v_cache, table, context, starts, scale, window, table_rows=table_rows)
 
 
 REFERENCE_OPS: dict[str, Callable[..., Any]] = {

@@ -59,7 +59,7 @@ class FakeModel:
 
     def launch(self, batch: ScheduledBatch, history: dict[int, list[int]]) -> np.ndarray:
         table, size = self._scheduler.table, self._scheduler.limits.block_size
-        spans = [(slot, int(table.num_computed[slot]) - 1, 1) for slot in batch.decode_slots.tolist()]
+        spans = [(slot, int(table.num_computed[slot]) - 1, 1) for slot in batch.decode_plan.slots.tolist()]
         spans += list(
             zip(
                 batch.prefill_slots.tolist(),
@@ -118,7 +118,7 @@ def check_budgets(scheduler: Scheduler, batch: ScheduledBatch) -> None:
     assert 0 < batch.num_tokens <= scheduler.limits.max_num_batched_tokens
     assert scheduler.table.num_running <= scheduler.limits.max_num_seqs
     assert len(set(batch.sample_slots.tolist())) == len(batch.sample_slots)
-    assert set(batch.decode_slots.tolist()).isdisjoint(batch.prefill_slots.tolist())
+    assert set(batch.decode_plan.slots.tolist()).isdisjoint(batch.prefill_slots.tolist())
 
 
 def expected_output(sequence: Sequence, eos_every: int, scheduler: Scheduler) -> tuple[list[int], str]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from raydata_llm.kernels import tuning
+from raydata_llm.kernels.paged_attention import SharedPrefixes
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -122,10 +123,13 @@ def rows_of(model: str, block_size: int, dtype: torch.dtype = torch.bfloat16) ->
 
 @pytest.mark.parametrize("model", MODELS)
 def test_small_kernels(model: str, compiler: Compiler) -> None:
+    from raydata_llm.kernels.decode_inputs_triton import launch_decode_inputs
     from raydata_llm.kernels.qkv_to_cache_triton import launch_qkv_to_cache
     from raydata_llm.kernels.rms_norm_triton import launch_add_rms_norm, launch_rms_norm
     from raydata_llm.kernels.swiglu_triton import launch_swiglu
 
+    slots = torch.zeros(2, dtype=torch.int32)
+    launch_decode_inputs(slots, torch.zeros(2, dtype=torch.int64), slots, rows_of(model, 64)[3], 64)
     heads, kv_heads, head_dim, hidden, intermediate = MODELS[model]
     x, weight = torch.zeros((2, hidden), dtype=torch.bfloat16), torch.zeros(hidden, dtype=torch.bfloat16)
     launch_rms_norm(x, weight, 1e-5)
@@ -145,6 +149,9 @@ def test_decode_attention(model: str, compiler: Compiler) -> None:
 
     launch_paged_decode_attention(*rows_of(model, 64), 0.1, num_splits=1)
     launch_paged_decode_attention(*rows_of(model, 16), 0.1, window=4096, num_splits=4)
+    number = torch.zeros(2, dtype=torch.int32)
+    shared = SharedPrefixes(starts=torch.zeros(3, dtype=torch.int32), lens=number, table_rows=number, row_lens=number)
+    launch_paged_decode_attention(*rows_of(model, 64), 0.1, table_rows=number, shared=shared, num_splits=1)
     compiler.check()
     # Keys and values come by asynchronous copies, several iterations ahead.
     assert compiler.launches[0].ttgir.count("async_copy_global_to_local") >= 4

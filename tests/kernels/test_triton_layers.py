@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from raydata_llm.kernels.decode_inputs import decode_inputs_ref
 from raydata_llm.kernels.qkv_to_cache import qkv_to_cache
 from raydata_llm.kernels.rms_norm import rms_norm_ref
 from raydata_llm.kernels.swiglu import swiglu_ref
@@ -95,3 +96,22 @@ def test_qkv_to_cache(
     # What no token is mapped to keeps its value, which a stray write would change.
     close(caches[0], expected_caches[0])
     assert torch.equal(caches[1].cpu(), expected_caches[1])
+
+
+@pytest.mark.parametrize("num_padding", [0, 1, 130])
+def test_decode_inputs(num_padding: int, triton_device: torch.device) -> None:
+    from raydata_llm.kernels.decode_inputs_triton import launch_decode_inputs
+
+    generator = torch.Generator().manual_seed(0)
+    num_slots, block_size = 150, 5
+    last_token = torch.randint(0, 2**17, (num_slots + 1,), generator=generator).to(triton_device)
+    num_computed = torch.randint(0, 35, (num_slots + 1,), generator=generator).int().to(triton_device)
+    table = torch.randint(1, 2**30, (num_slots + 1, 7), generator=generator).int().to(triton_device)
+    num_computed[-1], table[-1] = 0, 0
+    slots = torch.randperm(num_slots, generator=generator)[:140].int()
+    slots = torch.cat([slots, torch.full((num_padding,), num_slots, dtype=torch.int32)]).to(triton_device)
+    counts = num_computed.clone()
+    expected = decode_inputs_ref(slots, last_token, counts, table, block_size)
+    result = launch_decode_inputs(slots, last_token, num_computed, table, block_size)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
+    assert torch.equal(num_computed, counts)

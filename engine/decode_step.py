@@ -1,0 +1,196 @@
+"""Pure decode steps on the device: their plan's buffers, and the CUDA graphs that replay them.
+
+Owns what a decode step reads (which slots, which groups) in buffers that never move, and one graph a bucket of row
+numbers, with and without prefix groups. Knows no prefill and no sampling: a step ends in hidden states.
+
+Invariants: a graph is captured only after the same step ran eagerly (kernels are compiled and loaded by then), in
+thread-local mode (other threads of the process may use CUDA meanwhile); graphs share one memory pool, so they run on
+one stream, one after the other; rows that pad a bucket name the padding slot, which writes to the trash block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raydata_llm.engine.batch import DecodeRows, ForwardBatch
+from raydata_llm.engine.decode_plan import MAX_GROUPS, DecodePlan
+from raydata_llm.engine.decoder import Decoder, KVCache
+from raydata_llm.kernels.decode_inputs import DecodeInputs, decode_inputs
+from raydata_llm.kernels.paged_attention import SharedPrefixes
+
+
+class SlotState:
+    """What the device knows of each slot, and of one more that stands for none.
+
+    Args:
+        num_slots: S.
+        max_blocks: Blocks of a sequence at most.
+    """
+
+    def __init__(self, num_slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.block_size = block_size
+        self.last_token = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        self.num_computed = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros((num_slots + 1, max_blocks), dtype=torch.int32, device=device)
+
+    def decode_inputs(self, slots: torch.Tensor) -> DecodeInputs:
+        """A decode step's inputs; advances the slots' counts."""
+        return decode_inputs(slots, self.last_token, self.num_computed, self.block_table, self.block_size)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    hidden: torch.Tensor
+
+
+class DecodeStep:
+    """See the module's docstring.
+
+    Args:
+        use_graphs: Replay steps from CUDA graphs.
+    """
+
+    def __init__(self, decoder: Decoder, kv_cache: KVCache, state: SlotState, *, use_graphs: bool) -> None:
+        self._decoder = decoder
+        self._kv_cache = kv_cache
+        self._state = state
+        self._use_graphs = use_graphs
+        self._plan: DecodePlan | None = None
+        self._buffer = _PlanBuffer(state.num_slots, decoder.device)
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._buckets = decode_buckets(state.num_slots)
+        if use_graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(decoder.device)
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured so far."""
+        return len(self._graphs)
+
+    def set_plan(self, plan: DecodePlan) -> None:
+        """Take the plan of the next step."""
+        if self._plan is None or self._plan.version != plan.version:
+            self._buffer.fill(plan, self._state.num_slots)
+            self._plan = plan
+
+    def rows(self, num_rows: int, context_lens: torch.Tensor) -> DecodeRows:
+        """The plan's first rows, for a step that does more than decode."""
+        assert self._plan is not None
+        return self._buffer.rows(num_rows, context_lens, shared=self._plan.num_groups > 0)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """[D] slots of the plan."""
+        assert self._plan is not None
+        slots: torch.Tensor = self._buffer.slots[: len(self._plan.slots)]
+        return slots
+
+    def run(self) -> torch.Tensor:
+        """Run the plan's rows; returns their hidden states, [D, hidden], valid until the next step is launched."""
+        assert self._plan is not None
+        num_rows, shared = len(self._plan.slots), self._plan.num_groups > 0
+        if not self._use_graphs:
+            return self._forward(num_rows, shared)
+        bucket = next(bucket for bucket in self._buckets if bucket >= num_rows)
+        graph = self._graphs.get((bucket, shared))
+        if graph is not None:
+            graph.graph.replay()
+            return graph.hidden[:num_rows]
+        hidden = self._forward(bucket, shared)
+        # The device is at work on the step just launched: the capture costs it nothing.
+        self._graphs[bucket, shared] = self._capture(bucket, shared)
+        return hidden[:num_rows]
+
+    def warm_up(self) -> None:
+        """Capture the graphs without groups, largest first: the others live in its memory."""
+        if not self._use_graphs:
+            return
+        self._buffer.fill(_no_rows(), self._state.num_slots)
+        self._plan = None
+        for bucket in reversed(self._buckets):
+            self._forward(bucket, shared=False)
+            self._graphs[bucket, False] = self._capture(bucket, shared=False)
+
+    def _forward(self, num_rows: int, shared: bool) -> torch.Tensor:
+        slots = self._buffer.slots[:num_rows]
+        inputs = self._state.decode_inputs(slots)
+        batch = ForwardBatch(
+            token_ids=inputs.token_ids,
+            positions=inputs.positions,
+            slot_mapping=inputs.slot_mapping,
+            block_table=self._state.block_table,
+            decode=self._buffer.rows(num_rows, inputs.context_lens, shared=shared),
+            prefill=None,
+            sample_rows=None,
+        )
+        return self._decoder.forward(batch, self._kv_cache)
+
+    def _capture(self, num_rows: int, shared: bool) -> _Graph:
+        # Not torch.cuda.graph(): that waits for the device and collects garbage first.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                hidden = self._forward(num_rows, shared)
+            finally:
+                graph.capture_end()
+        return _Graph(graph, hidden)
+
+
+class _PlanBuffer:
+    """A plan's arrays on the device, in one allocation, filled by one copy."""
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        # Each part begins at 16 bytes: Triton compiles a kernel anew for pointers that do not.
+        sizes = [-(-size // 4) * 4 for size in (num_slots, num_slots, MAX_GROUPS + 1, MAX_GROUPS, MAX_GROUPS)]
+        self._sizes = sizes
+        self._all = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        parts = self._all.split(sizes)
+        self.slots, self._row_lens = parts[0], parts[1]
+        self._starts, self._lens, self._slots_of_groups = parts[2][: MAX_GROUPS + 1], parts[3], parts[4]
+
+    def fill(self, plan: DecodePlan, padding_slot: int) -> None:
+        """Take a plan; its rows beyond are padding."""
+        num_grouped = plan.group_starts[-1]
+        leaders = plan.slots[plan.group_starts[:-1]]
+        fills = (
+            (plan.slots, padding_slot),
+            (plan.row_lens, 0),
+            (plan.group_starts, num_grouped),
+            (plan.group_lens, 0),
+            (leaders, padding_slot),
+        )
+        padded = [
+            np.concatenate([values, np.full(size - len(values), rest)])
+            for (values, rest), size in zip(fills, self._sizes, strict=True)
+        ]
+        host = torch.from_numpy(np.concatenate(padded).astype(np.int32))
+        self._all.copy_(host.pin_memory() if self._all.is_cuda else host, non_blocking=True)
+
+    def rows(self, num_rows: int, context_lens: torch.Tensor, *, shared: bool) -> DecodeRows:
+        """The first rows."""
+        groups = SharedPrefixes(
+            starts=self._starts, lens=self._lens, table_rows=self._slots_of_groups, row_lens=self._row_lens[:num_rows]
+        )
+        return DecodeRows(slots=self.slots[:num_rows], context_lens=context_lens, shared=groups if shared else None)
+
+
+def decode_buckets(max_rows: int) -> list[int]:
+    """Numbers of rows that steps are padded to: steps of about an eighth, 64 rows at least where rows are many."""
+    buckets = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
+    step = 64
+    while buckets[-1] < max_rows:
+        step = max(step, 1 << (buckets[-1].bit_length() - 5))
+        buckets.append(buckets[-1] + step)
+    return [bucket for bucket in buckets if bucket < max_rows] + [max_rows]
+
+
+def _no_rows() -> DecodePlan:
+    none = np.zeros(0, dtype=np.int32)
+    return DecodePlan(version=-1, slots=none, group_starts=np.zeros(1, dtype=np.int32), group_lens=none)
