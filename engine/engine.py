@@ -21,9 +21,11 @@ from raydata_llm.engine.detokenizer import StopStringWatch, Tokenizer
 from raydata_llm.engine.device import choose_device, choose_dtype
 from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.kv_budget import check_sizes, check_weights_fit, num_kv_blocks
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.model_runner import HostLogprobs, LaunchedStep, ModelRunner
+from raydata_llm.engine.phases import announce
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
 from raydata_llm.engine.scheduler import Scheduler, SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, Sequence
@@ -43,6 +45,10 @@ class EngineStats:
         num_output_tokens: Of finished requests.
         num_steps, num_preemptions: Since the start.
         num_decode_rows: Rows that decoded, summed over steps: by num_steps, the mean decode batch.
+        num_computed_tokens: Of all steps, prompts and recomputation included.
+        num_sampled_tokens: Of all steps, those of unfinished requests included.
+        idle_seconds: Without a step in flight, see `idle_clock`.
+        starved_seconds: Of these, without a request either.
     """
 
     num_running: int
@@ -53,6 +59,10 @@ class EngineStats:
     num_steps: int
     num_preemptions: int
     num_decode_rows: int
+    num_computed_tokens: int
+    num_sampled_tokens: int
+    idle_seconds: float
+    starved_seconds: float
 
 
 class Engine:
@@ -80,11 +90,13 @@ class Engine:
         self.max_model_len = sizes.max_model_len
         self.max_num_seqs = sizes.max_num_seqs
         check_weights_fit(self.model_config, dtype, device)
+        announce("loading the weights")
         weights = load_weights(
             files, self.model_config, dtype=dtype, device=device, load_format=config.load_format, seed=config.seed
         )
         with explained("loading the weights", "use a smaller model, or a GPU with nothing else on it"):
             decoder = Decoder(self.model_config, weights, max_model_len=self.max_model_len, dtype=dtype, device=device)
+        announce("making room for the KV cache")
         self.num_kv_blocks = num_kv_blocks(config, self.model_config, sizes, dtype, device)
         limits = SchedulerLimits(
             max_num_seqs=sizes.max_num_seqs,
@@ -106,6 +118,7 @@ class Engine:
             num_penalty_rows=limits.max_penalty_seqs,
             use_graphs=device.type == "cuda" and not config.enforce_eager,
         )
+        announce("warming up")
         with explained("capturing CUDA graphs", "set enforce_eager=True, or lower gpu_memory_utilization"):
             self._runner.warm_up()
         self._steps_ahead = config.steps_ahead if config.steps_ahead is not None else int(device.type == "cuda")
@@ -113,6 +126,8 @@ class Engine:
         self._unfinished: dict[str, _UnfinishedRequest] = {}
         self._next_seq_id = 0
         self._num_prompt_tokens = self._num_output_tokens = self._num_steps = self._num_decode_rows = 0
+        self._num_computed_tokens = self._num_sampled_tokens = 0
+        self._idle_clock = IdleClock()
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -127,6 +142,8 @@ class Engine:
         self._check_token_ids(request)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
+        if not self._unfinished:
+            self._idle_clock.work_arrived()
         self._unfinished[request.request_id] = _UnfinishedRequest(request, prompt, [None] * params.n)
         room = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         eos = () if params.ignore_eos else self._eos_token_ids
@@ -153,10 +170,13 @@ class Engine:
         """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests."""
         batch = self._scheduler.schedule(len(self._in_flight))
         if batch is not None:
+            self._idle_clock.step_launched()
             with explained(f"launching a step of {batch.num_tokens} tokens", _STEP_REMEDY):
                 self._in_flight.append((batch, self._live_runner().launch(batch)))
             self._num_steps += 1
             self._num_decode_rows += batch.num_decodes
+            self._num_computed_tokens += batch.num_tokens
+            self._num_sampled_tokens += len(batch.sample_slots)
             if len(self._in_flight) <= self._steps_ahead:
                 return []
         return self._read_oldest() if self._in_flight else []
@@ -172,6 +192,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counts and present state."""
         blocks = self._scheduler.blocks
+        idle_seconds, starved_seconds = self._idle_clock.seconds()
         return EngineStats(
             num_running=self._scheduler.table.num_running,
             num_waiting=self._scheduler.num_waiting,
@@ -181,6 +202,10 @@ class Engine:
             num_steps=self._num_steps,
             num_preemptions=self._scheduler.num_preemptions,
             num_decode_rows=self._num_decode_rows,
+            num_computed_tokens=self._num_computed_tokens,
+            num_sampled_tokens=self._num_sampled_tokens,
+            idle_seconds=idle_seconds,
+            starved_seconds=starved_seconds,
         )
 
     def reset_prefix_cache(self) -> None:
@@ -206,6 +231,8 @@ class Engine:
         batch, launched = self._in_flight.popleft()
         with explained(f"running a step of {batch.num_tokens} tokens", _STEP_REMEDY):
             token_ids, logprobs = launched.read()
+        if not self._in_flight:
+            self._idle_clock.steps_read()
         if logprobs is not None:
             self._add_logprobs(batch, token_ids.tolist(), logprobs)
         return self._collect(self._scheduler.update(batch, token_ids))
@@ -237,6 +264,8 @@ class Engine:
                 self._num_prompt_tokens += len(output.prompt_token_ids)
                 self._num_output_tokens += sum(len(one.token_ids) for one in output.outputs)
                 complete.append(output)
+        if complete and not self._unfinished:
+            self._idle_clock.work_ended()
         return complete
 
     def _checked_prompt(self, request: Request) -> TokenArray:
