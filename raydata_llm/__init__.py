@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from raydata_llm.engine.sampling_params import SamplingParams
     from raydata_llm.llm import LLM
     from raydata_llm.processor import Processor, build_llm_processor, build_processor
+    from raydata_llm.resume_config import ResumeConfig
+    from raydata_llm.sink import WriteSummary, write_jsonl, write_parquet
 
 __version__ = "0.1.0"
 
@@ -31,12 +33,16 @@ __all__ = [
     "EngineProcessorConfig",
     "Processor",
     "ProcessorConfig",
+    "ResumeConfig",
     "SamplingParams",
     "TokenizerStageConfig",
+    "WriteSummary",
     "__version__",
     "build_llm_processor",
     "build_processor",
     "vLLMEngineProcessorConfig",
+    "write_jsonl",
+    "write_parquet",
 ]
 
 _MODULES = {
@@ -51,6 +57,10 @@ _MODULES = {
     "ProcessorConfig": "raydata_llm.config",
     "TokenizerStageConfig": "raydata_llm.config",
     "vLLMEngineProcessorConfig": "raydata_llm.config",
+    "ResumeConfig": "raydata_llm.resume_config",
+    "WriteSummary": "raydata_llm.sink",
+    "write_jsonl": "raydata_llm.sink",
+    "write_parquet": "raydata_llm.sink",
 }
 
 

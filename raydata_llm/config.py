@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.resume_config import ResumeConfig
 from raydata_llm.vllm_settings import split_vllm_settings
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
@@ -125,6 +126,7 @@ class EngineProcessorConfig(ProcessorConfig):
             0 or less means no limit of its own.
         should_continue_on_error: Turn a row that fails in any stage into a row with `__inference_error__` set; off,
             the first such row stops the job.
+        resume: Let a job that is run again skip the rows that this package's sinks have written to `resume.path`.
         chat_template_stage: True, False, a dict or a `ChatTemplateStageConfig`.
         tokenize_stage: True, False, a dict or a `TokenizerStageConfig`.
         detokenize_stage: True, False, a dict or a `DetokenizeStageConfig`.
@@ -142,6 +144,7 @@ class EngineProcessorConfig(ProcessorConfig):
     max_tasks_in_flight_per_actor: PositiveInt | None = None
     max_pending_requests: Annotated[int, Field(strict=True)] | None = None
     should_continue_on_error: Flag = False
+    resume: ResumeConfig | None = None
     chat_template_stage: bool | dict[str, Any] | ChatTemplateStageConfig = True
     tokenize_stage: bool | dict[str, Any] | TokenizerStageConfig = True
     detokenize_stage: bool | dict[str, Any] | DetokenizeStageConfig = True

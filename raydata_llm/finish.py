@@ -22,10 +22,13 @@ from raydata_llm.model_source import resolve_model
 from raydata_llm.output_table import OUTPUT_COLUMNS, OutputRows
 from raydata_llm.prepare import Row, RowFunction
 from raydata_llm.ray_blocks import block_rows
+from raydata_llm.resume import mark_failed
 from raydata_llm.row_payload import (
     CARRIED_COLUMN,
     ERROR_COLUMN,
     OUTPUT_COLUMN,
+    RESERVED_COLUMNS,
+    RESUME_COLUMN,
     Carried,
     RowOutput,
     describe_failure,
@@ -74,12 +77,12 @@ def finish(table: pa.Table, plan: FinishPlan) -> pa.Table:
     table = open_block(table)
     outputs: list[RowOutput] = unpack_column(table, OUTPUT_COLUMN)
     carried: list[Carried] = unpack_column(table, CARRIED_COLUMN)
-    source = table.drop_columns([OUTPUT_COLUMN, CARRIED_COLUMN])
+    source = table.drop_columns([name for name in RESERVED_COLUMNS if name in table.column_names])
     rows = OutputRows(source, block_rows(source), keep_all=plan.postprocess is None, with_error=plan.keep_going)
     text = _Text(plan)
     for row, beside, output in zip(rows.inputs, carried, outputs, strict=True):
-        made = {name: value for name, value in beside.columns.items() if name not in _CONSUMED}
-        columns = {**row, **made}
+        beside_row = {name: value for name, value in beside.columns.items() if name not in _CONSUMED}
+        columns = {**row, **beside_row}
         try:
             rows.add(_finish_row(columns, beside, output, plan.postprocess, text))
         except _Failed as failure:
@@ -87,7 +90,11 @@ def finish(table: pa.Table, plan: FinishPlan) -> pa.Table:
                 raise row_error(row, str(failure)) from failure.__cause__
             rows.add_error(columns, str(failure))
     _warn_of_errors(rows.errors)
-    return rows.to_table()
+    made = rows.to_table()
+    if RESUME_COLUMN not in table.column_names:
+        return made
+    marks = mark_failed(table.column(RESUME_COLUMN), [error is not None for error in rows.errors])
+    return made.append_column(RESUME_COLUMN, marks)
 
 
 class _Failed(Exception):

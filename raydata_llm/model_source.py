@@ -39,7 +39,7 @@ def resolve_model(model_source: str, *, weights: bool = True, load_format: str =
     if not isinstance(model_source, str) or not model_source.strip():
         raise ValueError(f"model_source={model_source!r} is not valid: {_KINDS}")
     weights = weights and load_format != "dummy"
-    if _is_remote(model_source):
+    if is_remote(model_source):
         return _check_folder(model_source, fetch_model(model_source, weights=weights, load_format=load_format))
     local = _local_path(model_source)
     if local.exists():
@@ -56,14 +56,14 @@ def check_model(model_source: str, engine_config: EngineConfig) -> None:
     Raises:
         ValueError: naming the field, its value and the remedy.
     """
-    if isinstance(model_source, str) and _is_remote(model_source):
+    if isinstance(model_source, str) and is_remote(model_source):
         _check_remote(model_source, engine_config)
         return
     path = resolve_model(model_source, weights=False)
     _check_files(path, engine_config, load_format=engine_config.load_format if _is_local(model_source) else "dummy")
 
 
-def _is_remote(model_source: str) -> bool:
+def is_remote(model_source: str) -> bool:
     return "://" in model_source and not model_source.startswith("file://")
 
 

@@ -1,7 +1,8 @@
 """The first operator: `preprocess`, chat template and tokeniser for one block, as a Ray task.
 
 Owns how a row becomes a request: which of its columns is the prompt, and what happens when one of these steps fails.
-Knows no engine. Invariant: one output row for each input row, in order, with the input columns untouched.
+Knows no engine. Invariant: one output row for each input row, in order, with the input columns untouched; a job
+that is resumed leaves out the rows that are done.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from raydata_llm.model_source import resolve_model
 from raydata_llm.ray_blocks import block_number, block_rows
+from raydata_llm.resume import ResumePlan
 from raydata_llm.row_key import row_digest, sampling_keys
 from raydata_llm.row_payload import (
     CARRIED_COLUMN,
@@ -46,6 +48,7 @@ class PreparePlan:
         tokenize: Off, `tokenized_prompt` is taken before anything else.
         job_seed: Seed of rows without one.
         keep_going: Turn failures into error rows instead of raising.
+        resume: Leave out rows that are committed.
     """
 
     model_source: str
@@ -57,6 +60,7 @@ class PreparePlan:
     tokenize: bool = True
     job_seed: int = 0
     keep_going: bool = False
+    resume: ResumePlan | None = None
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded once per process."""
@@ -102,7 +106,10 @@ def prepare(table: pa.Table, plan: PreparePlan) -> pa.Table:
         for draft, key in zip(drafts, keys, strict=True)
     ]
     table = append_packed(table, REQUEST_COLUMN, requests)
-    return append_packed(table, CARRIED_COLUMN, [Carried(draft.made, draft.prompt) for draft in drafts])
+    table = append_packed(table, CARRIED_COLUMN, [Carried(draft.made, draft.prompt) for draft in drafts])
+    if plan.resume is None:
+        return table
+    return plan.resume.admit(table, requests, [draft.row for draft in drafts], [draft.made for draft in drafts])
 
 
 def _attempt(draft: _Draft, plan: PreparePlan, stage: str, step: Callable[[_Draft], None]) -> None:

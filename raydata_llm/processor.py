@@ -20,6 +20,9 @@ from raydata_llm.prepare import PreparePlan, RowFunction, prepare
 from raydata_llm.ray_operators import map_blocks, pool_options, task_options
 from raydata_llm.replica import EngineFactory, Replica, start_engine
 from raydata_llm.replica_pool import Cluster, ReplicaPool
+from raydata_llm.resume import PLAN_SETTING
+from raydata_llm.resume_plan import resume_plan
+from raydata_llm.sink_dataset import refuse_ray_checkpoint, with_setting
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -90,6 +93,7 @@ class Processor:
             tokenize=tokenize.enabled,
             job_seed=config.engine_config().seed,
             keep_going=config.should_continue_on_error,
+            resume=resume_plan(config),
         )
         self._finish_plan = FinishPlan(
             model_source=detokenize.model_source or config.model_source,
@@ -109,6 +113,9 @@ class Processor:
         """
         if not hasattr(dataset, "map_batches"):
             raise ValueError(f"dataset={type(dataset).__name__} is not valid: give a ray.data.Dataset")
+        if self._prepare_plan.resume is not None:
+            refuse_ray_checkpoint(dataset)
+            dataset = with_setting(dataset, PLAN_SETTING, self._prepare_plan.resume)
         pool = ReplicaPool.plan(self.config, Cluster.current())
         # Ray Data hands a small Parquet folder on as one block, which would keep one replica busy; and tiny blocks
         # would be as many tasks. Exact sizes also keep a block's rows the same in every run.

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+_CALLS = "raydata_llm_calls"
+
 
 def block_rows(table: pa.Table) -> list[dict[str, Any]]:
     """The rows, their values converted as `Dataset.map` converts them."""
@@ -39,3 +41,15 @@ def columns_to_arrow(columns: dict[str, list[Any]]) -> pa.Table:
     table = BlockAccessor.batch_to_arrow_block(columns)
     assert isinstance(table, pa.Table)
     return table
+
+
+def task_call() -> tuple[int, int]:
+    """The block's number, and how many calls for other blocks came before in this task; the same in a retry."""
+    from ray.data._internal.execution.interfaces.task_context import TaskContext
+
+    context = TaskContext.get_current()
+    if context is None:
+        return 0, 0
+    call = context.kwargs.get(_CALLS, 0)
+    context.kwargs[_CALLS] = call + 1
+    return int(context.task_idx), call

@@ -1,0 +1,142 @@
+"""One actor beside the driver that knows which rows earlier runs committed, and hands each committed copy out once.
+
+Identical rows can lie in any two blocks, so one place must count them. A block's answer is remembered, so a task that
+Ray runs again skips the same rows. Owns the counts and the check that anything matches at all; the keys themselves are
+`KeyIndex`'s. If the actor is lost, the job stops; its next run starts from the ledger.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from raydata_llm.ledger import Entry, Ledger
+from raydata_llm.ledger_index import KEY_BYTES, KeyIndex, Mask
+from raydata_llm.ray_blocks import task_call
+
+# A task finds the broker of the run that it belongs to under this name in its DataContext.
+BROKER_SETTING = "raydata_llm.resume_broker"
+_NAMESPACE = "raydata_llm"
+# Rows after which a run that meets none of the committed ones is stopped.
+_PROOF_ROWS = 10_000
+_READS_AT_ONCE = 16
+_NONE, _ALL = b"none", b"all"
+
+
+class Claimant(NamedTuple):
+    """Who asks: the same in a retry. `part` tells apart the calls of one task."""
+
+    kind: str
+    number: int
+    part: int
+
+
+class Counts(NamedTuple):
+    """How many keys were committed, asked for and found."""
+
+    committed: int
+    asked: int
+    found: int
+
+
+class ResumeBroker:
+    """The actor's class.
+
+    Args:
+        ledger: Of the run.
+        entries: The files that count.
+    """
+
+    def __init__(self, ledger: Ledger, entries: Iterable[Entry]) -> None:
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            self._index = KeyIndex(pool.map(ledger.read_keys, entries))
+        self._answers: dict[Claimant, bytes] = {}
+        self._asked = self._found = 0
+
+    def counts(self) -> Counts:
+        """How many keys were committed, asked for and found so far."""
+        return Counts(self._index.size, self._asked, self._found)
+
+    def claim(self, claimant: Claimant, keys: bytes) -> bytes:
+        """For each key of a block, whether a committed row stands for it, as packed bits.
+
+        Raises:
+            ValueError: when rows are committed and none of the first 10,000 asked for is among them.
+        """
+        count = len(keys) // KEY_BYTES
+        if claimant not in self._answers:
+            mask = self._index.take(keys)
+            self._asked, self._found = self._asked + count, self._found + int(mask.sum())
+            # Nearly all blocks are wholly done or wholly new: two shared words instead of a bit a row.
+            self._answers[claimant] = _NONE if not mask.any() else _ALL if mask.all() else np.packbits(mask).tobytes()
+        if self._index.size and not self._found and self._asked >= _PROOF_ROWS:
+            raise ValueError(nothing_matches(self.counts()))
+        answer = self._answers[claimant]
+        return np.packbits(np.full(count, answer == _ALL)).tobytes() if answer in (_NONE, _ALL) else answer
+
+
+def nothing_matches(counts: Counts) -> str:
+    """What to tell a user whose rows are all unlike those that are committed."""
+    return (
+        f"resume: none of the first {counts.asked} rows is among the {counts.committed} that are committed. Does "
+        "preprocess make the same prompt and parameters in each run (no time, no random choice), and are the dataset's "
+        "columns the same? If they cannot be, give ResumeConfig(key_column=...); if the job is another one, give it "
+        "another path or another version"
+    )
+
+
+class BrokerHandle:
+    """How a task asks the broker of its run."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.token = name.rpartition("-")[2].encode()
+        self._actor = actor
+
+    def done_before(self, keys: bytes) -> Mask:
+        """For each row of the block that the current task works on, whether it is committed."""
+        return self.claim(Claimant("prepare", *task_call()), keys)
+
+    def claim(self, claimant: Claimant, keys: bytes) -> Mask:
+        """See `ResumeBroker.claim`."""
+        import ray
+
+        try:
+            answer = ray.get(self._actor.claim.remote(claimant, keys))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        bits = np.unpackbits(np.frombuffer(answer, np.uint8), count=len(keys) // KEY_BYTES)
+        return bits.astype(np.bool_)
+
+
+def start_broker(ledger: Ledger, entries: list[Entry]) -> tuple[str, Any]:
+    """Start a run's broker on this node; returns its name and the actor."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    name = f"resume-broker-{ledger.token}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = (
+        ray.remote(ResumeBroker)
+        .options(name=name, namespace=_NAMESPACE, num_cpus=0, max_restarts=0, scheduling_strategy=here)
+        .remote(ledger, entries)
+    )
+    return name, actor
+
+
+def current_broker() -> BrokerHandle | None:
+    """The broker of the run that this task belongs to; None when no sink of ours runs it."""
+    from ray.data import DataContext
+
+    name = DataContext.get_current().get_config(BROKER_SETTING)
+    return None if name is None else _find(name)
+
+
+@functools.lru_cache(maxsize=4)
+def _find(name: str) -> BrokerHandle:
+    import ray
+
+    return BrokerHandle(name, ray.get_actor(name, namespace=_NAMESPACE))

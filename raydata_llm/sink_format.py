@@ -1,0 +1,154 @@
+"""Rows as the bytes of one file: Parquet or JSON lines, and one schema for all files of a folder.
+
+Owns how blocks whose types drifted apart (an all-null column, an integer column with one float) are brought together.
+Knows no store. Invariant: files encoded with one schema can be read together by a reader that looks at any of them
+first.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import gzip
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# Rows turned into Python values at once.
+_JSON_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFormat:
+    """How rows become a file.
+
+    Args:
+        name: "parquet" or "jsonl".
+        compression: Of Parquet's pages, or "gzip" for whole files of JSON lines; None for neither.
+    """
+
+    name: str
+    compression: str | None
+
+    def __post_init__(self) -> None:
+        known = {"parquet": ("zstd", "snappy", "gzip", "lz4", "brotli", None), "jsonl": ("gzip", None)}[self.name]
+        if self.compression not in known:
+            raise ValueError(
+                f"compression={self.compression!r} is not valid for {self.name}: "
+                f"choose one of {', '.join(map(repr, known))}"
+            )
+
+    @property
+    def suffix(self) -> str:
+        """What the files' names end with."""
+        return {"parquet": ".parquet", "jsonl": ".jsonl.gz" if self.compression else ".jsonl"}[self.name]
+
+    @property
+    def has_schema(self) -> bool:
+        """Whether a reader takes a folder's types from one of its files."""
+        return self.name == "parquet"
+
+    def encode(self, table: pa.Table) -> pa.Buffer:
+        """The bytes of a file."""
+        if self.name == "parquet":
+            stream = pa.BufferOutputStream()
+            pq.write_table(table, stream, compression=self.compression or "none")
+            return stream.getvalue()
+        lines = "".join(_json_lines(table)).encode("utf-8", "surrogatepass")
+        return pa.py_buffer(gzip.compress(lines, mtime=0) if self.compression else lines)
+
+
+def merge_schemas(schemas: Iterable[pa.Schema]) -> pa.Schema:
+    """One schema that holds the rows of all: nulls take the others' type, numbers the widest.
+
+    Raises:
+        ValueError: naming the column whose types have nothing in common.
+    """
+    merged = pa.schema([])
+    for schema in schemas:
+        plain = schema.remove_metadata()
+        if merged.equals(plain):
+            continue
+        try:
+            merged = pa.unify_schemas([merged, plain], promote_options="permissive")
+        except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise ValueError(_clash(merged, plain)) from None
+    return merged
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the schema's columns and types; columns that it lacks are null.
+
+    Raises:
+        ValueError: for a value that the schema's type cannot hold.
+    """
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.chunked_array([pa.nulls(table.num_rows, field.type)]))
+            continue
+        column = table.column(field.name)
+        try:
+            columns.append(column if column.type.equals(field.type) else column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise ValueError(
+                f"column {field.name!r} is {column.type} in some rows and {field.type} in others, and does not "
+                f"convert ({error}): let postprocess return one type"
+            ) from None
+    return pa.table(columns, schema=schema)
+
+
+def concat_blocks(tables: Sequence[pa.Table]) -> pa.Table:
+    """All rows in one table, in order."""
+    schema = merge_schemas(table.schema for table in tables)
+    return pa.concat_tables([conform(table, schema) for table in tables])
+
+
+def _clash(one: pa.Schema, other: pa.Schema) -> str:
+    for field in other:
+        index = one.get_field_index(field.name)
+        if index < 0:
+            continue
+        try:
+            pa.unify_schemas([pa.schema([one.field(index)]), pa.schema([field])], promote_options="permissive")
+        except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            return (
+                f"column {field.name!r} is {one.field(index).type} in some rows and {field.type} in others: "
+                "let postprocess return one type, or the folder's files cannot be read together"
+            )
+    return f"the rows' schemas have nothing in common: {one} and {other}"
+
+
+def _json_lines(table: pa.Table) -> Iterable[str]:
+    for start in range(0, table.num_rows, _JSON_ROWS):
+        for row in table.slice(start, _JSON_ROWS).to_pylist():
+            try:
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_json_value)
+            except ValueError:  # not a number: JSON has no word for it
+                line = json.dumps(_without_nan(row), ensure_ascii=False, default=_json_value)
+            yield f"{line}\n"
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if hasattr(value, "tolist"):
+        return _without_nan(value.tolist())
+    return str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return value
