@@ -1,7 +1,7 @@
 """KV blocks: who holds which, and which hold a prompt prefix that can be shared.
 
-Owns the block pool: free blocks, reference counts and the prefix cache (digest of all tokens up to a block's end ->
-block). Knows block numbers and digests only; what a block holds is the model runner's matter.
+Owns the block pool: free blocks, reference counts, and the order in which cached blocks that nobody holds are given
+up. Knows block numbers only; what a block holds is the model runner's matter.
 
 Invariant (`check_integrity`): every block is exactly one of trash (block 0, where padding writes), free, held
 (reference count above 0), or cached and held by no one (evictable, least recently used first).
@@ -9,12 +9,13 @@ Invariant (`check_integrity`): every block is exactly one of trash (block 0, whe
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+
+from raydata_llm.engine.prefix_cache import PrefixCache
 
 BlockArray = npt.NDArray[np.int32]
 TRASH_BLOCK = 0
@@ -31,8 +32,7 @@ class BlockManager:
         # A stack with the lowest numbers on top, so that a fresh engine fills memory from its start.
         self._free = np.arange(num_blocks - 1, 0, -1, dtype=np.int32)
         self._num_free = num_blocks - 1
-        self._block_of: dict[bytes, int] = {}
-        self._digest_of: dict[int, bytes] = {}
+        self._cache = PrefixCache(num_blocks)
         self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -59,57 +59,48 @@ class BlockManager:
         self._references[blocks] = 1
         return blocks
 
-    def share(self, blocks: Sequence[int]) -> None:
+    def share(self, blocks: BlockArray) -> None:
         """Take one more reference on blocks that `match` returned."""
-        for block in blocks:
-            if self._references[block] == 0:
-                del self._evictable[block]
-            self._references[block] += 1
+        for block in blocks[self._references[blocks] == 0].tolist():
+            del self._evictable[block]
+        self._references[blocks] += 1
 
     def free(self, blocks: BlockArray) -> None:
         """Give back one reference on each of a sequence's blocks (in sequence order, each at most once)."""
         self._references[blocks] -= 1
         released = blocks[self._references[blocks] == 0]
         assert (self._references[blocks] >= 0).all(), "a block was freed twice"
-        cached = np.fromiter((int(block) in self._digest_of for block in released), dtype=bool, count=len(released))
+        cached = self._cache.known(released)
         # Deepest first: a prefix is worth nothing without the blocks before it.
         for block in released[cached][::-1].tolist():
             self._evictable[block] = None
         self._push_free(released[~cached])
 
-    def register(self, block: int, digest: bytes) -> None:
-        """Let later sequences find `block` under `digest`; a digest that has a block keeps it."""
-        if digest not in self._block_of and block not in self._digest_of:
-            self._block_of[digest] = block
-            self._digest_of[block] = digest
+    def register(self, block: int, node: int, tokens: bytes) -> int:
+        """Let later sequences find a held block that continues the prefix `node` with `tokens`; returns its node."""
+        return self._cache.add(node, tokens, block)
 
-    def match(self, digests: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix, not yet shared."""
-        blocks = []
-        for digest in digests:
-            block = self._block_of.get(digest)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+    def match(self, tokens: bytes, width: int, limit: int) -> tuple[BlockArray, int]:
+        """The blocks of the longest cached prefix, not yet shared, and its node; arguments as `PrefixCache.match`."""
+        blocks, node = self._cache.match(tokens, width, limit)
+        return np.array(blocks, dtype=np.int32), node
 
-    def num_evictable(self, blocks: Sequence[int]) -> int:
+    def num_evictable(self, blocks: BlockArray) -> int:
         """How many of `blocks` nobody holds: sharing them takes them from `num_available`."""
-        return sum(1 for block in blocks if self._references[block] == 0)
+        return int((self._references[blocks] == 0).sum())
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; blocks in use stay with their sequences."""
         self._push_free(np.fromiter(self._evictable, dtype=np.int32, count=len(self._evictable)))
         self._evictable.clear()
-        self._block_of.clear()
-        self._digest_of.clear()
+        self._cache.clear()
 
     def _evict(self, count: int) -> None:
         if count <= 0:
             return
         blocks = [self._evictable.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
-            del self._block_of[self._digest_of.pop(block)]
+            self._cache.forget(block)
         self._push_free(np.array(blocks, dtype=np.int32))
 
     def _push_free(self, blocks: BlockArray) -> None:
@@ -126,23 +117,6 @@ class BlockManager:
         assert (expected == self._references).all(), "reference counts differ from what sequences hold"
         assert TRASH_BLOCK not in free and TRASH_BLOCK not in evictable and expected[TRASH_BLOCK] == 0
         assert sorted([*free, *evictable, *np.flatnonzero(expected).tolist()]) == list(range(1, self.num_blocks))
-        assert {block: digest for digest, block in self._block_of.items()} == self._digest_of
-        assert all(block in self._digest_of for block in evictable)
-        assert not any(block in self._digest_of for block in free)
-
-
-def block_digests(token_ids: npt.NDArray[np.int32], block_size: int, salt: bytes = b"") -> list[bytes]:
-    """Digests of each full block's prefix: a chain, so that equal digests mean equal tokens from the start on.
-
-    Args:
-        token_ids: [num_tokens].
-        salt: Sets apart what must not be shared (an adapter, say).
-    """
-    digests = []
-    digest = salt
-    data = np.ascontiguousarray(token_ids, dtype=np.int32).tobytes()
-    width = 4 * block_size
-    for start in range(0, len(data) - width + 1, width):
-        digest = hashlib.blake2b(data[start : start + width], digest_size=16, key=digest).digest()
-        digests.append(digest)
-    return digests
+        self._cache.check_integrity()
+        assert all(block in self._cache for block in evictable)
+        assert not any(block in self._cache for block in free)

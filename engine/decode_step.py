@@ -108,11 +108,15 @@ class DecodeStep:
         return hidden[:num_rows]
 
     def warm_up(self) -> None:
-        """Capture the graphs without groups, largest first: the others live in its memory."""
-        if not self._use_graphs:
-            return
+        """Run every kernel, and capture the graphs without groups, largest first: the others live in its memory."""
         self._buffer.fill(_no_rows(), self._state.num_slots)
         self._plan = None
+        if self._decoder.device.type == "cuda":
+            for num_rows in (self._buckets[0], self._buckets[-1]):
+                self._forward(num_rows, shared=False)
+                self._forward(num_rows, shared=True)
+        if not self._use_graphs:
+            return
         for bucket in reversed(self._buckets):
             self._forward(bucket, shared=False)
             self._graphs[bucket, False] = self._capture(bucket, shared=False)

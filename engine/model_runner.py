@@ -93,14 +93,33 @@ class ModelRunner:
         self._decoder = decoder
         self._kv_cache = kv_cache
         self._device = decoder.device
-        self._sampler = Sampler(num_slots, decoder.config.vocab_size, num_penalty_rows, self._device)
+        self._sampler = Sampler(num_slots, decoder.config.vocab_size, num_penalty_rows, decoder.dtype, self._device)
         self._state = SlotState(num_slots, max_blocks, block_size, self._device)
         self._decode = DecodeStep(decoder, kv_cache, self._state, use_graphs=use_graphs)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Do what the first steps would have to wait for."""
+        """Compile or load every kernel, and capture the graphs, so that no step waits for it."""
         self._decode.warm_up()
+        if self._device.type == "cuda":
+            self._decoder.forward(self._trash_prefill(), self._kv_cache)
+            for num_rows in (1, self._state.num_slots):
+                self._sampler.warm_up(num_rows)
+
+    def _trash_prefill(self) -> ForwardBatch:
+        """A prefill of the padding slot, which writes to the trash block."""
+        slots, context_lens, starts, positions = self._upload(
+            np.array([self._state.num_slots]), np.array([1]), np.array([0, 1]), np.array([0])
+        )
+        return ForwardBatch(
+            token_ids=positions,
+            positions=positions.long(),
+            slot_mapping=positions.long(),
+            block_table=self._state.block_table,
+            decode=None,
+            prefill=PrefillRows(slots=slots, context_lens=context_lens, query_starts=starts),
+            sample_rows=positions,
+        )
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
@@ -140,6 +159,7 @@ class ModelRunner:
             _sample_rows(batch),
         )
         state.num_computed[prefill_slots] = ends
+        positions = positions.long()
         blocks = state.block_table[token_slots, positions // state.block_size].long()
         slot_mapping = blocks * state.block_size + positions % state.block_size
         decode = None

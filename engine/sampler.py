@@ -45,10 +45,14 @@ class Sampler:
     Args:
         num_slots: S.
         vocab_size: V.
+        dtype: Of the logits.
         num_penalty_rows: Size of the pool of token counts; the scheduler runs no more rows with penalties.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, num_penalty_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, num_penalty_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._dtype = dtype
         self._device = device
         self._vocab_size = vocab_size
         self._temperature = torch.ones(num_slots, device=device)
@@ -113,9 +117,22 @@ class Sampler:
         self._penalties.count(slots, tokens)
         return tokens, None if raw is None else self._logprobs(raw, tokens, logprob_rows, slots)
 
+    def warm_up(self, num_rows: int) -> None:
+        """Run the kernels that a step of so many rows may need."""
+        logits = torch.zeros((num_rows, self._vocab_size), dtype=self._dtype, device=self._device)
+        slots = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
+        greedy(logits)
+        for any_truncated in (False, True):
+            self._sample(logits, slots, slots, any_truncated=any_truncated)
+
     def _draw(self, logits: torch.Tensor, slots: IntArray, of: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not self._random[slots].any():
             return greedy(logits)
+        return self._sample(logits, of, positions, any_truncated=bool(self._truncated[slots].any()))
+
+    def _sample(
+        self, logits: torch.Tensor, of: torch.Tensor, positions: torch.Tensor, *, any_truncated: bool
+    ) -> torch.Tensor:
         return sample(
             logits,
             self._temperature[of],
@@ -124,7 +141,7 @@ class Sampler:
             self._min_p[of],
             self._keys[of],
             positions.long(),
-            any_truncated=bool(self._truncated[slots].any()),
+            any_truncated=any_truncated,
         )
 
     def _adjust_(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> None:

@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.batch import ScheduledBatch
-from raydata_llm.engine.block_manager import BlockArray, BlockManager, block_digests
+from raydata_llm.engine.block_manager import BlockArray, BlockManager
 from raydata_llm.engine.decode_plan import DecodePlan, plan_decode
 from raydata_llm.engine.length_model import LengthModel, peak_blocks
+from raydata_llm.engine.prefix_cache import ROOT
 from raydata_llm.engine.request import FinishReason
 from raydata_llm.engine.sequence import FinishedSequence, IntArray, Sequence, SequenceTable
 
@@ -113,6 +114,7 @@ class Scheduler:
         self.blocks = blocks
         self.table = SequenceTable(limits.max_num_seqs, limits.max_model_len, limits.block_size)
         self.lengths = LengthModel()
+        self._block_bytes = limits.block_size * self.table.token_ids.itemsize
         self.waiting = WaitingQueue(limits.block_size)
         self.num_waiting = 0
         self.num_preemptions = 0
@@ -306,7 +308,7 @@ class Scheduler:
             sequence = self.waiting.peek()
             if sequence is None:
                 return admitted
-            cached = self._cached_blocks(sequence)
+            cached, node = self._cached_blocks(sequence)
             start = len(cached) * self.limits.block_size
             rest = len(sequence.token_ids) - start
             if rest > budget and not self.limits.enable_chunked_prefill and (anything_scheduled or admitted):
@@ -314,7 +316,7 @@ class Scheduler:
             room = self._room_after(sequence, cached, room)
             if room is None:
                 return admitted
-            slot = self._occupy(self.waiting.pop(), cached)
+            slot = self._occupy(self.waiting.pop(), cached, node)
             admitted.append((slot, sequence))
             count = min(rest, budget)
             chunks.append((slot, start, count))
@@ -326,15 +328,17 @@ class Scheduler:
         self._admission_is_due = self.table.num_free_slots > 0
         return admitted
 
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+    def _cached_blocks(self, sequence: Sequence) -> tuple[BlockArray, int]:
+        """The blocks of the longest cached prefix of a waiting sequence, and its node."""
         if not self.limits.enable_prefix_caching:
-            return []
-        if sequence.digests is None:
-            sequence.digests = block_digests(sequence.token_ids, self.limits.block_size)
+            return _NO_INTS, ROOT
+        if sequence.token_bytes is None:
+            sequence.token_bytes = sequence.token_ids.tobytes()
         # The last known token is always computed: its hidden state is sampled from.
-        return self.blocks.match(sequence.digests[: (len(sequence.token_ids) - 1) // self.limits.block_size])
+        limit = (len(sequence.token_ids) - 1) // self.limits.block_size
+        return self.blocks.match(sequence.token_bytes, self._block_bytes, limit)
 
-    def _room_after(self, sequence: Sequence, cached: list[int], room: int | None) -> int | None:
+    def _room_after(self, sequence: Sequence, cached: BlockArray, room: int | None) -> int | None:
         """Blocks free at the simulated peak once `sequence` is admitted, or fewer; None if it does not fit.
 
         Args:
@@ -357,11 +361,11 @@ class Scheduler:
         room = self.blocks.num_usable - self.simulated_peak(sequence, len(cached)) - evictable
         return room if room >= 0 else None
 
-    def _occupy(self, sequence: Sequence, cached: list[int]) -> int:
+    def _occupy(self, sequence: Sequence, cached: BlockArray, node: int) -> int:
         self.blocks.share(cached)
         fresh = self.blocks.allocate(self._num_blocks(len(sequence.token_ids)) - len(cached))
-        blocks: BlockArray = np.concatenate([np.array(cached, dtype=np.int32), fresh])
-        slot = self.table.occupy(sequence, blocks, num_shared=len(cached), admission=self._num_admissions)
+        blocks: BlockArray = np.concatenate([cached, fresh])
+        slot = self.table.occupy(sequence, blocks, num_shared=len(cached), node=node, admission=self._num_admissions)
         sequence.num_cached_tokens = max(sequence.num_cached_tokens, len(cached) * self.limits.block_size)
         self._num_admissions += 1
         self._num_penalty_seqs += _uses_penalties(sequence)
@@ -372,13 +376,18 @@ class Scheduler:
         return -(-num_tokens // self.limits.block_size)
 
     def _register_blocks(self, slot: int, num_computed: int) -> None:
-        digests = self._sequence(slot).digests
-        full = num_computed // self.limits.block_size
-        if digests is None:
+        """Let others share the slot's full blocks, as far as their tokens were known when it was admitted."""
+        table, tokens, width = self.table, self._sequence(slot).token_bytes, self._block_bytes
+        if tokens is None:
             return
-        for index in range(int(self.table.num_registered_blocks[slot]), min(full, len(digests))):
-            self.blocks.register(int(self.table.block_table[slot, index]), digests[index])
-        self.table.num_registered_blocks[slot] = max(full, int(self.table.num_registered_blocks[slot]))
+        first = int(table.num_registered_blocks[slot])
+        last = min(num_computed // self.limits.block_size, len(tokens) // width)
+        if last <= first:
+            return
+        node = int(table.prefix_node[slot])
+        for index, block in enumerate(table.block_table[slot, first:last].tolist(), start=first):
+            node = self.blocks.register(block, node, tokens[index * width : (index + 1) * width])
+        table.prefix_node[slot], table.num_registered_blocks[slot] = node, last
 
     # Launch
 
@@ -465,7 +474,7 @@ class Scheduler:
         sequence = self._sequence(slot)
         sequence.token_ids = known
         if self.limits.enable_prefix_caching:
-            sequence.digests = block_digests(known, self.limits.block_size)
+            sequence.token_bytes = known.tobytes()
             self._register_blocks(slot, int(self.table.num_computed[slot]))
         self._release(slot)
         sequence.num_preemptions += 1

@@ -38,7 +38,7 @@ class Sequence:
         num_prompt: Prompt tokens after truncation.
         max_tokens: Prompt plus output tokens at which it ends by length.
         stop_token_ids: All token ids that end it.
-        digests: Of the full blocks of `token_ids`, made at the first admission attempt.
+        token_bytes: `token_ids` as the prefix cache compares them, made at the first admission attempt.
     """
 
     seq_id: int
@@ -49,7 +49,7 @@ class Sequence:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     stop_watch: StopStringWatch | None = None
-    digests: list[bytes] | None = None
+    token_bytes: bytes | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -93,7 +93,9 @@ class SequenceTable:
         self.admission = np.zeros(num_slots, dtype=np.int64)
         self.num_blocks = np.zeros(num_slots, dtype=np.int32)
         self.num_shared_blocks = np.zeros(num_slots, dtype=np.int32)
+        # Blocks that others can share already, and the prefix cache's node of the last of them.
         self.num_registered_blocks = np.zeros(num_slots, dtype=np.int32)
+        self.prefix_node = np.zeros(num_slots, dtype=np.int64)
         self.may_stop = np.zeros(num_slots, dtype=bool)
         self.watched = np.zeros(num_slots, dtype=bool)
         # Zeroed memory is not touched until a row is used, so a long max_model_len costs nothing here.
@@ -120,8 +122,12 @@ class SequenceTable:
         """The blocks that the slot's sequence holds, in order."""
         return self.block_table[slot, : self.num_blocks[slot]]
 
-    def occupy(self, sequence: Sequence, blocks: BlockArray, *, num_shared: int, admission: int) -> int:
-        """Put a sequence into a free slot with all blocks of its known tokens, the first `num_shared` cached."""
+    def occupy(self, sequence: Sequence, blocks: BlockArray, *, num_shared: int, node: int, admission: int) -> int:
+        """Put a sequence into a free slot.
+
+        Args:
+            blocks: For all its known tokens, the first `num_shared` cached ones, of the prefix cache's `node`.
+        """
         slot = self._free_slots.pop()
         known = len(sequence.token_ids)
         self.sequences[slot] = sequence
@@ -134,6 +140,7 @@ class SequenceTable:
         self.admission[slot] = admission
         self.num_blocks[slot] = len(blocks)
         self.num_shared_blocks[slot] = self.num_registered_blocks[slot] = num_shared
+        self.prefix_node[slot] = node
         self.may_stop[slot] = bool(sequence.stop_token_ids or sequence.stop_watch)
         self.watched[slot] = sequence.stop_watch is not None
         self.token_ids[slot, :known] = sequence.token_ids

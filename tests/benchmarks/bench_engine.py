@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import platform
 import subprocess
@@ -115,16 +116,19 @@ class Bench:
         engine = self.engine
         self.ends.set([max_tokens for _, max_tokens in work] if forced else [])
         tokens: dict[int, list[int]] = {}
-        for index, (prompt, max_tokens) in enumerate(work):
-            length = EOS_MAX_TOKENS if forced else max_tokens
-            params = SamplingParams(max_tokens=length, ignore_eos=not forced, **self.sampling)
-            token_ids = np.frombuffer(array("i", prompt), dtype=np.int32)
-            engine.add_request(
-                Request(request_id=str(index), prompt_token_ids=token_ids, sampling_params=params, key=index)
-            )
-        while engine.has_unfinished():
+        rows = iter(enumerate(work))
+        while True:
+            # As `LLM.generate` feeds it: the engine works on the first rows while the others are taken in.
+            for index, (prompt, max_tokens) in itertools.islice(rows, 256):
+                length = EOS_MAX_TOKENS if forced else max_tokens
+                params = SamplingParams(max_tokens=length, ignore_eos=not forced, **self.sampling)
+                token_ids = np.frombuffer(array("i", prompt), dtype=np.int32)
+                engine.add_request(
+                    Request(request_id=str(index), prompt_token_ids=token_ids, sampling_params=params, key=index)
+                )
+            if not engine.has_unfinished():
+                return [tokens[index] for index in range(len(work))]
             tokens |= {int(output.request_id): output.outputs[0].token_ids for output in engine.step()}
-        return [tokens[index] for index in range(len(work))]
 
     def measure(self, workload: str, runs: int, *, profile: bool) -> dict[str, Any]:
         """Time a workload; prints its breakdown if asked."""

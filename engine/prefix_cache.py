@@ -1,0 +1,82 @@
+"""Which block holds the KV of which prompt prefix: a tree whose edges are the tokens of one block each.
+
+Owns the tree alone; who holds a block is the block manager's matter. Tokens are compared, not hashes of them, so two
+prefixes are never taken for each other.
+
+Invariant: a node's number is never used twice. What stood below a node that is gone can then never be found under
+another prefix; it is forgotten when its own block is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+ROOT = 0
+
+
+class PrefixCache:
+    """A tree over at most `num_blocks` blocks."""
+
+    def __init__(self, num_blocks: int) -> None:
+        # (parent's node, the block's tokens) -> block
+        self._block_of: dict[tuple[int, bytes], int] = {}
+        self._edge_of: dict[int, tuple[int, bytes]] = {}
+        self._node_of = np.zeros(num_blocks, dtype=np.int64)
+        self._num_nodes = 1
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._edge_of
+
+    def __len__(self) -> int:
+        return len(self._edge_of)
+
+    def match(self, tokens: bytes, width: int, limit: int) -> tuple[list[int], int]:
+        """The blocks of the longest known prefix, and its node.
+
+        Args:
+            tokens: A sequence's tokens, as bytes.
+            width: Bytes of a block's tokens.
+            limit: Blocks to look for at most.
+        """
+        node, blocks = ROOT, []
+        for start in range(0, limit * width, width):
+            block = self._block_of.get((node, tokens[start : start + width]))
+            if block is None:
+                break
+            blocks.append(block)
+            node = int(self._node_of[block])
+        return blocks, node
+
+    def add(self, node: int, edge: bytes, block: int) -> int:
+        """Let later sequences find `block` below `node`; a prefix that has a block keeps it.
+
+        Returns:
+            The prefix's node.
+        """
+        known = self._block_of.get((node, edge))
+        if known is not None:
+            return int(self._node_of[known])
+        assert block not in self._edge_of, f"block {block} holds another prefix"
+        self._block_of[node, edge] = block
+        self._edge_of[block] = (node, edge)
+        self._node_of[block] = self._num_nodes
+        self._num_nodes += 1
+        return self._num_nodes - 1
+
+    def forget(self, block: int) -> None:
+        """Take a block out."""
+        del self._block_of[self._edge_of.pop(block)]
+
+    def known(self, blocks: np.typing.NDArray[np.int32]) -> np.typing.NDArray[np.bool_]:
+        """Which of the blocks hold a prefix."""
+        edges = self._edge_of
+        return np.fromiter((block in edges for block in blocks.tolist()), dtype=bool, count=len(blocks))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._block_of.clear()
+        self._edge_of.clear()
+
+    def check_integrity(self) -> None:
+        """Assert that both directions agree."""
+        assert {block: edge for edge, block in self._block_of.items()} == self._edge_of
