@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from raydata_llm.engine import decode_plan
+from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import Request
@@ -56,6 +58,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "whole prompts": {"enable_chunked_prefill": False},
     "no prefix cache": {"enable_prefix_caching": False},
     "launched ahead": {"steps_ahead": 3},
+    "shared prefixes": {"shared": True, "block_size": 4},
+    "shared prefixes, launched ahead": {"shared": True, "block_size": 4, "steps_ahead": 2, "max_num_seqs": 6},
     "tiny KV": {**TIGHT, "max_num_batched_tokens": 7},
     "preempted": {**TIGHT, "optimistic": True},
     "preempted, launched ahead": {**TIGHT, "optimistic": True, "steps_ahead": 2},
@@ -130,14 +134,34 @@ def test_every_family_writes_what_transformers_writes(family: str, reference: Ca
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-window"])
-def test_every_way_of_scheduling_writes_the_same(family: str, way: str, reference: Callable[[str], Any]) -> None:
+def test_every_way_of_scheduling_writes_the_same(
+    family: str, way: str, reference: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, prompts, expected = reference(family)
     settings = dict(WAYS[way])
+    plans = noted_plans(monkeypatch)
+    if settings.pop("shared", False):
+        for name, value in {"_MIN_ROWS": 2, "_TOKENS_PER_LAUNCH": 0, "_TOKENS_PER_SHARED_KEY": 0}.items():
+            monkeypatch.setattr(decode_plan, name, value)
     with optimistic_admission(settings.pop("optimistic", False)):
         engine = Engine(EngineConfig(model=str(path), device="cpu", **settings))
         order = np.random.default_rng(len(way)).permutation(len(prompts)).tolist()
         assert engine_greedy(engine, prompts, order) == expected
     assert (engine.stats().num_preemptions > 0) == way.startswith("preempted")
+    assert any(plan.num_groups for plan in plans) == way.startswith("shared prefixes")
+
+
+def noted_plans(monkeypatch: pytest.MonkeyPatch) -> list[DecodePlan]:
+    """The plans of decode rows that schedulers make from here on."""
+    plans: list[DecodePlan] = []
+    original = Scheduler._plan_of
+
+    def note(self: Scheduler, *arguments: Any, **settings: Any) -> DecodePlan:
+        plans.append(original(self, *arguments, **settings))
+        return plans[-1]
+
+    monkeypatch.setattr(Scheduler, "_plan_of", note)
+    return plans
 
 
 def test_a_second_pass_reads_prompts_from_the_prefix_cache(reference: Callable[[str], Any]) -> None:
