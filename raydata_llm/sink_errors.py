@@ -54,12 +54,14 @@ class Patience:
         tries: Attempts in all.
         first_wait: Seconds before the second attempt, doubled for each further one.
         longest_wait: Seconds between two attempts at most.
+        seconds: After which no further attempt begins, as clients have retries of their own inside each.
     """
 
-    # Two minutes or so: S3 splits a busy prefix within that time, and a store's restart takes less.
-    tries: int = 10
+    # S3 splits a busy prefix within two minutes or so, and a store's restart takes less.
+    tries: int = 12
     first_wait: float = 0.5
     longest_wait: float = 20.0
+    seconds: float = 180.0
 
     def waits(self) -> Iterable[float]:
         """Seconds before each further attempt, jittered so that tasks throttled together don't come back together."""
@@ -69,11 +71,12 @@ class Patience:
 
 def patiently(operation: Callable[[], _Result], patience: Patience) -> _Result:
     """Run an operation of a store, again while its failure may pass."""
+    deadline = time.monotonic() + patience.seconds
     for wait in patience.waits():
         try:
             return operation()
         except Exception as error:
-            if not may_pass(error):
+            if not may_pass(error) or time.monotonic() + wait > deadline:
                 raise
         time.sleep(wait)
     return operation()

@@ -70,7 +70,7 @@ class Storage:
     @property
     def is_local(self) -> bool:
         """Whether the folder lies on the disk of one node."""
-        return bool(self.filesystem.type_name in ("local", "py::fsspec+file", "py::fsspec+local"))
+        return not _protocols(self.filesystem).isdisjoint(("local", "file"))
 
     def check_writable(self) -> None:
         """Write and delete a small file.
@@ -92,7 +92,13 @@ class Storage:
 
     def put(self, name: str, content: Any) -> None:
         """Write a whole file; it replaces one of that name."""
-        self._run(name, lambda: self._write(self._path(name), content))
+        try:
+            self._run(name, lambda: self._write(self._path(name), content))
+        except OSError:
+            if self._appears_whole:
+                with contextlib.suppress(Exception):  # the store may still be away; the error under way says more
+                    abort_uploads(self.filesystem, [self._path(name)])
+            raise
 
     def get(self, name: str) -> bytes:
         """A whole file."""
@@ -153,13 +159,12 @@ class Storage:
 
     @property
     def _appears_whole(self) -> bool:
-        return self.filesystem.type_name.rpartition("+")[2] in _OBJECT_STORES
+        return not _protocols(self.filesystem).isdisjoint(_OBJECT_STORES)
 
     def _forget_listings(self) -> None:
         # fsspec's file systems remember what they listed; other processes write here too.
-        fsspec_filesystem = getattr(getattr(self.filesystem, "handler", None), "fs", None)
-        if fsspec_filesystem is not None:
-            fsspec_filesystem.invalidate_cache()
+        if _fsspec(self.filesystem) is not None:
+            _fsspec(self.filesystem).invalidate_cache()
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
@@ -251,10 +256,21 @@ def _as_pyarrow(filesystem: Any, path: str) -> FileSystem:
     )
 
 
+def _fsspec(filesystem: FileSystem) -> Any:
+    """The file system of fsspec inside one of pyarrow; None for pyarrow's own."""
+    return getattr(getattr(filesystem, "handler", None), "fs", None)
+
+
+def _protocols(filesystem: FileSystem) -> set[str]:
+    inner = _fsspec(filesystem)
+    if inner is None:
+        return {filesystem.type_name}
+    return {inner.protocol} if isinstance(inner.protocol, str) else set(inner.protocol)
+
+
 def _upload(filesystem: FileSystem, path: str, content: Any) -> None:
-    fsspec_filesystem = getattr(getattr(filesystem, "handler", None), "fs", None)
-    if fsspec_filesystem is not None and fsspec_filesystem.protocol and "s3" in fsspec_filesystem.protocol:
-        fsspec_filesystem.pipe_file(path, bytes(content), chunksize=_ONE_REQUEST)
+    if _fsspec(filesystem) is not None and "s3" in _protocols(filesystem):
+        _fsspec(filesystem).pipe_file(path, bytes(content), chunksize=_ONE_REQUEST)
         return
     stream = filesystem.open_output_stream(path)
     stream.write(content)
@@ -280,7 +296,5 @@ def _forget(filesystem: FileSystem, path: str) -> None:
 
 def _options(filesystem: FileSystem) -> Any:
     """What a file system was made with, credentials among it."""
-    handler = getattr(filesystem, "handler", None)
-    if handler is not None:
-        return getattr(getattr(handler, "fs", None), "storage_options", {})
-    return filesystem.__reduce__()[1]
+    inner = _fsspec(filesystem)
+    return filesystem.__reduce__()[1] if inner is None else inner.storage_options

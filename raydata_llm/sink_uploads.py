@@ -81,7 +81,9 @@ def _botocore_call(options: dict[str, Any]) -> Callable[..., Any] | None:
         aws_access_key_id=options["access_key"] or None,
         aws_secret_access_key=options["secret_key"] or None,
         aws_session_token=options["session_token"] or None,
-        config=botocore.config.Config(s3={"addressing_style": "path"} if endpoint else None),
+        config=botocore.config.Config(
+            s3={"addressing_style": "path"} if endpoint else None, connect_timeout=5, retries={"total_max_attempts": 2}
+        ),
     )
 
     def call(operation: str, **arguments: Any) -> Any:

@@ -1,0 +1,146 @@
+"""Which files count, whatever step a run died in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raydata_llm.ledger import Entry, Ledger, RunSupersededError, file_name
+from raydata_llm.sink_storage import Storage
+
+KEYS = b"0123456789abcdef"
+
+
+def begin(folder: Path, token: str, space: str = "space", letters: Path | None = None, retry: bool = True) -> Ledger:
+    return begin_with_entries(folder, token, space, letters, retry)[0]
+
+
+def begin_with_entries(
+    folder: Path, token: str, space: str = "space", letters: Path | None = None, retry: bool = True
+) -> tuple[Ledger, list[Entry]]:
+    storage = Storage.open(folder)
+    return Ledger.begin(storage, Storage.open(letters or folder), space, token, {"model": "m"}, retry_errors=retry)
+
+
+def part(token: str, number: int = 0, errors: bool = False) -> str:
+    return file_name(token, number, ".parquet", errors=errors)
+
+
+def visible(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if file.is_file()}
+
+
+def test_what_one_run_committed_counts_in_the_next(tmp_path: Path) -> None:
+    begin(tmp_path, "aaaaaaaa").commit(part("aaaaaaaa"), b"content", KEYS)
+    ledger, entries = begin_with_entries(tmp_path, "bbbbbbbb")
+    assert entries == [Entry(part("aaaaaaaa"), 7)]
+    assert ledger.read_keys(entries[0]) == KEYS
+    assert ledger.committed_size(part("aaaaaaaa")) == 7
+    assert ledger.committed_size(part("aaaaaaaa", 1)) is None
+    assert visible(tmp_path) == {part("aaaaaaaa")}
+
+
+def test_cut_writes_are_cleared_away_and_nothing_else_is(tmp_path: Path) -> None:
+    begin(tmp_path, "aaaaaaaa").commit(part("aaaaaaaa"), b"content", KEYS)
+    space = tmp_path / "_raydata_llm" / "space"
+    (space / f"{part('aaaaaaaa', 1)}.9.ledger").write_bytes(KEYS)  # no file
+    (space / f"{part('aaaaaaaa', 2)}.9.ledger").write_bytes(KEYS)  # half a file
+    (tmp_path / part("aaaaaaaa", 2)).write_bytes(b"half")
+    (tmp_path / part("aaaaaaaa", 3)).write_bytes(b"came late")  # its entry was cleared by a run in between
+    (tmp_path / f".{part('aaaaaaaa', 1)}.01234567.part").write_bytes(b"half")
+    (tmp_path / ".parquet.01234567.part").write_bytes(b"of somebody else")
+    (tmp_path / "notes.txt").write_bytes(b"the user's")
+    assert begin_with_entries(tmp_path, "bbbbbbbb")[1] == [Entry(part("aaaaaaaa"), 7)]
+    assert visible(tmp_path) == {part("aaaaaaaa"), "notes.txt", ".parquet.01234567.part"}
+    assert len(list(space.glob("*.ledger"))) == 1
+
+
+def test_error_rows_are_forgotten_so_that_they_run_again_or_kept(tmp_path: Path) -> None:
+    letters = tmp_path / "letters"
+    ledger = begin(tmp_path / "out", "aaaaaaaa", letters=letters)
+    ledger.commit(part("aaaaaaaa", errors=True), b"bad", KEYS)
+    assert visible(letters) == {part("aaaaaaaa", errors=True)}
+    assert len(begin_with_entries(tmp_path / "out", "bbbbbbbb", letters=letters, retry=False)[1]) == 1
+    assert begin_with_entries(tmp_path / "out", "cccccccc", letters=letters)[1] == []
+    assert visible(letters) == set()
+
+
+def test_a_run_stops_when_a_later_one_has_begun(tmp_path: Path) -> None:
+    first = begin(tmp_path, "aaaaaaaa")
+    second = begin(tmp_path, "bbbbbbbb")
+    with pytest.raises(RunSupersededError, match="another run writes to"):
+        first.commit(part("aaaaaaaa"), b"content", KEYS)
+    second.commit(part("bbbbbbbb"), b"content", KEYS)
+    assert visible(tmp_path) == {part("bbbbbbbb")}
+
+
+def test_a_write_that_came_through_after_a_later_run_began_is_dropped_at_its_end(tmp_path: Path) -> None:
+    begin(tmp_path, "aaaaaaaa")
+    ledger = begin(tmp_path, "bbbbbbbb")
+    ledger.commit(part("bbbbbbbb"), b"content", KEYS)
+    (tmp_path / part("aaaaaaaa")).write_bytes(b"same rows")
+    ledger.finish({})
+    assert visible(tmp_path) == {part("bbbbbbbb")}
+
+
+def test_another_spaces_files_take_the_place_at_the_end_at_once(tmp_path: Path) -> None:
+    begin(tmp_path, "aaaaaaaa").commit(part("aaaaaaaa"), b"old", KEYS)
+    ledger = begin(tmp_path, "bbbbbbbb", space="other")
+    ledger.commit(part("bbbbbbbb"), b"new", KEYS)
+    assert visible(tmp_path) == {part("aaaaaaaa")}
+    ledger, entries = begin_with_entries(tmp_path, "cccccccc", space="other")
+    assert [entry.name for entry in entries] == [part("bbbbbbbb")], "what was staged counts in a further run"
+    ledger.finish({"model": "n"})
+    assert visible(tmp_path) == {part("bbbbbbbb")}
+    current = json.loads((tmp_path / "_raydata_llm" / "current.json").read_text())
+    assert current == {"space": "other", "model": "n"}
+    assert [entry.name for entry in begin_with_entries(tmp_path, "dddddddd", space="other")[1]] == [part("bbbbbbbb")]
+    assert begin_with_entries(tmp_path, "eeeeeeee")[1] == []
+
+
+@pytest.mark.parametrize("deaths", range(1, 6))
+def test_taking_the_place_goes_on_where_it_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    ledger = begin(tmp_path, "aaaaaaaa")
+    for number in range(2):
+        ledger.commit(part("aaaaaaaa", number), b"old", KEYS)
+    ledger = begin(tmp_path, "bbbbbbbb", space="other")
+    for number in range(2):
+        ledger.commit(part("bbbbbbbb", number), b"new!", KEYS)
+    steps = 0
+
+    def dying(step: object) -> object:
+        def run(self: Storage, *names: str) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == deaths:
+                raise KeyboardInterrupt
+            step(self, *names)  # type: ignore[operator]
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "move", dying(Storage.move))
+        patch.setattr(Storage, "delete", dying(Storage.delete))
+        with pytest.raises(KeyboardInterrupt):
+            ledger.finish({})
+    found = {name.split("-")[1] for name in visible(tmp_path)}
+    assert found in ({"aaaaaaaa"}, {"bbbbbbbb"}, set()), "never both"
+    entries = begin_with_entries(tmp_path, "cccccccc", space="other")[1]
+    assert {entry.name for entry in entries} == visible(tmp_path) == {part("bbbbbbbb"), part("bbbbbbbb", 1)}
+
+
+def test_a_file_can_be_written_anew(tmp_path: Path) -> None:
+    ledger = begin(tmp_path, "aaaaaaaa")
+    ledger.commit(part("aaaaaaaa"), b"content", KEYS)
+    assert ledger.replace(Entry(part("aaaaaaaa"), 7), b"longer content") == Entry(part("aaaaaaaa"), 14)
+    assert begin_with_entries(tmp_path, "bbbbbbbb")[1] == [Entry(part("aaaaaaaa"), 14)]
+
+
+def test_files_of_no_such_run_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "theirs.parquet").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"holds 1 files of no resumable run, such as 'theirs.parquet'"):
+        begin(tmp_path, "aaaaaaaa")

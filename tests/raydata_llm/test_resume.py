@@ -1,0 +1,126 @@
+"""Which rows are the same, and what a row carries to the sink."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raydata_llm import EngineProcessorConfig, ResumeConfig
+from raydata_llm.ledger import Entry
+from raydata_llm.ledger_index import KEY_BYTES
+from raydata_llm.resume import ResumePlan, mark_failed, read_carried
+from raydata_llm.resume_broker import Claimant, ResumeBroker
+from raydata_llm.row_payload import RESUME_COLUMN, RowRequest
+
+PLAN = ResumePlan(config=ResumeConfig("out"), about={"model": "m"})
+
+
+def key(row: dict[str, Any], token_ids: list[int], params: Any = None, plan: ResumePlan = PLAN, **made: Any) -> bytes:
+    request = RowRequest(np.array(token_ids, np.int32), params, 0)
+    table = plan.admit(pa.table({"x": [0]}), [request], [row], [made])
+    return read_carried(table.column(RESUME_COLUMN), "").keys
+
+
+def test_a_key_follows_the_request_and_the_datasets_own_columns() -> None:
+    same = key({"id": 1}, [5, 6], {"top_k": 5, "stop": ["x"]})
+    assert key({"id": 1}, [5, 6], {"stop": ["x"], "top_k": 5}, made_by_preprocess="anything") == same
+    others = [
+        key({"id": 2}, [5, 6], {"top_k": 5, "stop": ["x"]}),
+        key({"id": 1}, [5, 7], {"top_k": 5, "stop": ["x"]}),
+        key({"id": 1}, [5, 6], {"top_k": 6, "stop": ["x"]}),
+    ]
+    assert len({same, *others}) == 4
+
+
+def test_a_key_column_stands_for_the_row_alone() -> None:
+    plan = ResumePlan(config=ResumeConfig("out", key_column="id"), about={})
+    assert key({"id": 1, "time": 3}, [5], plan=plan) == key({"id": 1, "time": 4}, [6], {"seed": 1}, plan=plan)
+    assert key({"id": 2}, [5], plan=plan) != key({"id": 1}, [5], plan=plan)
+    assert key({}, [5], plan=plan, id=1) == key({"id": 1}, [5], plan=plan), "preprocess may make it"
+    with pytest.raises(ValueError, match="key_column='id' is not a column: the row has other"):
+        key({"other": 1}, [5], plan=plan)
+
+
+def test_another_model_version_or_key_column_is_another_space() -> None:
+    plans = [
+        PLAN,
+        ResumePlan(config=ResumeConfig("out"), about={"model": "n"}),
+        ResumePlan(config=ResumeConfig("out", key_column="id"), about={"model": "m"}),
+    ]
+    assert len({plan.space for plan in plans}) == 3
+    assert ResumePlan(config=ResumeConfig("elsewhere", retry_errors=False), about={"model": "m"}).space == PLAN.space
+
+
+def test_error_rows_are_marked() -> None:
+    requests = [RowRequest(np.array([number], np.int32), None, 0) for number in range(3)]
+    table = PLAN.admit(pa.table({"x": range(3)}), requests, [{}] * 3, [{}] * 3)
+    column = mark_failed(table.column(RESUME_COLUMN), [False, True, False])
+    carried = read_carried(pa.chunked_array([column]), "token")
+    assert carried.failed.tolist() == [False, True, False] and not carried.admitted.any()
+    assert carried.keep(carried.failed).keys == carried.keys[KEY_BYTES : 2 * KEY_BYTES]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": ""}, "path='' is not valid: give the folder that the sink writes to"),
+        ({"path": "x", "key_column": 3}, "key_column=3 is not valid: give a column's name, or None"),
+        ({"path": "x", "version": 2}, "version=2 is not valid: give text"),
+        ({"path": "x", "retry_errors": "no"}, "retry_errors='no' is not valid: give True or False"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResumeConfig(**settings)
+
+
+def test_the_config_takes_it_and_shows_no_credentials() -> None:
+    config = EngineProcessorConfig(model_source="m", resume=ResumeConfig("s3://me:canary@bucket/x?secret_key=canary"))
+    assert config.resume is not None and config.resume.path.startswith("s3://me:canary@")
+    assert "canary" not in repr(config) and "canary" not in str(config)
+
+
+class KeptKeys:
+    """Stands in for a ledger."""
+
+    def __init__(self, *files: bytes) -> None:
+        self._files = files
+
+    def read_keys(self, entry: Entry) -> bytes:
+        return self._files[entry.size]
+
+
+def broker(*files: bytes) -> ResumeBroker:
+    ledger: Any = KeptKeys(*files)
+    return ResumeBroker(ledger, [Entry("", number) for number in range(len(files))])
+
+
+def digits(*numbers: int) -> bytes:
+    return b"".join(number.to_bytes(KEY_BYTES, "little") for number in numbers)
+
+
+def bits(answer: bytes, count: int) -> list[int]:
+    return np.unpackbits(np.frombuffer(answer, np.uint8), count=count).tolist()
+
+
+def test_a_retried_task_gets_the_answer_it_had() -> None:
+    asked = broker(digits(1, 2), digits(2))
+    first, other = Claimant("prepare", 0, 0), Claimant("prepare", 1, 0)
+    assert bits(asked.claim(first, digits(2, 3, 2, 2)), 4) == [1, 0, 1, 0]
+    assert bits(asked.claim(other, digits(2, 1)), 2) == [0, 1]
+    assert bits(asked.claim(first, digits(2, 3, 2, 2)), 4) == [1, 0, 1, 0]
+    assert asked.counts() == (3, 6, 3)
+
+
+def test_ten_thousand_strangers_stop_the_job() -> None:
+    asked = broker(digits(1))
+    asked.claim(Claimant("prepare", 0, 0), digits(*range(2, 10_001)))
+    with pytest.raises(ValueError, match=r"none of the first 10000 rows is among the 1 that are committed.*key_column"):
+        asked.claim(Claimant("prepare", 1, 0), digits(10_001))
+    asked = broker(digits(1))
+    asked.claim(Claimant("prepare", 0, 0), digits(*range(1, 10_001)))
+    assert bits(asked.claim(Claimant("prepare", 1, 0), digits(10_001)), 1) == [0]

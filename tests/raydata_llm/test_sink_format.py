@@ -1,0 +1,93 @@
+"""Rows as files, and one schema for all of them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raydata_llm.sink_format import FileFormat, concat_blocks, conform, merge_schemas
+
+PARQUET = FileFormat(name="parquet", compression="zstd")
+
+
+def merged(*types: pa.DataType) -> pa.DataType:
+    return merge_schemas(pa.schema([("x", kind)]) for kind in types).field("x").type
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        ([pa.null(), pa.string()], pa.string()),
+        ([pa.int64(), pa.float64()], pa.float64()),
+        ([pa.list_(pa.null()), pa.list_(pa.int64())], pa.list_(pa.int64())),
+        (
+            [pa.struct({"a": pa.null()}), pa.struct({"b": pa.int8(), "a": pa.string()})],
+            pa.struct({"a": pa.string(), "b": pa.int8()}),
+        ),
+    ],
+    ids=str,
+)
+def test_types_that_drifted_apart_have_one_that_holds_both(types: list[pa.DataType], expected: pa.DataType) -> None:
+    assert merged(*types) == expected
+    assert merged(*types, *types) == expected
+
+
+def test_types_with_nothing_in_common_are_named() -> None:
+    with pytest.raises(ValueError, match="column 'x' is int64 in some rows and string in others: let postprocess"):
+        merged(pa.int64(), pa.string())
+    with pytest.raises(ValueError, match="column 'x' is double in some rows and int64 in others, and does not convert"):
+        conform(pa.table({"x": [0.5]}), pa.schema([("x", pa.int64())]))
+
+
+def test_a_folder_of_conformed_files_is_read_whichever_comes_first(tmp_path: Path) -> None:
+    tables = [
+        pa.table({"id": [1], "x": pa.nulls(1)}),
+        pa.table({"id": [2], "x": [[{"a": "b"}]], "y": [2.5]}),
+        pa.table({"id": [3], "x": [[]]}),
+    ]
+    schema = merge_schemas(table.schema for table in tables)
+    for number, table in enumerate(tables):
+        (tmp_path / f"{number}.parquet").write_bytes(PARQUET.encode(conform(table, schema)))
+    assert pq.read_table(tmp_path).to_pylist() == [
+        {"id": 1, "x": None, "y": None},
+        {"id": 2, "x": [{"a": "b"}], "y": 2.5},
+        {"id": 3, "x": [], "y": None},
+    ]
+    assert concat_blocks(tables).num_rows == 3
+
+
+def test_json_lines_say_what_json_can(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": ["héllo\n", None],
+            "number": [float("nan"), 1.5],
+            "bytes": [b"\xff", None],
+            "when": [datetime.datetime(2026, 11, 23, 1, 2), None],
+            "nested": [{"a": [1, None]}, None],
+        }
+    )
+    content = FileFormat(name="jsonl", compression=None).encode(table)
+    assert [json.loads(line) for line in bytes(content).decode().splitlines()] == [
+        {
+            "text": "héllo\n",
+            "number": None,
+            "bytes": "/w==",
+            "when": "2026-11-23T01:02:00",
+            "nested": {"a": [1, None]},
+        },
+        {"text": None, "number": 1.5, "bytes": None, "when": None, "nested": None},
+    ]
+    packed = FileFormat(name="jsonl", compression="gzip")
+    assert packed.suffix == ".jsonl.gz" and packed.encode(table).size < content.size
+    assert np.frombuffer(packed.encode(table), np.uint8)[:2].tolist() == [0x1F, 0x8B]
+
+
+def test_a_wrong_compression_is_named() -> None:
+    with pytest.raises(ValueError, match="compression='zip' is not valid for parquet: choose one of 'zstd', 'snappy'"):
+        FileFormat(name="parquet", compression="zip")
