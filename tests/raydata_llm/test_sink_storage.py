@@ -155,10 +155,8 @@ def test_a_place_that_cannot_be_written_is_one_clear_error(kind: str, s3: S3Stan
 
 
 def test_wrong_credentials_are_one_clear_error(s3: S3Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    import moto.core.responses as responses
-
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAWRONG")
-    monkeypatch.setattr(responses.settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0.0)
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0.0)
     with pytest.raises(ValueError, match="access was refused: check the credentials"):
         Storage.open(f"s3://{BUCKET}/x").check_writable()
 
