@@ -6,7 +6,7 @@ On a cluster, or on one machine after `ray start --head`:
         --model s3://my-bucket/models/my-model \
         --input s3://my-bucket/prompts --output s3://my-bucket/answers --concurrency 4
 
-Keys and region come from the AWS_* variables, or from the role of the machines. A row that fails does not stop the job:
+Submitted again after it was stopped or killed, it does what is left. Keys and region come from the AWS_* variables, or from the role of the machines. A row that fails does not stop the job:
 its cause is in the column `__inference_error__`, which is empty for all others.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from raydata_llm import EngineProcessorConfig, build_llm_processor
+from raydata_llm import EngineProcessorConfig, ResumeConfig, build_llm_processor, write_parquet
 
 KEPT = ("generated_text", "finish_reason", "num_input_tokens", "num_generated_tokens", "__inference_error__")
 
@@ -30,6 +30,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         accelerator_type=arguments.accelerator_type,
         should_continue_on_error=True,
+        resume=ResumeConfig(arguments.output),
     )
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def main() -> None:
         return {**row["source_row"], **{name: row[name] for name in KEPT}}
 
     processor = build_llm_processor(config, preprocess=ask, postprocess=answer)
-    processor(ray.data.read_parquet(arguments.input)).write_parquet(arguments.output)
+    summary = write_parquet(processor(ray.data.read_parquet(arguments.input)), arguments.output)
+    print(summary)
 
 
 def parse_arguments() -> argparse.Namespace:
