@@ -6,8 +6,9 @@ On a cluster, or on one machine after `ray start --head`:
         --model s3://my-bucket/models/my-model \
         --input s3://my-bucket/prompts --output s3://my-bucket/answers --concurrency 4
 
-Submitted again after it was stopped or killed, it does what is left. Keys and region come from the AWS_* variables, or from the role of the machines. A row that fails does not stop the job:
-its cause is in the column `__inference_error__`, which is empty for all others.
+Submitted again after it was stopped or killed, it does what is left. Keys and region come from the AWS_* variables, or
+from the role of the machines. A row that fails does not stop the job: its cause is in the column `__inference_error__`,
+which is empty for all others.
 """
 
 import argparse

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +117,32 @@ def test_a_job_run_again_does_what_is_left(model: str, tmp_path: Path) -> None:
 
     third = write_parquet(calm(ray.data.from_items(mended)), out, dead_letter_path=letters)
     assert (third.files, third.skipped_rows) == (0, 41)
+
+
+def test_a_signal_writes_what_is_finished_and_the_rest_comes_later(model: str, tmp_path: Path) -> None:
+    out, progress = tmp_path / "out", tmp_path / "progress"
+    progress.mkdir()
+
+    def slowly(row: dict[str, Any]) -> dict[str, Any]:
+        (progress / str(row["id"])).touch()
+        time.sleep(0.1)
+        return keep(row)
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(progress.iterdir())) < 40 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        signal.raise_signal(signal.SIGINT)
+
+    ds = processor(model, ResumeConfig(str(out)), keep=slowly)(ray.data.range(160))
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        write_parquet(ds, out)
+    finished = ids_in(out)
+    assert 0 < len(finished) < 160
+    summary = write_parquet(processor(model, ResumeConfig(str(out)))(ray.data.range(160)), out)
+    assert (summary.rows, summary.skipped_rows) == (160 - len(finished), len(finished))
+    assert ids_in(out) == list(range(160))
 
 
 def test_another_version_replaces_the_results_at_the_end(model: str, tmp_path: Path) -> None:
