@@ -140,7 +140,7 @@ def _write(
         raise ValueError(f"mode={mode!r} is not valid: give 'error' or 'append'")
     resume: ResumePlan | None = setting(dataset, PLAN_SETTING)
     if resume is not None:
-        _check_resume(dataset, resume, path, mode)
+        _check_resume(dataset, resume, path, filesystem, mode)
     storage = _writable(path, filesystem)
     letters = None if dead_letter_path is None else _writable(dead_letter_path, filesystem)
     token = uuid.uuid4().hex[:8]
@@ -216,9 +216,12 @@ def _check_folder(storage: Storage, mode: str) -> None:
         )
 
 
-def _check_resume(dataset: Dataset, resume: ResumePlan, path: str | os.PathLike[str], mode: str) -> None:
+def _check_resume(
+    dataset: Dataset, resume: ResumePlan, path: str | os.PathLike[str], filesystem: Any, mode: str
+) -> None:
     refuse_ray_checkpoint(dataset)
-    if _place(path) != _place(resume.config.path):
+    is_local = Storage.open(path, filesystem).is_local
+    if _place(path, is_local=is_local) != _place(resume.config.path, is_local=is_local):
         raise ValueError(
             f"path={redact(os.fspath(path))!r} is not the processor's ResumeConfig path "
             f"{redact(resume.config.path)!r}: the sink commits what the processor skips, give both the same folder"
@@ -227,19 +230,13 @@ def _check_resume(dataset: Dataset, resume: ResumePlan, path: str | os.PathLike[
         raise ValueError(f"mode={mode!r} is not valid for a job that can be resumed: leave it out")
 
 
-def _place(path: str | os.PathLike[str]) -> str:
+def _place(path: str | os.PathLike[str], *, is_local: bool) -> str:
     """A folder without what may be written in several ways: the scheme, credentials, options."""
     scheme, mark, rest = os.fspath(path).partition("://")
-    if not mark:
-        # With a filesystem argument, `bucket/folder` stands for the same as `s3://bucket/folder`.
-        return (
-            os.path.normpath(os.fspath(path)).strip("/")
-            if not os.path.exists(path)
-            else os.path.abspath(path).strip("/")
-        )
-    if scheme in ("local", "file"):
-        return os.path.abspath(rest).strip("/")
-    return rest.partition("?")[0].rpartition("@")[2].strip("/")
+    if is_local or scheme in ("local", "file"):
+        return os.path.abspath(os.path.expanduser(rest if mark else scheme))
+    # With a filesystem argument, `bucket/folder` stands for the same as `s3://bucket/folder`.
+    return (rest if mark else scheme).partition("?")[0].rpartition("@")[2].strip("/")
 
 
 def _earlier_files(plan: WritePlan, entries: list[Entry]) -> list[WrittenFile]:

@@ -18,6 +18,7 @@ import ray
 
 from raydata_llm import EngineProcessorConfig, ResumeConfig, write_jsonl, write_parquet
 from raydata_llm.processor import Processor
+from raydata_llm.sink import _place
 from tests.raydata_llm.faulty_disks import DeadlyDisk
 from tests.raydata_llm.processor_fakes import ray_session, start_echo_engine, start_nothing
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
@@ -117,6 +118,7 @@ def test_a_job_run_again_does_what_is_left(model: str, tmp_path: Path) -> None:
 
     third = write_parquet(calm(ray.data.from_items(mended)), out, dead_letter_path=letters)
     assert (third.files, third.skipped_rows) == (0, 41)
+    assert ray.data.read_parquet(str(out)).count() == 41, "the ledger is no reader's concern"
 
 
 def test_a_signal_writes_what_is_finished_and_the_rest_comes_later(model: str, tmp_path: Path) -> None:
@@ -200,6 +202,22 @@ def test_what_cannot_go_together_is_refused_before_a_row(model: str, tmp_path: P
             processor(model, ResumeConfig(str(tmp_path / "a")))(both)
     finally:
         context.checkpoint_config = None
+
+
+@pytest.mark.parametrize(
+    ("path", "same", "is_local"),
+    [
+        ("s3://me:secret@bucket/folder/?region=eu", "s3://bucket/folder", False),
+        ("bucket/folder", "s3://bucket/folder/", False),
+        ("folder", str(Path.cwd() / "folder"), True),
+        ("local:///a/b/", "/a/b", True),
+        ("file:///a/b", "/a/./b", True),
+    ],
+    ids=str,
+)
+def test_a_folder_is_the_same_however_it_is_written(path: str, same: str, is_local: bool) -> None:
+    assert _place(path, is_local=is_local) == _place(same, is_local=is_local)
+    assert _place(path, is_local=is_local) != _place(f"{same}/more", is_local=is_local)
 
 
 def test_an_empty_dataset_leaves_an_empty_folder(model: str, tmp_path: Path) -> None:
