@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         vLLMEngineProcessorConfig,
     )
     from raydata_llm.engine.sampling_params import SamplingParams
+    from raydata_llm.job_report import JobReport
+    from raydata_llm.job_run import report_of
     from raydata_llm.llm import LLM
     from raydata_llm.processor import Processor, build_llm_processor, build_processor
     from raydata_llm.resume_config import ResumeConfig
@@ -31,6 +33,7 @@ __all__ = [
     "ChatTemplateStageConfig",
     "DetokenizeStageConfig",
     "EngineProcessorConfig",
+    "JobReport",
     "Processor",
     "ProcessorConfig",
     "ResumeConfig",
@@ -40,13 +43,16 @@ __all__ = [
     "__version__",
     "build_llm_processor",
     "build_processor",
+    "report_of",
     "vLLMEngineProcessorConfig",
     "write_jsonl",
     "write_parquet",
 ]
 
 _MODULES = {
+    "JobReport": "raydata_llm.job_report",
     "LLM": "raydata_llm.llm",
+    "report_of": "raydata_llm.job_run",
     "SamplingParams": "raydata_llm.engine.sampling_params",
     "Processor": "raydata_llm.processor",
     "build_llm_processor": "raydata_llm.processor",

@@ -134,6 +134,8 @@ class EngineProcessorConfig(ProcessorConfig):
         chat_template: Older name for `chat_template_stage={"chat_template": ...}`.
         tokenize: Older name for `tokenize_stage`.
         detokenize: Older name for `detokenize_stage`.
+        log_engine_metrics: Export the job's figures as Prometheus metrics, at the metrics ports of Ray's nodes.
+        report_path: A local or remote folder; each run leaves its report there, a page and the same as JSON.
     """
 
     model_source: str
@@ -152,6 +154,8 @@ class EngineProcessorConfig(ProcessorConfig):
     chat_template: str | None = None
     tokenize: Flag | None = None
     detokenize: Flag | None = None
+    log_engine_metrics: Flag = True
+    report_path: str | None = None
 
     @field_validator("model_source", mode="before")
     @classmethod

@@ -18,10 +18,12 @@ import pyarrow as pa
 from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.request import CompletionOutput, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.error_kinds import error_kinds
+from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
 from raydata_llm.output_table import OUTPUT_COLUMNS, OutputRows
 from raydata_llm.prepare import Row, RowFunction
-from raydata_llm.ray_blocks import block_rows
+from raydata_llm.ray_blocks import block_number, block_part, block_rows
 from raydata_llm.resume import mark_failed
 from raydata_llm.row_payload import (
     CARRIED_COLUMN,
@@ -68,8 +70,13 @@ class FinishPlan:
         return load_tokenizer(path, trust_remote_code=self.trust_remote_code)
 
 
-def finish(table: pa.Table, plan: FinishPlan) -> pa.Table:
+def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None = None) -> pa.Table:
     """Turn a block with engine outputs into what the user asked for.
+
+    Args:
+        table: The block.
+        plan: What to do.
+        stats_sender: To whom its rows and errors are told.
 
     Raises:
         RowError: for a row that fails, unless `plan.keep_going`.
@@ -90,6 +97,8 @@ def finish(table: pa.Table, plan: FinishPlan) -> pa.Table:
                 raise row_error(row, str(failure)) from failure.__cause__
             rows.add_error(columns, str(failure))
     _warn_of_errors(rows.errors)
+    if stats_sender is not None:
+        stats_sender.count_block((block_number(), block_part()), len(outputs), error_kinds(rows.errors))
     made = rows.to_table()
     if RESUME_COLUMN not in table.column_names:
         return made

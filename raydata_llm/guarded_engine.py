@@ -66,6 +66,11 @@ class GuardedEngine:
                 outputs = self._generate_alone(requests)
         return outputs
 
+    def stats(self) -> object | None:
+        """The running engine's stats; None from one that tells none."""
+        read = getattr(self._engine, "stats", None)
+        return None if read is None else read()
+
     def shutdown(self) -> None:
         """Free the device."""
         self._engine.shutdown()

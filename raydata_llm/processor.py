@@ -27,6 +27,9 @@ from raydata_llm.sink_dataset import refuse_ray_checkpoint, with_setting
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+    from raydata_llm.job_report import JobReport
+    from raydata_llm.job_run import Job
+
 logger = logging.getLogger(__name__)
 
 
@@ -82,6 +85,7 @@ class Processor:
         self.preprocess = preprocess
         self.postprocess = postprocess
         self._engine_factory = engine_factory
+        self._job: Job | None = None
         chat, tokenize, detokenize = config.chat_template_options, config.tokenize_options, config.detokenize_options
         self._prepare_plan = PreparePlan(
             model_source=_tokenizer_source(config, chat, tokenize),
@@ -121,9 +125,23 @@ class Processor:
         # would be as many tasks. Exact sizes also keep a block's rows the same in every run.
         dataset = dataset.repartition(target_num_rows_per_block=pool.block_rows, strict=True)
         rows = pool.block_rows
+        self._job = job = self._start_job(pool)
         dataset = map_blocks(dataset, prepare, rows, fn_kwargs={"plan": self._prepare_plan}, **self._prepare_options)
-        dataset = map_blocks(dataset, Replica, rows, **self._replica_options(pool))
-        return map_blocks(dataset, finish, rows, fn_kwargs={"plan": self._finish_plan}, **self._finish_options)
+        dataset = map_blocks(dataset, Replica, rows, **self._replica_options(pool, job))
+        finish_kwargs = {"plan": self._finish_plan, "stats_sender": job.link}
+        return job.watch(map_blocks(dataset, finish, rows, fn_kwargs=finish_kwargs, **self._finish_options))
+
+    def report(self) -> JobReport:
+        """What the latest run did, how fast and why not faster; of a run under way, so far.
+
+        A run is one execution of a dataset that this processor returned: a write, a `take`, a loop over it.
+
+        Raises:
+            ValueError: when nothing has run yet.
+        """
+        if self._job is None:
+            raise ValueError("there is no report yet: nothing has run; give the processor a dataset and consume it")
+        return self._job.report()
 
     def list_stage_names(self) -> list[str]:
         """The operators' names, in order."""
@@ -145,12 +163,18 @@ class Processor:
         lines = "".join(f"\n  {name}: {meaning}" for name, meaning in _STAGES[0].reads.items())
         logger.info("Columns that preprocess returns, or the dataset has:%s", lines)
 
-    def _replica_options(self, pool: ReplicaPool) -> dict[str, Any]:
+    def _start_job(self, pool: ReplicaPool) -> Job:
+        from raydata_llm.job_run import Job
+
+        return Job.of(self.config, pool)
+
+    def _replica_options(self, pool: ReplicaPool, job: Job) -> dict[str, Any]:
         constructor_kwargs = {
             "model_source": self.config.model_source,
             "engine_kwargs": pool.engine_kwargs,
             "keep_going": self.config.should_continue_on_error,
             "engine_factory": self._engine_factory,
+            "stats_sender": job.link,
         }
         return {"fn_constructor_kwargs": constructor_kwargs, **pool_options(pool, self.config)}
 

@@ -27,6 +27,18 @@ def block_number() -> int:
     return 0 if context is None else int(context.task_idx)
 
 
+def block_part() -> int:
+    """How many blocks this task had before this one (0 unless Ray Data hands it several); asking counts."""
+    from ray.data._internal.execution.interfaces.task_context import TaskContext
+
+    context = TaskContext.get_current()
+    if context is None:
+        return 0
+    part = int(context.kwargs.get("raydata_llm_block_part", 0))
+    context.kwargs["raydata_llm_block_part"] = part + 1
+    return part
+
+
 def block_size_limit() -> int | None:
     """Bytes from which Ray Data may cut a task's output into several blocks; None when it does not."""
     from ray.data import DataContext

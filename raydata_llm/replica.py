@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from raydata_llm.engine.phases import announce
 from raydata_llm.engine.request import Request, RequestOutput, seeded_key
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.guarded_engine import EngineLostError, GuardedEngine, RunningEngine
+from raydata_llm.job_link import StatsSender
 from raydata_llm.ray_blocks import block_rows, block_size_limit
+from raydata_llm.replica_sampler import ReplicaSampler
 from raydata_llm.row_payload import (
     OUTPUT_COLUMN,
     REQUEST_COLUMN,
@@ -63,6 +66,7 @@ def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[R
     from raydata_llm.tokenizer import load_tokenizer
 
     load_format = EngineConfig.from_mapping(model_source, engine_kwargs).load_format
+    announce("fetching the model")
     path = resolve_model(model_source, load_format=load_format)
     config = EngineConfig.from_mapping(path, engine_kwargs)
     engine = Engine(config, load_tokenizer(path, trust_remote_code=config.trust_remote_code))
@@ -91,6 +95,7 @@ class Replica:
         engine_kwargs: The engine's settings on this pool.
         keep_going: Turn failures into error rows instead of raising.
         engine_factory: For tests.
+        stats_sender: To whom the replica tells how it fares.
     """
 
     def __init__(
@@ -99,7 +104,9 @@ class Replica:
         engine_kwargs: Mapping[str, Any],
         keep_going: bool,
         engine_factory: EngineFactory = start_engine,
+        stats_sender: StatsSender | None = None,
     ) -> None:
+        self._sampler = ReplicaSampler(stats_sender or StatsSender(), self._engine_stats)
         self._keep_going = keep_going
         self._numbers = itertools.count()
         self._known_params: dict[bytes, _Params] = {}
@@ -108,7 +115,8 @@ class Replica:
         # Raised by the first block, not here: an actor that dies while it starts is reported by Ray Data as an
         # internal fault of its own, with pages of its stack; an error of a task shows its cause.
         try:
-            self._engine = GuardedEngine(functools.partial(engine_factory, model_source, engine_kwargs))
+            with self._sampler.starting():
+                self._engine = GuardedEngine(functools.partial(engine_factory, model_source, engine_kwargs))
         except Exception as error:
             logger.exception("The engine did not start")
             self._start_error, self._start_traceback = error, error.__traceback__
@@ -123,7 +131,9 @@ class Replica:
         engine = self._running_engine()
         entries = [self._request(row, engine) for row in unpack_column(table, REQUEST_COLUMN)]
         self._check(table, entries)
-        outputs = self._run(entries, engine)
+        with self._sampler.block(len(entries)):
+            outputs = self._run(entries, engine)
+            self._sampler.count(output.output for output in outputs)
         self._check(table, outputs)
         table = append_packed(table.drop_columns([REQUEST_COLUMN]), OUTPUT_COLUMN, outputs)
         return seal_block(table, block_size_limit())
@@ -132,6 +142,9 @@ class Replica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.shutdown()
+
+    def _engine_stats(self) -> object | None:
+        return None if self._engine is None else self._engine.stats()
 
     def _running_engine(self) -> GuardedEngine:
         if self._start_error is not None:

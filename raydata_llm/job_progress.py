@@ -1,0 +1,93 @@
+"""A job's progress as one line of text.
+
+Owns the wording and the units. Knows no Ray and no terminal.
+
+    raydata_llm  12,345/100,000 rows (12%) | 310 rows/s | in 45.2k out 71.9k tokens/s | running 1,021 waiting 410 |
+    KV 73% | 3 errors | 4m 42s left
+    raydata_llm  starting, 38s | loading the weights (3 replicas, 21s) | fetching the model (1 replica, 38s)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from raydata_llm.job_stats import Progress
+
+WAITING_FOR_PLACE = "waiting for a place in the cluster"
+
+
+def progress_line(progress: Progress, *, pool_size: int) -> str:
+    """The line.
+
+    Args:
+        progress: The job now.
+        pool_size: Replicas that are expected at least.
+    """
+    return "raydata_llm  " + " | ".join(_parts(progress, pool_size))
+
+
+def count(number: float) -> str:
+    """A whole number with separators: 12,345."""
+    return f"{number:,.0f}"
+
+
+def rate(number: float) -> str:
+    """A rate in few digits: 0.35, 7.2, 310, 45.2k, 1.3M."""
+    for start, size, suffix in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if number >= start:
+            return f"{number / size:.1f}".removesuffix(".0") + suffix
+    if number >= 100:
+        return f"{number:,.0f}"
+    text = f"{number:.1f}" if number >= 1 else f"{number:.2f}"
+    return text.rstrip("0").rstrip(".")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 0.4s, 12s, 4m 42s, 3h 05m, 2d 4h."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}m {rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours < 48 else f"{hours // 24}d {hours % 24}h"
+
+
+def _parts(progress: Progress, pool_size: int) -> Iterator[str]:
+    totals = progress.totals
+    if totals.rows_generated or totals.rows_finished:
+        yield _rows(progress)
+        yield f"{rate(progress.rows_per_second)} rows/s"
+        tokens_in, tokens_out = rate(progress.prompt_tokens_per_second), rate(progress.output_tokens_per_second)
+        yield f"in {tokens_in} out {tokens_out} tokens/s"
+        yield f"running {count(progress.num_running)} waiting {count(progress.num_waiting)}"
+        if progress.kv_usage is not None:
+            yield f"KV {progress.kv_usage:.0%}"
+        yield f"{count(totals.rows_failed)} error{'' if totals.rows_failed == 1 else 's'}"
+        yield "time left unknown" if progress.eta_seconds is None else f"{duration(progress.eta_seconds)} left"
+    else:
+        verb = "waiting for the first row" if progress.num_ready else "starting"
+        yield f"{verb}, {duration(progress.seconds)}"
+    yield from _phases(progress, pool_size)
+
+
+def _rows(progress: Progress) -> str:
+    done = progress.totals.rows_finished
+    if not progress.total_rows:
+        return f"{count(done)} rows"
+    return f"{count(done)}/{count(progress.total_rows)} rows ({done / progress.total_rows:.0%})"
+
+
+def _phases(progress: Progress, pool_size: int) -> Iterator[str]:
+    for phase, (replicas, seconds) in progress.phases.items():
+        yield f"{phase} ({_replicas(replicas)}, {duration(seconds)})"
+    missing = pool_size - progress.num_ready - sum(replicas for replicas, _ in progress.phases.values())
+    if missing > 0:
+        yield f"{WAITING_FOR_PLACE} ({_replicas(missing)})"
+
+
+def _replicas(number: int) -> str:
+    return f"{number} replica{'' if number == 1 else 's'}"

@@ -1,0 +1,68 @@
+"""Credentials that must not be seen, and plain text that must stay."""
+
+from __future__ import annotations
+
+import pytest
+
+from raydata_llm.redaction import MASK, mask_environment, redact, redact_tree
+
+CANARY = "canary-Secret-7731"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"s3://AKIAEXAMPLE:{CANARY}@bucket/model",
+        f"https://acc.blob.core.windows.net/c/x?sv=2024&sig={CANARY}",
+        f"s3://bucket/x?access_key={CANARY}&region=eu-west-1",
+        f"https://bucket.s3.amazonaws.com/x?X-Amz-Signature={CANARY}",
+        f"gs://b?X-Goog-Credential={CANARY}",
+        f"refused by 'https://user:{CANARY}@proxy:8080/' (403)",
+    ],
+)
+def test_addresses_lose_their_secrets(text: str) -> None:
+    assert CANARY not in redact(text) and MASK in redact(text)
+
+
+def test_values_of_telling_variables_are_masked_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "MY_PASSWORD", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, f"{CANARY}-{name}")
+        assert redact(f"signature with {CANARY}-{name} failed") == f"signature with {MASK} failed"
+    given = {"DB_PASSWD": "hunter2hunter2"}
+    assert redact("login hunter2hunter2", given) == f"login {MASK}"
+    assert redact("login hunter2hunter2") == "login hunter2hunter2"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ValueError: the prompt has 300 tokens and max_model_len=200 leaves no room",
+        "s3://bucket/folder?region=eu-west-1&endpoint_override=127.0.0.1:9000",
+        "hf://org/model@main",
+        "mail me@example.org",
+    ],
+)
+def test_plain_text_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_short_values_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("USE_TOKEN", "1")
+    assert redact("1 of 1 is false") == "1 of 1 is false"
+
+
+def test_nested_values_are_masked_by_name_and_by_content() -> None:
+    given = {"headers": {"api_key": CANARY}, "max_tokens": 5, "list": [f"s3://k:{CANARY}@b"], "flag": True}
+    assert redact_tree(given) == {
+        "headers": {"api_key": MASK},
+        "max_tokens": 5,
+        "list": [f"s3://{MASK}@b"],
+        "flag": True,
+    }
+
+
+def test_a_runtime_env_shows_names_alone() -> None:
+    shown = mask_environment({"env_vars": {"AWS_SECRET_ACCESS_KEY": CANARY, "MODE": "x"}, "pip": ["a"]})
+    assert shown == {"env_vars": {"AWS_SECRET_ACCESS_KEY": MASK, "MODE": MASK}, "pip": ["a"]}
+    assert mask_environment(None) is None
