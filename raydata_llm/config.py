@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.resume_config import ResumeConfig
+from raydata_llm.redaction import mask_environment, redact, redact_tree
 from raydata_llm.vllm_settings import split_vllm_settings
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
@@ -27,6 +28,10 @@ class _Config(BaseModel):
     """A frozen model without unknown fields, whose mistakes are plain one-line `ValueError`s."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    def __repr_args__(self) -> Any:
+        for name, value in super().__repr_args__():
+            yield name, mask_environment(value) if name == "runtime_env" else redact_tree(value)
 
     if not TYPE_CHECKING:  # type checkers keep the signature that pydantic derives from the fields
 
@@ -266,7 +271,7 @@ def _is_count(value: object) -> bool:
 
 
 def _describe(config: type[BaseModel], error: ValidationError) -> str:
-    return "; ".join(_describe_one(config, detail) for detail in error.errors())
+    return redact("; ".join(_describe_one(config, detail) for detail in error.errors()))
 
 
 def _describe_one(config: type[BaseModel], detail: Any) -> str:

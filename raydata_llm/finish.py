@@ -24,6 +24,7 @@ from raydata_llm.model_source import resolve_model
 from raydata_llm.output_table import OUTPUT_COLUMNS, OutputRows
 from raydata_llm.prepare import Row, RowFunction
 from raydata_llm.ray_blocks import block_number, block_part, block_rows
+from raydata_llm.redaction import redact
 from raydata_llm.resume import mark_failed
 from raydata_llm.row_payload import (
     CARRIED_COLUMN,
@@ -219,5 +220,5 @@ def _warn_of_errors(errors: Sequence[str | None]) -> None:
     causes = [error for error in errors if error is not None]
     if causes:
         logger.warning(
-            "%d of %d rows of a block are error rows, the first with %s", len(causes), len(errors), causes[0]
+            "%d of %d rows of a block are error rows, the first with %s", len(causes), len(errors), redact(causes[0])
         )

@@ -245,9 +245,9 @@ class JobReport:
 
     def to_html(self) -> str:
         """The report as a page that needs nothing else."""
-        from raydata_llm.report_page import report_page
+        from raydata_llm.report_html import report_html
 
-        return report_page(self)
+        return report_html(self)
 
     def save(self, folder: str, filesystem: Any = None) -> list[str]:
         """Write the page and the JSON; returns their paths.

@@ -175,25 +175,25 @@ class JobRun:
         self._actor = actor
         self._job.begin(self)
 
-    def before_execution_starts(self, executor: Any) -> None:
+    def before_execution_starts(self, execution: Any) -> None:
         """Ray Data's word that the operators run."""
         if self._actor is None:
             return
-        self._shown = bool(executor._data_context.enable_progress_bars)
+        self._shown = bool(execution._data_context.enable_progress_bars)
         threading.Thread(target=self._watch, name="job-watch", daemon=True).start()
 
-    def on_execution_step(self, executor: Any) -> None:
+    def on_execution_step(self, execution: Any) -> None:
         """Ray Data's word, many times a second, from its scheduling loop."""
         now = time.monotonic()
         if self._actor is not None and now - self._looked_at > _POLL_SECONDS:
             self._looked_at = now
-            self._total_rows = _rows_expected(executor)
+            self._total_rows = _rows_expected(execution)
 
-    def after_execution_succeeds(self, executor: Any) -> None:
+    def after_execution_succeeds(self, execution: Any) -> None:
         """Ray Data's word that all rows are out, or that nobody wants the rest."""
         self._end("finished", None)
 
-    def after_execution_fails(self, executor: Any, error: BaseException) -> None:
+    def after_execution_fails(self, execution: Any, error: BaseException) -> None:
         """Ray Data's word that the job failed or was interrupted."""
         self._end("failed", error)
 
@@ -283,9 +283,9 @@ class JobRun:
         safe_print(text, file=sys.stderr)  # type: ignore[no-untyped-call]
 
 
-def _rows_expected(executor: Any) -> int | None:
+def _rows_expected(execution: Any) -> int | None:
     """Rows that go into our first operator, as far as Ray Data can tell by now."""
-    ours = next((operator for operator in executor._topology if "(prepare)" in operator.name), None)
+    ours = next((operator for operator in execution._topology if "(prepare)" in operator.name), None)
     if ours is None or not ours.input_dependencies:
         return None
     source = ours.input_dependencies[0]

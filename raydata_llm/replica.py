@@ -106,7 +106,7 @@ class Replica:
         engine_factory: EngineFactory = start_engine,
         stats_sender: StatsSender | None = None,
     ) -> None:
-        self._sampler = ReplicaSampler(stats_sender or StatsSender(), self._engine_stats)
+        self._sampler = ReplicaSampler(stats_sender or StatsSender())
         self._keep_going = keep_going
         self._numbers = itertools.count()
         self._known_params: dict[bytes, _Params] = {}
@@ -117,6 +117,7 @@ class Replica:
         try:
             with self._sampler.starting():
                 self._engine = GuardedEngine(functools.partial(engine_factory, model_source, engine_kwargs))
+            self._sampler.watch(self._engine.stats)
         except Exception as error:
             logger.exception("The engine did not start")
             self._start_error, self._start_traceback = error, error.__traceback__
@@ -142,9 +143,6 @@ class Replica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.shutdown()
-
-    def _engine_stats(self) -> object | None:
-        return None if self._engine is None else self._engine.stats()
 
     def _running_engine(self) -> GuardedEngine:
         if self._start_error is not None:

@@ -29,12 +29,11 @@ class ReplicaSampler:
 
     Args:
         sender: To whom its samples go.
-        read_stats: The engine's stats; None while there is no engine, or from one that tells none.
     """
 
-    def __init__(self, sender: StatsSender, read_stats: Callable[[], object | None]) -> None:
+    def __init__(self, sender: StatsSender) -> None:
         self._sender = sender
-        self._read_stats = read_stats
+        self._read_stats: Callable[[], object | None] = lambda: None
         self._name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:4]}"
         self._phase = "starting"
         self._counts = SteadyCounts()
@@ -58,6 +57,14 @@ class ReplicaSampler:
             yield
         finally:
             channel.removeHandler(listener)
+
+    def watch(self, read_stats: Callable[[], object | None]) -> None:
+        """The engine runs.
+
+        Args:
+            read_stats: Its stats, or None from one that tells none.
+        """
+        self._read_stats = read_stats
         self._enter(RUNNING)
 
     @contextmanager

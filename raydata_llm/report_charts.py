@@ -1,6 +1,6 @@
 """The charts of a report page, as SVG text: lines over time, and one strip of time for each engine.
 
-Owns geometry, ticks and labels; colours are CSS classes of the page. Knows no reports. Times are seconds from the left
+Owns geometry, marks and labels; colours are CSS classes of the page. Knows no reports. Times are seconds from the left
 edge; a value of None is a gap.
 """
 
@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 560, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 24
 _PLOT_WIDTH, _PLOT_HEIGHT = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 _TIME_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
-_MAX_TIME_TICKS = 7
+_MAX_TIME_MARKS = 7
 # Character width of the labels' font, for what must not overlap.
 _CHARACTER = 6.2
 
@@ -61,11 +61,11 @@ def line_chart(
         top: Of the value axis; None takes a round number above all values.
     """
     highest = max((value for value in (line.high or line.values) if value is not None), default=0.0)
-    ticks = value_ticks(top if top is not None else highest)
-    scale = _Scale(max(seconds, bin_seconds), ticks[-1])
+    marks = value_marks(top if top is not None else highest)
+    scale = _Scale(max(seconds, bin_seconds), marks[-1])
     parts = [
         *_shade(scale, start_up),
-        *_value_axis(scale, ticks, label),
+        *_value_axis(scale, marks, label),
         *_time_axis(scale, HEIGHT - _BOTTOM + 16),
         *_band(scale, line, bin_seconds),
         f'<path class="area" d="{_area(scale, line.values, bin_seconds)}"/>',
@@ -120,7 +120,7 @@ def strip_chart(strips: Sequence[Strip], *, bin_seconds: float, seconds: float) 
     return f'<svg class="strips" viewBox="0 0 {width} {height}" role="img" aria-label="engines">{"".join(parts)}</svg>'
 
 
-def value_ticks(highest: float) -> list[float]:
+def value_marks(highest: float) -> list[float]:
     """Three to eight round numbers from 0 to at least `highest`."""
     if highest <= 0:
         return [0.0, 1.0]
@@ -130,10 +130,10 @@ def value_ticks(highest: float) -> list[float]:
     return [step * number for number in range(math.ceil(highest / step * 0.999) + 1)]
 
 
-def time_ticks(seconds: float) -> list[float]:
+def time_marks(seconds: float) -> list[float]:
     """Round times from 0 on, at most seven after it."""
-    step = next((step for step in _TIME_STEPS if seconds / step <= _MAX_TIME_TICKS), 86400.0)
-    while seconds / step > _MAX_TIME_TICKS:
+    step = next((step for step in _TIME_STEPS if seconds / step <= _MAX_TIME_MARKS), 86400.0)
+    while seconds / step > _MAX_TIME_MARKS:
         step *= 2
     return [step * number for number in range(int(seconds / step + 1e-6) + 1)]
 
@@ -180,16 +180,16 @@ def _shade(scale: _Scale, start_up: float | None) -> Iterator[str]:
         yield f'<text class="note" x="{scale.left + 6}" y="{_TOP + 13}">start-up</text>'
 
 
-def _value_axis(scale: _Scale, ticks: Sequence[float], label: Callable[[float], str]) -> Iterator[str]:
-    for tick in ticks:
-        y = scale.y(tick)
+def _value_axis(scale: _Scale, marks: Sequence[float], label: Callable[[float], str]) -> Iterator[str]:
+    for mark in marks:
+        y = scale.y(mark)
         yield f'<line class="grid" x1="{scale.left}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="label" x="{scale.left - 8}" y="{y + 3.5:.1f}">{escape(label(tick))}</text>'
+        yield f'<text class="label" x="{scale.left - 8}" y="{y + 3.5:.1f}">{escape(label(mark))}</text>'
 
 
 def _time_axis(scale: _Scale, y: float, grid_bottom: float | None = None) -> Iterator[str]:
-    for tick in time_ticks(scale.seconds):
-        x, text = scale.x(tick), time_label(tick)
+    for mark in time_marks(scale.seconds):
+        x, text = scale.x(mark), time_label(mark)
         # A label at the right edge ends there.
         half = len(text) * _CHARACTER / 2
         x_text = min(x, scale.left + scale.width - half + _RIGHT - 2)

@@ -94,7 +94,7 @@ def test_older_names_set_the_stages() -> None:
 
 
 def test_vllms_harmless_settings_are_left_out_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    fields: dict[str, Any] = {"log_engine_metrics": False, "has_image": False}
+    fields: dict[str, Any] = {"placement_group_config": None, "has_image": False}
     with caplog.at_level(logging.WARNING):
         config = vLLMEngineProcessorConfig(
             model_source="m",
@@ -111,7 +111,7 @@ def test_vllms_harmless_settings_are_left_out_with_one_warning(caplog: pytest.Lo
     assert config.engine_kwargs == {"load_format": "auto", "tensor_parallel_size": 1, "max_num_seqs": 8}
     assert isinstance(config, EngineProcessorConfig)
     [warning] = caplog.messages
-    for name in ("swap_space", "distributed_executor_backend", "runai_streamer", "log_engine_metrics"):
+    for name in ("swap_space", "distributed_executor_backend", "runai_streamer", "placement_group_config"):
         assert name in warning
     assert "enable_lora" not in warning
 

@@ -211,6 +211,6 @@ def test_a_job_in_a_pickle_watches_nothing() -> None:
 
     context = ray.data.range(1).context.copy()
     job = Job.__new__(Job)
-    context.custom_execution_callback_classes.append(job)  # type: ignore[arg-type]
+    context.custom_execution_callback_classes.append(job)
     [revived] = cloudpickle.loads(cloudpickle.dumps(context)).custom_execution_callback_classes  # type: ignore[no-untyped-call]
     revived().before_execution_starts(None)

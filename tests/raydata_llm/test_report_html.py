@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from raydata_llm.job_report import JobReport
-from raydata_llm.report_charts import time_label, time_ticks, value_ticks
+from raydata_llm.report_charts import time_label, time_marks, value_marks
 from tests.raydata_llm.job_fakes import finished_job
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
@@ -115,17 +115,17 @@ def test_a_page_of_many_engines_stays_small() -> None:
 
 @pytest.mark.parametrize("highest", [0.003, 0.9, 1, 7, 42, 999, 1010, 71_900, 3.2e6])
 def test_value_axes_have_a_few_round_ticks_that_hold_all(highest: float) -> None:
-    ticks = value_ticks(highest)
-    assert ticks[0] == 0 and ticks[-1] >= highest * 0.999 and 3 <= len(ticks) <= 7
-    assert ticks[-1] <= 1.5 * highest, "no chart is mostly empty"
+    marks = value_marks(highest)
+    assert marks[0] == 0 and marks[-1] >= highest * 0.999 and 3 <= len(marks) <= 7
+    assert marks[-1] <= 1.5 * highest, "no chart is mostly empty"
 
 
 @pytest.mark.parametrize("seconds", [0.4, 3, 59, 61, 300, 3599, 8000, 90_000, 1_000_000])
 def test_time_axes_have_a_few_round_ticks(seconds: float) -> None:
-    ticks = time_ticks(seconds)
-    assert 2 <= len(ticks) <= 8 and ticks[-1] <= seconds
-    assert len({time_label(tick) for tick in ticks}) == len(ticks)
-    steps = {round(later - sooner, 6) for sooner, later in pairwise(ticks)}
+    marks = time_marks(seconds)
+    assert 2 <= len(marks) <= 8 and marks[-1] <= seconds
+    assert len({time_label(mark) for mark in marks}) == len(marks)
+    steps = {round(later - sooner, 6) for sooner, later in pairwise(marks)}
     assert len(steps) == 1
 
 

@@ -21,7 +21,7 @@ from raydata_llm.report_style import SCRIPT, STYLE
 _MAX_STRIPS = 64
 
 
-def report_page(report: JobReport) -> str:
+def report_html(report: JobReport) -> str:
     """The page."""
     title = f"{report.model}, job {report.job_id}"
     body = "\n".join(
