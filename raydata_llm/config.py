@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.resume_config import ResumeConfig
 from raydata_llm.redaction import mask_environment, redact, redact_tree
+from raydata_llm.resume_config import ResumeConfig
 from raydata_llm.vllm_settings import split_vllm_settings
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]

@@ -31,12 +31,12 @@ class JobSettings:
     Args:
         model: As the user named it.
         shown: Name to value, as the report lists them.
-        environment: Variables given to the job's processes; only used to mask their secret values.
+        secrets: Values to be masked, beside those of the driver's own environment.
     """
 
     model: str
     shown: Mapping[str, Any]
-    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secrets: Sequence[str] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,12 +206,12 @@ class JobReport:
         return cls(
             job_id=job_id,
             status=status,
-            error=None if error is None else redact(error, settings.environment),
+            error=None if error is None else redact(error, settings.secrets),
             gap=gap,
             started_at=datetime.fromtimestamp(started_at, UTC).isoformat(timespec="seconds"),
             seconds=ended_at - started_at,
-            model=redact(settings.model, settings.environment),
-            settings=redact_tree(settings.shown, settings.environment),
+            model=redact(settings.model, settings.secrets),
+            settings=redact_tree(settings.shown, settings.secrets),
             total_rows=None if total_rows is None else max(total_rows, totals.rows_finished),
             rows=totals.rows_finished,
             failed_rows=totals.rows_failed,
@@ -228,7 +228,7 @@ class JobReport:
             idle_share=_share(idle, observed),
             starved_share=_share(starved, observed),
             errors={
-                kind: error._replace(example=redact(error.example, settings.environment)[:_EXAMPLE_CHARACTERS])
+                kind: error._replace(example=redact(error.example, settings.secrets)[:_EXAMPLE_CHARACTERS])
                 for kind, error in sorted(data.errors.items(), key=lambda entry: -entry[1].rows)
             },
             replicas=replicas,

@@ -28,6 +28,7 @@ from raydata_llm.job_link import JobLink
 from raydata_llm.job_progress import progress_line
 from raydata_llm.job_report import JobReport, JobSettings
 from raydata_llm.job_stats import Progress, Snapshot
+from raydata_llm.redaction import secret_values
 from raydata_llm.replica_pool import ReplicaPool
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Job:
             "versions": f"raydata_llm {__version__}, Ray {ray.__version__}, Python {platform.python_version()}",
         }
         return cls(
-            JobSettings(model=config.model_source, shown=shown, environment=environment),
+            JobSettings(model=config.model_source, shown=shown, secrets=secret_values(environment)),
             pool_size=pool.min_size,
             # Sixty-four samples a second in all are enough for any chart.
             interval=max(0.25, pool.max_size / 64),

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig, StageConfig
+from raydata_llm.redaction import hide_environment
 from raydata_llm.replica_pool import ReplicaPool
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def task_options(
             raise ValueError(f"{name}[{option!r}]={value!r} is not valid: {hint}")
         if option in _TASK_OPTIONS:
             options[option] = value
-    return {option: value for option, value in options.items() if value is not None}
+    return _given(options)
 
 
 def pool_options(pool: ReplicaPool, config: EngineProcessorConfig) -> dict[str, Any]:
@@ -74,7 +75,15 @@ def pool_options(pool: ReplicaPool, config: EngineProcessorConfig) -> dict[str, 
     }
     if pool.use_gpu:
         options |= {"num_gpus": 1, "accelerator_type": config.accelerator_type}
-    return {option: value for option, value in options.items() if value is not None}
+    return _given(options)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    given = {option: value for option, value in options.items() if value is not None}
+    if isinstance(given.get("runtime_env"), Mapping):
+        # Ray Data writes its operators' options into its log, credentials in them included.
+        given["runtime_env"] = hide_environment(given["runtime_env"])
+    return given
 
 
 def map_blocks(dataset: Dataset, function: Any, block_rows: int, **options: Any) -> Dataset:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MASK = "***"
 
 _TELLING_NAME = re.compile(
-    r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|ACCOUNT_KEY|SAS|(^|_)PWD$", re.I
+    r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|ACCOUNT_KEY|CONNECTION_STRING|SAS|(^|_)PWD$", re.I
 )
 # Where addresses carry secrets: s3://key:secret@bucket, and query parameters such as secret_key= or X-Amz-Signature=.
 _USER_INFO = re.compile(r"(?<=://)[^/\s'\"@?]+@")
@@ -25,28 +25,34 @@ _QUERY_SECRET = re.compile(
 _SHORTEST = 6
 
 
-def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """The text without credentials.
 
     Args:
         text: Anything that is shown or written.
-        environment: Variables whose secret values are masked too, beside the process's own.
+        secrets: Values that are masked beside those of the process's own environment.
     """
-    for value in _secret_values({**os.environ, **(environment or {})}):
+    # Long ones first: one secret may begin with another.
+    for value in sorted({*secrets, *secret_values(os.environ)} - {""}, key=len, reverse=True):
         text = text.replace(value, MASK)
     text = _USER_INFO.sub(f"{MASK}@", text)
     return _QUERY_SECRET.sub(rf"\g<name>{MASK}", text)
 
 
-def redact_tree(value: Any, environment: Mapping[str, str] | None = None) -> Any:
+def redact_tree(value: Any, secrets: Sequence[str] = ()) -> Any:
     """A nested value with every text redacted, and what stands under a telling name masked."""
     if isinstance(value, str):
-        return redact(value, environment)
+        return redact(value, secrets)
     if isinstance(value, Mapping):
-        return {name: _redact_entry(name, entry, environment) for name, entry in value.items()}
+        return {name: _redact_entry(name, entry, secrets) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redact_tree(entry, environment) for entry in value]
+        return [redact_tree(entry, secrets) for entry in value]
     return value
+
+
+def secret_values(environment: Mapping[str, str]) -> list[str]:
+    """The values of variables with telling names."""
+    return [value for name, value in environment.items() if _TELLING_NAME.search(name) and len(value) >= _SHORTEST]
 
 
 def mask_environment(runtime_env: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -56,14 +62,24 @@ def mask_environment(runtime_env: Mapping[str, Any] | None) -> Mapping[str, Any]
     return {**runtime_env, "env_vars": dict.fromkeys(runtime_env["env_vars"], MASK)}
 
 
-def _redact_entry(name: object, entry: Any, environment: Mapping[str, str] | None) -> Any:
+class HiddenVariables(dict[str, str]):
+    """Environment variables that show their names alone, for libraries that log whatever they are given."""
+
+    def __repr__(self) -> str:
+        return repr(dict.fromkeys(self, MASK))
+
+    __str__ = __repr__
+
+
+def hide_environment(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """A `runtime_env` to be used: complete, its variables' values hidden from whoever shows it."""
+    if not isinstance(runtime_env.get("env_vars"), Mapping):
+        return dict(runtime_env)
+    return {**runtime_env, "env_vars": HiddenVariables(runtime_env["env_vars"])}
+
+
+def _redact_entry(name: object, entry: Any, secrets: Sequence[str]) -> Any:
     # A number under such a name ("max_tokens", "seed") is none.
     if isinstance(entry, str) and _TELLING_NAME.search(str(name)):
         return MASK
-    return redact_tree(entry, environment)
-
-
-def _secret_values(environment: Mapping[str, str]) -> list[str]:
-    found = {value for name, value in environment.items() if _TELLING_NAME.search(name) and len(value) >= _SHORTEST}
-    # Long ones first: one secret may begin with another.
-    return sorted(found, key=len, reverse=True)
+    return redact_tree(entry, secrets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from raydata_llm.sink_errors import redact
+from raydata_llm.redaction import redact
 
 
 @dataclass(frozen=True)

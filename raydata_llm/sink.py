@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from raydata_llm.ledger import FOLDER, Entry, Ledger
+from raydata_llm.redaction import redact
 from raydata_llm.resume import PLAN_SETTING, ResumePlan
 from raydata_llm.resume_broker import BROKER_SETTING, start_broker
 from raydata_llm.sink_dataset import finished_blocks, refuse_ray_checkpoint, setting, with_setting
-from raydata_llm.sink_errors import redact
 from raydata_llm.sink_format import FileFormat, merge_schemas
 from raydata_llm.sink_limits import FileLimits
 from raydata_llm.sink_storage import Storage

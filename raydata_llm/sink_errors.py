@@ -1,13 +1,11 @@
 """What a store's failure means: whether to wait and try again, and what to tell the user.
 
 Owns the words by which stores' errors are known. Knows no paths and does no input or output.
-Invariant: no text that leaves here holds a credential that was given to `redact`.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import random
 import re
 import time
@@ -36,14 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 # Stores whose client libraries raise errors of their own beside OSError.
 _STORE_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "obstore")
-_SECRET_VARIABLES = (
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AZURE_STORAGE_KEY",
-    "AZURE_STORAGE_CONNECTION_STRING",
-)
 _SECRET_NAMES = re.compile(r"secret|token|password|passwd|credential|account_key|sas|access_key|^key$", re.IGNORECASE)
-_HIDDEN = "***"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +106,6 @@ def first_line(error: BaseException) -> str:
     """An error's own words, without the store's request numbers and further lines."""
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__).partition(" (Request ID")[0].partition(" Detail: Python")[0]
-
-
-def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text without credentials: those given, those of the environment, and those inside addresses."""
-    known = {secret for secret in (*secrets, *map(os.environ.get, _SECRET_VARIABLES)) if secret}
-    for secret in sorted(known, key=len, reverse=True):
-        text = text.replace(secret, _HIDDEN)
-    text = re.sub(r"(\w://)[^/@\s]*@", rf"\1{_HIDDEN}@", text)
-    return re.sub(r"(?i)([?&][\w-]*(?:secret|token|key|password|signature)[\w-]*=)[^&\s'\"]+", rf"\1{_HIDDEN}", text)
 
 
 def secrets_in(options: Any) -> list[str]:

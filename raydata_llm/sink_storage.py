@@ -14,7 +14,8 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raydata_llm.sink_errors import Patience, explain, first_line, is_store_error, patiently, redact, secrets_in
+from raydata_llm.redaction import redact
+from raydata_llm.sink_errors import Patience, explain, first_line, is_store_error, patiently, secrets_in
 from raydata_llm.sink_uploads import abort_uploads
 
 if TYPE_CHECKING:

@@ -83,7 +83,7 @@ def processor(model: str, **fields: Any) -> Processor:
 
 
 def stats_actors() -> list[Any]:
-    known = actors().values()  # type: ignore[no-untyped-call]
+    known = actors().values()
     return [actor for actor in known if actor["ActorClassName"] == "StatsActor" and actor["State"] != "DEAD"]
 
 
@@ -211,6 +211,7 @@ def test_a_job_in_a_pickle_watches_nothing() -> None:
 
     context = ray.data.range(1).context.copy()
     job = Job.__new__(Job)
-    context.custom_execution_callback_classes.append(job)
+    callbacks: list[Any] = context.custom_execution_callback_classes
+    callbacks.append(job)
     [revived] = cloudpickle.loads(cloudpickle.dumps(context)).custom_execution_callback_classes  # type: ignore[no-untyped-call]
     revived().before_execution_starts(None)

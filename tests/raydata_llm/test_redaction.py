@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 
-from raydata_llm.redaction import MASK, mask_environment, redact, redact_tree
+from raydata_llm.redaction import MASK, hide_environment, mask_environment, redact, redact_tree, secret_values
 
 CANARY = "canary-Secret-7731"
 
@@ -28,7 +31,7 @@ def test_values_of_telling_variables_are_masked_wherever_they_stand(monkeypatch:
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "MY_PASSWORD", "OPENAI_API_KEY"):
         monkeypatch.setenv(name, f"{CANARY}-{name}")
         assert redact(f"signature with {CANARY}-{name} failed") == f"signature with {MASK} failed"
-    given = {"DB_PASSWD": "hunter2hunter2"}
+    given = secret_values({"DB_PASSWD": "hunter2hunter2", "MODE": "login"})
     assert redact("login hunter2hunter2", given) == f"login {MASK}"
     assert redact("login hunter2hunter2") == "login hunter2hunter2"
 
@@ -66,3 +69,11 @@ def test_a_runtime_env_shows_names_alone() -> None:
     shown = mask_environment({"env_vars": {"AWS_SECRET_ACCESS_KEY": CANARY, "MODE": "x"}, "pip": ["a"]})
     assert shown == {"env_vars": {"AWS_SECRET_ACCESS_KEY": MASK, "MODE": MASK}, "pip": ["a"]}
     assert mask_environment(None) is None
+
+
+def test_a_runtime_env_can_be_used_and_not_read_in_a_log() -> None:
+    given = hide_environment({"pip": ["x"], "env_vars": {"MY_PASSWORD": CANARY}})
+    for shown in (repr(given), str(given), f"{given}", repr(copy.deepcopy(given))):
+        assert CANARY not in shown and "MY_PASSWORD" in shown and "pip" in shown
+    assert json.loads(json.dumps(given)) == {"pip": ["x"], "env_vars": {"MY_PASSWORD": CANARY}}
+    assert hide_environment({"pip": ["x"]}) == {"pip": ["x"]}

@@ -15,7 +15,8 @@ import pytest
 import s3fs
 from pyarrow.fs import LocalFileSystem, S3FileSystem
 
-from raydata_llm.sink_errors import Patience, explain, may_pass, patiently, redact
+from raydata_llm.redaction import redact
+from raydata_llm.sink_errors import Patience, explain, may_pass, patiently
 from raydata_llm.sink_storage import Storage
 from tests.raydata_llm.s3_stand import BUCKET, SECRET, S3Stand, s3_stand
 
