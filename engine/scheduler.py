@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from raydata_llm.engine.admission import Admission, forecast
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.block_manager import BlockArray, BlockManager
 from raydata_llm.engine.decode_plan import DecodePlan, plan_decode
-from raydata_llm.engine.length_model import LengthModel, peak_blocks
+from raydata_llm.engine.length_model import LengthModel
 from raydata_llm.engine.prefix_cache import ROOT
 from raydata_llm.engine.request import FinishReason
 from raydata_llm.engine.sequence import FinishedSequence, IntArray, Sequence, SequenceTable
@@ -202,23 +203,9 @@ class Scheduler:
                 finished.append(self._finish(slot, "abort", None))
         return finished
 
-    def simulated_peak(self, extra: Sequence | None = None, extra_shared: int = 0) -> int:
-        """Blocks held at the predicted peak of all that runs, and of `extra` if it were admitted now."""
-        table, slots = self.table, self.table.running()
-        num_tokens, shared = table.num_tokens[slots], table.num_shared_blocks[slots]
-        outputs = num_tokens - table.num_prompt[slots]
-        max_outputs = table.max_tokens[slots] - table.num_prompt[slots]
-        may_stop = table.may_stop[slots]
-        # Blocks that sequences share count once, beside what each holds alone.
-        base = self.blocks.num_held - int((table.num_blocks[slots] - shared).sum())
-        if extra is not None:
-            known = len(extra.token_ids)
-            num_tokens, shared = np.append(num_tokens, np.int32(known)), np.append(shared, np.int32(extra_shared))
-            outputs = np.append(outputs, np.int32(known - extra.num_prompt))
-            max_outputs = np.append(max_outputs, np.int32(extra.max_tokens - extra.num_prompt))
-            may_stop = np.append(may_stop, bool(extra.stop_token_ids or extra.stop_watch))
-        remaining = self.lengths.predict(outputs, max_outputs, may_stop) - outputs
-        return base + peak_blocks(num_tokens, remaining, shared, self.limits.block_size)
+    def simulated_peak(self) -> int:
+        """Blocks held at the predicted peak of all that runs."""
+        return forecast(self.table, self.blocks, self.lengths).peak
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
@@ -301,7 +288,7 @@ class Scheduler:
     ) -> list[tuple[int, Sequence]]:
         """Admit waiting sequences while budget, slots and the simulated peak allow; adds their chunks to `chunks`."""
         admitted: list[tuple[int, Sequence]] = []
-        room: int | None = None
+        admission = Admission(self.table, self.blocks, self.lengths)
         self._num_released = 0
         self._admission_is_due = False
         while budget > 0 and self.table.num_free_slots:
@@ -313,8 +300,9 @@ class Scheduler:
             rest = len(sequence.token_ids) - start
             if rest > budget and not self.limits.enable_chunked_prefill and (anything_scheduled or admitted):
                 break
-            room = self._room_after(sequence, cached, room)
-            if room is None:
+            if _uses_penalties(sequence) and self._num_penalty_seqs >= self.limits.max_penalty_seqs:
+                return admitted
+            if not admission.fits(sequence, len(cached), self.blocks.num_evictable(cached)):
                 return admitted
             slot = self._occupy(self.waiting.pop(), cached, node)
             admitted.append((slot, sequence))
@@ -337,29 +325,6 @@ class Scheduler:
         # The last known token is always computed: its hidden state is sampled from.
         limit = (len(sequence.token_ids) - 1) // self.limits.block_size
         return self.blocks.match(sequence.token_bytes, self._block_bytes, limit)
-
-    def _room_after(self, sequence: Sequence, cached: BlockArray, room: int | None) -> int | None:
-        """Blocks free at the simulated peak once `sequence` is admitted, or fewer; None if it does not fit.
-
-        Args:
-            room: The same before, None if not known. Peaks add up to no less than the peak of the sum, so while there
-                is room for a sequence's own peak nothing need be simulated.
-        """
-        if _uses_penalties(sequence) and self._num_penalty_seqs >= self.limits.max_penalty_seqs:
-            return None
-        evictable = self.blocks.num_evictable(cached)
-        new = self._num_blocks(len(sequence.token_ids)) - len(cached)
-        if new + evictable > self.blocks.num_available:
-            return None
-        if self.table.num_running == 0:
-            return 0  # alone it fits, whatever is predicted: the engine was sized so
-        if room is None:
-            room = self.blocks.num_usable - self.simulated_peak()
-        most = self._num_blocks(sequence.max_tokens) - len(cached) + evictable
-        if most <= room:
-            return room - most
-        room = self.blocks.num_usable - self.simulated_peak(sequence, len(cached)) - evictable
-        return room if room >= 0 else None
 
     def _occupy(self, sequence: Sequence, cached: BlockArray, node: int) -> int:
         self.blocks.share(cached)
@@ -443,7 +408,7 @@ class Scheduler:
     def _finish(self, slot: int, reason: FinishReason, stop_reason: int | str | None) -> FinishedSequence:
         outputs = self.table.output_token_ids(slot)
         sequence = self._release(slot)
-        if reason != "abort" and (sequence.stop_token_ids or sequence.stop_watch):
+        if reason != "abort" and sequence.may_stop:
             self.lengths.observe(len(outputs), sequence.max_tokens - sequence.num_prompt)
         return FinishedSequence(sequence, outputs, reason, stop_reason)
 

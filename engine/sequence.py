@@ -56,6 +56,11 @@ class Sequence:
     cumulative_logprob: float = 0.0
     aborted: bool = False
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether it can end before `max_tokens`."""
+        return bool(self.stop_token_ids or self.stop_watch)
+
 
 @dataclass(frozen=True)
 class FinishedSequence:
@@ -141,7 +146,7 @@ class SequenceTable:
         self.num_blocks[slot] = len(blocks)
         self.num_shared_blocks[slot] = self.num_registered_blocks[slot] = num_shared
         self.prefix_node[slot] = node
-        self.may_stop[slot] = bool(sequence.stop_token_ids or sequence.stop_watch)
+        self.may_stop[slot] = sequence.may_stop
         self.watched[slot] = sequence.stop_watch is not None
         self.token_ids[slot, :known] = sequence.token_ids
         self.block_table[slot, : len(blocks)] = blocks

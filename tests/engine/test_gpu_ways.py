@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raydata_llm.engine import decode_plan
+from raydata_llm.engine.admission import Admission
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import Request, seeded_key
 from raydata_llm.engine.sampling_params import SamplingParams
-from raydata_llm.engine.scheduler import Scheduler
 from raydata_llm.kernels.sampling import gumbel_noise, row_seeds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
@@ -119,7 +119,7 @@ def test_every_way_writes_what_the_model_says(
     for name in ("_TOKENS_PER_LAUNCH", "_TOKENS_PER_SHARED_KEY"):
         monkeypatch.setattr(decode_plan, name, 0)  # small groups are worth it
     if settings.pop("preempted", False):
-        monkeypatch.setattr(Scheduler, "simulated_peak", lambda *_: -(10**6))
+        monkeypatch.setattr(Admission, "_keeps_peak", lambda *_: True)
     config = EngineConfig(
         model=str(demo_model), dtype="bfloat16", max_model_len=512, gpu_memory_utilization=0.2, **settings
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import Request
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.scheduler import Scheduler
+from tests.engine.optimism import optimistic_admission
 
 PROMPT_LENGTHS = (1, 5, 16, 17, 33, 64, 100, 3)
 MAX_TOKENS = 40
@@ -98,18 +98,6 @@ def transformers_greedy(model: Any, prompt: list[int], max_tokens: int = MAX_TOK
         )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
-
-
-@contextmanager
-def optimistic_admission(wanted: bool) -> Iterator[None]:
-    """Admission that believes no row grows, so that rows outgrow the KV memory and are preempted."""
-    original = Scheduler.simulated_peak
-    if wanted:
-        Scheduler.simulated_peak = lambda *_: 0  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Scheduler.simulated_peak = original  # type: ignore[method-assign]
 
 
 def engine_greedy(engine: Engine, prompts: list[list[int]], order: list[int]) -> list[list[int]]:

@@ -15,20 +15,26 @@ from raydata_llm.engine.request import Request
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.scheduler import Scheduler, SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, Sequence
+from tests.engine.optimism import optimistic_admission
 
 EOS = 1
 MAX_MODEL_LEN = 48
 
 
 def make_scheduler(num_blocks: int = 40, block_size: int = 4, **limits: int | bool) -> Scheduler:
-    chosen: dict[str, int | bool] = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_penalty_seqs": 2} | limits
-    return Scheduler(
-        SchedulerLimits(max_model_len=MAX_MODEL_LEN, block_size=block_size, **chosen),  # type: ignore[arg-type]
-        BlockManager(num_blocks + 1),
-    )
+    defaults: dict[str, int | bool] = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        "max_penalty_seqs": 2,
+        "max_model_len": MAX_MODEL_LEN,
+    }
+    chosen = SchedulerLimits(block_size=block_size, **(defaults | limits))  # type: ignore[arg-type]
+    return Scheduler(chosen, BlockManager(num_blocks + 1))
 
 
-def make_sequence(seq_id: int, prompt: list[int], max_tokens: int, **params: object) -> Sequence:
+def make_sequence(
+    seq_id: int, prompt: list[int], max_tokens: int, max_model_len: int = MAX_MODEL_LEN, **params: object
+) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
     token_ids = np.array(prompt, dtype=np.int32)
     return Sequence(
@@ -37,7 +43,7 @@ def make_sequence(seq_id: int, prompt: list[int], max_tokens: int, **params: obj
         index=0,
         token_ids=token_ids,
         num_prompt=len(prompt),
-        max_tokens=min(len(prompt) + max_tokens, MAX_MODEL_LEN),
+        max_tokens=min(len(prompt) + max_tokens, max_model_len),
         stop_token_ids=() if sampling.ignore_eos else (EOS,),
     )
 
@@ -180,8 +186,6 @@ def test_every_request_finishes_once_with_its_own_tokens(
         enable_chunked_prefill=chunked,
         enable_prefix_caching=prefix_caching,
     )
-    if optimistic:  # admission that believes no sequence grows: forces preemption
-        scheduler.simulated_peak = lambda *_: 0  # type: ignore[method-assign]
     sequences = [
         make_sequence(
             seq_id,
@@ -194,7 +198,8 @@ def test_every_request_finishes_once_with_its_own_tokens(
     ]
     prompts = {sequence.seq_id: sequence.token_ids for sequence in sequences}
     abort_at = {step: str(seq_id) for step, seq_id in aborted}
-    finished = run(scheduler, sequences, steps_ahead=steps_ahead, eos_every=eos_every, abort_at=abort_at)
+    with optimistic_admission(optimistic):
+        finished = run(scheduler, sequences, steps_ahead=steps_ahead, eos_every=eos_every, abort_at=abort_at)
     assert finished.keys() == prompts.keys()
     for sequence in sequences:
         ended = finished[sequence.seq_id]
@@ -207,14 +212,33 @@ def test_every_request_finishes_once_with_its_own_tokens(
     assert scheduler.table.num_free_slots == max_num_seqs
 
 
+def test_rows_of_unknown_lengths_fill_the_blocks_and_are_hardly_ever_preempted() -> None:
+    rng = np.random.default_rng(5)
+    lengths = np.clip(np.exp(rng.normal(np.log(50), 0.8, size=800)), 4, 400).astype(int)
+    scheduler = make_scheduler(1000, 16, max_model_len=512, max_num_seqs=256, max_num_batched_tokens=2048)
+    for seq_id in range(len(lengths)):
+        scheduler.add(make_sequence(seq_id, [seq_id + 2] * 64, 400, max_model_len=512))
+    peaks, held = [], []
+    while scheduler.has_unfinished():
+        batch = scheduler.schedule(0)
+        assert batch is not None
+        if scheduler.num_waiting and scheduler.lengths.num_finished > 100:
+            peaks.append(scheduler.simulated_peak() / 1000)
+            held.append(scheduler.blocks.num_held / 1000)
+        written = batch.sample_positions + 1 - 64
+        scheduler.update(batch, np.where(written >= lengths[batch.sample_seq_ids], EOS, 2).astype(np.int32))
+    assert scheduler.num_preemptions <= len(lengths) / 200
+    assert np.mean(peaks) > 0.95
+    assert np.mean(held) > 0.85
+
+
 def test_admission_by_simulation_avoids_preemption_where_optimism_does_not() -> None:
     preemptions = {}
     for optimistic in (False, True):
         scheduler = make_scheduler(24, max_num_batched_tokens=64)
-        if optimistic:
-            scheduler.simulated_peak = lambda *_: 0  # type: ignore[method-assign]
         sequences = [make_sequence(i, [i + 2] * 8, 40, ignore_eos=True) for i in range(12)]
-        run(scheduler, sequences, steps_ahead=1, eos_every=0, abort_at={})
+        with optimistic_admission(optimistic):
+            run(scheduler, sequences, steps_ahead=1, eos_every=0, abort_at={})
         preemptions[optimistic] = scheduler.num_preemptions
     assert preemptions[False] == 0 < preemptions[True]
 
