@@ -16,7 +16,7 @@ help:
 	@echo "make demo    answer HumanEval's prompts, from Parquet on S3 to Parquet on S3, with a real model on the CPU"
 	@echo "make test    the tests"
 	@echo "make check   ruff, mypy and the tests: what CI runs"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   the correctness gate, then the benchmarks: of the GPU if there is one (MODEL=, WORKLOAD=), else of the CPU"
 	@echo "make format  rewrite the code in ruff's format"
 	@echo "make setup   only the environment, in $(VENV)"
 
@@ -42,7 +42,7 @@ types: $(STAMP)
 check: lint types test
 
 bench: $(STAMP)
-	@$(BIN)/python -m tests.benchmarks.bench_cpu
+	@MODEL="$(MODEL)" WORKLOAD="$(WORKLOAD)" $(BIN)/python -m tests.benchmarks.bench $(BENCH_ARGS)
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix

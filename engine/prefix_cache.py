@@ -23,6 +23,8 @@ class PrefixCache:
         self._edge_of: dict[int, tuple[int, bytes]] = {}
         self._node_of = np.zeros(num_blocks, dtype=np.int64)
         self._num_nodes = 1
+        # What was found last: a prefix's tokens, blocks and node. Sequences that begin alike come one after the other.
+        self._last: tuple[bytes, list[int], int] = (b"", [], ROOT)
 
     def __contains__(self, block: int) -> bool:
         return block in self._edge_of
@@ -38,13 +40,17 @@ class PrefixCache:
             width: Bytes of a block's tokens.
             limit: Blocks to look for at most.
         """
-        node, blocks = ROOT, []
-        for start in range(0, limit * width, width):
+        known, blocks, node = self._last
+        if len(blocks) > limit or not tokens.startswith(known):
+            blocks, node = [], ROOT
+        blocks = blocks.copy()
+        for start in range(len(blocks) * width, limit * width, width):
             block = self._block_of.get((node, tokens[start : start + width]))
             if block is None:
                 break
             blocks.append(block)
             node = int(self._node_of[block])
+        self._last = (tokens[: len(blocks) * width], blocks, node)
         return blocks, node
 
     def add(self, node: int, edge: bytes, block: int) -> int:
@@ -66,6 +72,7 @@ class PrefixCache:
     def forget(self, block: int) -> None:
         """Take a block out."""
         del self._block_of[self._edge_of.pop(block)]
+        self._last = (b"", [], ROOT)
 
     def known(self, blocks: np.typing.NDArray[np.int32]) -> np.typing.NDArray[np.bool_]:
         """Which of the blocks hold a prefix."""
@@ -76,6 +83,7 @@ class PrefixCache:
         """Forget everything."""
         self._block_of.clear()
         self._edge_of.clear()
+        self._last = (b"", [], ROOT)
 
     def check_integrity(self) -> None:
         """Assert that both directions agree."""

@@ -11,6 +11,7 @@ share and a breakdown by kernel.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -35,21 +36,8 @@ from raydata_llm.engine.request import Request
 from raydata_llm.engine.sampling_params import SamplingParams
 from tests.benchmarks.gpu_profile import profiled
 from tests.benchmarks.roofline import bound_s
-from tests.benchmarks.workloads import EOS_MAX_TOKENS, SHAPES, WORKLOADS, Work, write_shape
-
-COLUMNS = {
-    "model": "model",
-    "workload": "workload",
-    "wall_s": "wall s",
-    "first_s": "first s",
-    "out_tok_s": "out tok/s",
-    "bound_share": "of bound",
-    "steps": "steps",
-    "mean_decode_rows": "decode rows",
-    "gpu_busy": "GPU busy",
-    "preemptions": "preempted",
-    "compiles": "compiles",
-}
+from tests.benchmarks.table import COLUMNS, table
+from tests.benchmarks.workloads import EOS_MAX_TOKENS, NUM_SHARED, SHAPES, WORKLOADS, Work, write_shape
 
 
 class CompileCounter:
@@ -120,8 +108,7 @@ class Bench:
         while True:
             # As `LLM.generate` feeds it: the engine works on the first rows while the others are taken in.
             for index, (prompt, max_tokens) in itertools.islice(rows, 256):
-                length = EOS_MAX_TOKENS if forced else max_tokens
-                params = SamplingParams(max_tokens=length, ignore_eos=not forced, **self.sampling)
+                params = self._params(EOS_MAX_TOKENS if forced else max_tokens, ignore_eos=not forced)
                 token_ids = np.frombuffer(array("i", prompt), dtype=np.int32)
                 engine.add_request(
                     Request(request_id=str(index), prompt_token_ids=token_ids, sampling_params=params, key=index)
@@ -129,6 +116,10 @@ class Bench:
             if not engine.has_unfinished():
                 return [tokens[index] for index in range(len(work))]
             tokens |= {int(output.request_id): output.outputs[0].token_ids for output in engine.step()}
+
+    @functools.cache  # noqa: B019 - there is one bench a process
+    def _params(self, max_tokens: int, *, ignore_eos: bool) -> SamplingParams:
+        return SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, **self.sampling)
 
     def measure(self, workload: str, runs: int, *, profile: bool) -> dict[str, Any]:
         """Time a workload; prints its breakdown if asked."""
@@ -146,7 +137,7 @@ class Bench:
         after = self.engine.stats()
         steps = after.num_steps - before.num_steps
         wall, asked = min(walls), sum(lengths)
-        bound = bound_s(self.model, work, _gpu(), shared=2048 if workload == "prefix" else 0)
+        bound = bound_s(self.model, work, _gpu(), num_shared=NUM_SHARED.get(workload, 0))
         line = {
             "model": self.model,
             "workload": workload,
@@ -185,23 +176,6 @@ def main() -> int:
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     return 0
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Results as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
-    for result in results:
-        cells = [_cell(name, result.get(name)) for name in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if name in ("bound_share", "gpu_busy"):
-        return f"{value:.0%}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _warm_up(model: str) -> Work:

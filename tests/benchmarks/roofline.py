@@ -14,6 +14,8 @@ from tests.benchmarks.workloads import SHAPES, Work
 _PRODUCTS = 700e12
 # Copy bandwidth as measured (bytes read and written).
 _COPY = {"NVIDIA H100 80GB HBM3": 3.03e12, "NVIDIA H200": 4.256e12}
+# Tokens of the prefixes that prompts share.
+_PREFIX = 2048
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,21 @@ class _Model:
         )
 
 
-def bound_s(model: str, work: Work, gpu: str, shared: int = 0) -> float | None:
+def bound_s(model: str, work: Work, gpu: str, num_shared: int = 0) -> float | None:
     """Seconds; None for a GPU whose ceilings were not measured.
 
     Args:
-        shared: Tokens that all prompts begin with: computed and read once.
+        num_shared: Prefixes of 2048 tokens, one of which each prompt begins with: computed and read once.
     """
     if gpu not in _COPY:
         return None
+    shared = _PREFIX if num_shared else 0
     size = _Model.of(model)
     prompts, outputs = [len(prompt) for prompt, _ in work], [max_tokens for _, max_tokens in work]
-    num_computed = shared + sum(prompts) - shared * len(work)
+    num_computed = num_shared * shared + sum(prompts) - shared * len(work)
     products = 2 * size.body * (num_computed + sum(outputs)) + 2 * size.head * sum(outputs)
     own = [prompt - shared for prompt in prompts]
-    scores = shared**2 / 2 + sum(prompt**2 / 2 for prompt in own)
+    scores = num_shared * shared**2 / 2 + sum(prompt**2 / 2 for prompt in own)
     scores += sum(shared * (prompt + output) for prompt, output in zip(own, outputs, strict=True)) if shared else 0
     keys_read = sum(prompt * output + output**2 / 2 for prompt, output in zip(own, outputs, strict=True))
     return (products + size.attention * scores) / _PRODUCTS + size.kv_bytes * keys_read / _COPY[gpu]

@@ -122,6 +122,14 @@ def prefix(vocab_size: int) -> Work:
     return [(shared + _token_ids(rng, 64, vocab_size), 64) for _ in range(2048)]
 
 
+def prefixes(vocab_size: int) -> Work:
+    """Many shared prefixes: as `prefix`, but 32 prefixes of 2048 tokens, 64 rows each, in random order."""
+    rng = np.random.default_rng(6)
+    shared = [_token_ids(rng, 2048, vocab_size) for _ in range(32)]
+    order = rng.permutation(np.repeat(np.arange(32), 64)).tolist()
+    return [(shared[index] + _token_ids(rng, 64, vocab_size), 64) for index in order]
+
+
 def long(vocab_size: int) -> Work:
     """Long prompts: 64 rows, 16,384 tokens in, 256 out."""
     rng = np.random.default_rng(4)
@@ -144,11 +152,16 @@ def eos(vocab_size: int) -> Work:
 
 
 EOS_MAX_TOKENS = 2048
+# Prefixes of 2048 tokens that the prompts of a workload share.
+NUM_SHARED = {"prefix": 1, "prefixes": 32}
 WORKLOADS: dict[str, Callable[[int], Work]] = {
     "mixed": mixed,
     "classify": classify,
     "decode": decode,
     "prefix": prefix,
+    "prefixes": prefixes,
     "long": long,
     "eos": eos,
+    # The same lengths, but told to the scheduler.
+    "eos-told": eos,
 }
