@@ -8,6 +8,8 @@ not show.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +23,21 @@ _PROGRAMS_PER_SM = 8
 _NO_TOKEN: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
+class Cut(NamedTuple):
+    """What cutting a step's rows leaves to draw from, [N] each.
+
+    Args:
+        pivot, tie_end: float32 and int32: kept is what is above the pivot, or equals it and is before tie_end.
+        drawn: int64: the token of a row that is drawn already, else less than 0. The draw writes the others here.
+    """
+
+    pivot: torch.Tensor
+    tie_end: torch.Tensor
+    drawn: torch.Tensor
+
+
 @triton.jit
-def _row_seed(key: tl.tensor, position: tl.tensor) -> tl.tensor:
+def row_seed(key: tl.tensor, position: tl.tensor) -> tl.tensor:
     """`sampling.row_seeds`."""
     x = key.to(tl.uint64) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
@@ -31,7 +46,7 @@ def _row_seed(key: tl.tensor, position: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _gumbel(seed: tl.tensor, token: tl.tensor) -> tl.tensor:
+def gumbel(seed: tl.tensor, token: tl.tensor) -> tl.tensor:
     """`sampling.gumbel_noise` of some tokens: the same 32 bits, then the same function of them."""
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     x = token.to(tl.uint32) * 0x9E3779B9 + low
@@ -55,6 +70,7 @@ def _draw_kernel(
     positions_ptr: tl.tensor,
     pivot_ptr: tl.tensor,
     tie_end_ptr: tl.tensor,
+    drawn_ptr: tl.tensor,
     tokens_ptr: tl.tensor,
     part_ptr: tl.tensor,
     num_splits: tl.tensor,
@@ -66,12 +82,15 @@ def _draw_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
+    drawn = tl.load(drawn_ptr + row) if TRUNCATED else -1
+    if drawn >= 0:
+        return
     stretch = tl.cdiv(tl.cdiv(VOCAB, BLOCK), num_splits) * BLOCK
     begin = tl.program_id(1) * stretch
     temperature, seed, pivot, tie_end = 0.0, tl.full([], 0, tl.uint64), float("-inf"), VOCAB
     if RANDOM:
         temperature = tl.load(temperature_ptr + row)
-        seed = _row_seed(tl.load(keys_ptr + row), tl.load(positions_ptr + row))
+        seed = row_seed(tl.load(keys_ptr + row), tl.load(positions_ptr + row))
     if TRUNCATED:
         pivot, tie_end = tl.load(pivot_ptr + row), tl.load(tie_end_ptr + row)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -87,7 +106,7 @@ def _draw_kernel(
                 # Noise costs more than the logits' way here: none where a truncated row keeps nothing.
                 keeps = tl.max(score, axis=0) > float("-inf")
             if keeps:
-                score = score / temperature + _gumbel(seed, token)
+                score = score / temperature + gumbel(seed, token)
         better = score > best
         best, best_token = tl.where(better, score, best), tl.where(better, token, best_token)
     score = tl.max(best, axis=0)
@@ -106,9 +125,13 @@ def _merge_kernel(
     part_tokens_ptr: tl.tensor,
     tokens_ptr: tl.tensor,
     num_splits: tl.tensor,
+    TRUNCATED: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
+    drawn = tl.load(tokens_ptr + row) if TRUNCATED else -1
+    if drawn >= 0:
+        return
     split = tl.arange(0, BLOCK_SPLITS)
     inside = split < num_splits
     score = tl.load(part_ptr + row * num_splits + split, mask=inside, other=float("-inf"))
@@ -126,12 +149,12 @@ def launch_draw(
     temperature: torch.Tensor,
     keys: torch.Tensor,
     positions: torch.Tensor,
-    cut: tuple[torch.Tensor, torch.Tensor] | None = None,
+    cut: Cut | None = None,
 ) -> torch.Tensor:
     """A token a row: the likeliest where the temperature is 0, else a draw.
 
     Args:
-        cut: `truncate_triton.launch_cut`'s pivot and tie_end, [N] each.
+        cut: of `truncate_triton.launch_cut`; rows that it drew are not drawn again.
     """
     return _launch(logits, temperature, keys, positions, cut)
 
@@ -141,11 +164,12 @@ def _launch(
     temperature: torch.Tensor | None = None,
     keys: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
-    cut: tuple[torch.Tensor, torch.Tensor] | None = None,
+    cut: Cut | None = None,
 ) -> torch.Tensor:
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, logits.stride()
-    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    pivot, tie_end, drawn = cut or (None, None, None)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if drawn is None else drawn
     if not num_rows:
         return tokens
     num_splits = min(_MAX_SPLITS, max(1, _PROGRAMS_PER_SM * tuning.num_sms(logits.device) // num_rows))
@@ -153,7 +177,6 @@ def _launch(
     if num_splits > 1:
         parts = torch.empty((num_rows, num_splits), dtype=torch.float32, device=logits.device)
         part_tokens = torch.empty((num_rows, num_splits), dtype=torch.int64, device=logits.device)
-    pivot, tie_end = cut or (None, None)
     _draw_kernel[(num_rows, num_splits)](
         logits,
         temperature,
@@ -161,6 +184,7 @@ def _launch(
         positions,
         pivot,
         tie_end,
+        drawn,
         part_tokens,
         parts,
         num_splits,
@@ -173,5 +197,7 @@ def _launch(
         num_warps=8,
     )
     if num_splits > 1:
-        _merge_kernel[(num_rows,)](parts, part_tokens, tokens, num_splits, BLOCK_SPLITS=_MAX_SPLITS, num_warps=1)
+        _merge_kernel[(num_rows,)](
+            parts, part_tokens, tokens, num_splits, TRUNCATED=cut is not None, BLOCK_SPLITS=_MAX_SPLITS, num_warps=1
+        )
     return tokens

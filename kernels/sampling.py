@@ -124,7 +124,9 @@ def sample(
         from raydata_llm.kernels.draw_triton import launch_draw
         from raydata_llm.kernels.truncate_triton import launch_cut
 
-        cut = launch_cut(logits, temperature, top_k, top_p, min_p) if any_truncated else None
+        cut = None
+        if any_truncated:
+            cut = launch_cut(logits, temperature, top_k, top_p, min_p, keys, positions)
         return launch_draw(logits, temperature, keys, positions, cut)
     tokens = logits.argmax(dim=-1)
     rows = temperature.nonzero()[:, 0]

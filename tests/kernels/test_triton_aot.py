@@ -196,7 +196,7 @@ def test_sampling(dtype: torch.dtype, compiler: Compiler) -> None:
     vocab, number, whole = 128256, torch.zeros(2), torch.zeros(2, dtype=torch.int64)
     logits = torch.zeros((2, vocab), dtype=dtype)
     launch_greedy(logits)
-    cut = launch_cut(logits, number, whole, number, number)
+    cut = launch_cut(logits, number, whole, number, number, whole, whole)
     launch_draw(logits, number, whole, whole)
     launch_draw(logits, number, whole, whole, cut)
     launch_truncate(logits, whole, number, number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -149,8 +151,129 @@ def test_rows_of_all_kinds_in_one_launch(triton_device: torch.device) -> None:
     keys, positions = torch.arange(8) << 33, torch.arange(8)
     expected = sample(logits, temperature, top_k, top_p, min_p, keys, positions)
     on = [tensor.to(triton_device) for tensor in (logits, temperature, top_k, top_p, min_p, keys, positions)]
-    cut = launch_cut(*on[:5])
+    cut = launch_cut(*on)
     assert launch_draw(on[0], on[1], on[5], on[6], cut).tolist() == expected.tolist()
+
+
+def tokens_of(device: torch.device, logits: torch.Tensor, *parameters: torch.Tensor) -> list[int]:
+    """`sampling.sample` as it launches on a GPU."""
+    from raydata_llm.kernels.draw_triton import launch_draw
+    from raydata_llm.kernels.truncate_triton import launch_cut
+
+    temperature, *_, keys, positions = on = [tensor.to(device) for tensor in parameters]
+    logits = logits.to(device) if logits.device != device else logits
+    return launch_draw(logits, temperature, keys, positions, launch_cut(logits, *on)).tolist()
+
+
+def same_rows(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> tuple[torch.Tensor, ...]:
+    """Logits and the parameters of rows of one kind, keyed each by its own key."""
+    rows = len(logits)
+    cut = full(top_k, torch.int64, rows), full(top_p, rows=rows), full(min_p, rows=rows)
+    return logits, full(temperature, rows=rows), *cut, torch.arange(rows) * 7919 - 3, torch.arange(rows) * 5
+
+
+DRAWS = {
+    "top_k": (0.8, 50, 1.0, 0.0),
+    "top_k and top_p": (0.8, 50, 0.95, 0.0),
+    "all three": (1.3, 200, 0.9, 0.02),
+    "top_k 1": (1.0, 1, 1.0, 0.0),
+    "more than the stretches": (2.0, 1000, 0.99, 0.0),
+    "more than are listed": (3.0, 2500, 1.0, 0.0),
+    "the vocabulary": (1.0, VOCAB, 0.9, 0.0),
+    "top_p": (0.6, 0, 0.9, 0.0),
+    "flat top_p": (5.0, 0, 0.9, 0.0),
+    "all but nothing in top_p": (1.0, 0, 0.9999, 0.0),
+    "min_p": (1.0, 0, 1.0, 0.05),
+    "flat min_p": (9.0, 0, 1.0, 0.1),
+    "min_p and top_p": (1.0, 0, 0.8, 0.01),
+    "cold": (1e-3, 50, 0.95, 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_draws_of_cut_rows_are_those_of_a_sort(kind: str, triton_device: torch.device) -> None:
+    for vocab in (VOCAB, 31):
+        rows = same_rows(logits_of(9, 3 if triton_device.type == "cpu" else 60, vocab=vocab), *DRAWS[kind])
+        assert tokens_of(triton_device, *rows) == sample(*rows).tolist(), vocab
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(7, 1.0), (VOCAB, 0.5), (0, 0.5), (900, 0.9), (4000, 0.9), (1, 1.0)])
+def test_draws_from_equal_logits(top_k: int, top_p: float, triton_device: torch.device) -> None:
+    """Every logit is a candidate: the whole row is searched, and the lowest tokens stay."""
+    rows = same_rows(torch.full((2, VOCAB), -2.5), 0.7, top_k, top_p)
+    number = math.ceil(min(top_k or VOCAB, VOCAB) * torch.tensor(top_p).item())
+    only = rows[0].index_fill(1, torch.arange(number, VOCAB), float("-inf"))
+    assert tokens_of(triton_device, *rows) == sample(only, rows[1], *same_rows(only, 0.7, 0, 1.0)[2:]).tolist()
+
+
+@pytest.mark.parametrize("place", ["in the list", "in the whole row"])
+def test_of_equals_at_the_cut_the_lowest_are_drawn(
+    place: str, triton_device: torch.device, triton_dtype: torch.dtype
+) -> None:
+    """Two likelier tokens, then equals in many stretches, of which three are left."""
+    logits = logits_of(10, 6 if triton_device.type == "cpu" else 60, 1.0).clamp(max=2.0)
+    ties = torch.arange(3, VOCAB, 97 if place == "in the list" else 2)
+    logits[:, ties] = 5.5
+    logits[:, [4700, 12]] = 6.0
+    only = torch.full_like(logits, float("-inf"))
+    kept = torch.cat([torch.tensor([12, 4700]), ties[:3]])
+    only[:, kept] = logits[:, kept]
+    logits, only = logits.to(triton_dtype), only.to(triton_dtype).float()
+    rows = same_rows(logits, 2.0, 5, 0.999)
+    drawn = tokens_of(triton_device, *rows)
+    assert drawn == sample(only, *same_rows(only, 2.0, 0, 1.0)[1:]).tolist()
+    assert set(drawn) & set(ties.tolist()), "no tie was drawn"
+
+
+def test_rows_of_few_finite_logits(triton_device: torch.device) -> None:
+    logits = torch.full((4, VOCAB), float("-inf"))
+    logits[1, 4242] = -1e4
+    logits[2:, [3, 170, 171, 5000]] = torch.tensor([-1.0, 2.0, 2.0, 0.5])
+    for parameters in ((1.0, 50, 0.95), (1.0, 2, 1.0), (1.0, 0, 0.6), (1.0, VOCAB - 1, 1.0), (1.0, 0, 1.0, 0.3)):
+        rows = same_rows(logits, *parameters)
+        drawn = tokens_of(triton_device, *rows)
+        assert drawn == sample(*rows).tolist()
+        assert drawn[:2] == [0, 4242]
+
+
+@pytest.mark.parametrize(("vocab", "stride"), [(5003, 5003), (4999, 5120), (17, 33), (8192, 8192), (1, 7)])
+def test_odd_sizes_and_rows_further_apart_than_they_are_long(
+    vocab: int, stride: int, triton_device: torch.device, triton_dtype: torch.dtype
+) -> None:
+    whole = logits_of(11, 3, vocab=stride).to(triton_dtype)
+    whole[:, vocab:] = 100.0
+    rows = same_rows(whole[:, :vocab].float(), 0.8, 50, 0.95)
+    # On the device still a view.
+    assert tokens_of(triton_device, whole.to(triton_device)[:, :vocab], *rows[1:]) == sample(*rows).tolist()
+
+
+def test_a_row_draws_the_same_with_or_without_a_list(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raydata_llm.kernels import candidates_triton
+
+    logits = (logits_of(12, 8) * 4).round() / 4
+    top_k, top_p = torch.tensor([50, 9, 300, 0, 0, 40, 7, 0]), torch.tensor([0.95, 1.0, 0.9, 0.8, 0.6, 0.5, 0.7, 1.0])
+    min_p = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0, 0.1])
+    rows = (logits, full(0.9, rows=8), top_k, top_p, min_p, torch.arange(8) << 40, torch.arange(8))
+    listed = tokens_of(triton_device, *rows)
+    monkeypatch.setattr(candidates_triton, "_ROOM", 1)
+    assert tokens_of(triton_device, *rows) == listed
+
+
+def test_rows_of_few_candidates_are_drawn_from_a_list(triton_device: torch.device) -> None:
+    """And not from the whole row: after them nothing is left to search or to draw."""
+    from raydata_llm.kernels.candidates_triton import PENDING, launch_candidates
+
+    kinds = [DRAWS[kind] for kind in ("top_k and top_p", "all three", "top_p", "min_p", "flat top_p", "flat min_p")]
+    logits = logits_of(13, len(kinds))
+    columns = [torch.tensor(column) for column in zip(*kinds, strict=True)]
+    on = [tensor.to(triton_device) for tensor in (logits, *columns, torch.arange(6), torch.arange(6))]
+    found, _ = launch_candidates(*on)
+    assert (found.drawn != PENDING.value).tolist() == [True] * 4 + [False] * 2
+    assert (found.tie_end != PENDING.value).tolist() == [True] * 4 + [False, True]
 
 
 @pytest.mark.parametrize("pooled", [False, True])
