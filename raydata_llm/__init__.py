@@ -10,14 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raydata_llm.config import (
-        ChatTemplateStageConfig,
-        DetokenizeStageConfig,
-        EngineProcessorConfig,
-        ProcessorConfig,
-        TokenizerStageConfig,
-        vLLMEngineProcessorConfig,
-    )
+    from raydata_llm.config import EngineProcessorConfig, ProcessorConfig, vLLMEngineProcessorConfig
     from raydata_llm.engine.sampling_params import SamplingParams
     from raydata_llm.job_report import JobReport
     from raydata_llm.job_run import report_of
@@ -25,6 +18,12 @@ if TYPE_CHECKING:
     from raydata_llm.processor import Processor, build_llm_processor, build_processor
     from raydata_llm.resume_config import ResumeConfig
     from raydata_llm.sink import WriteSummary, write_jsonl, write_parquet
+    from raydata_llm.stage_config import (
+        ChatTemplateStageConfig,
+        DetokenizeStageConfig,
+        PrepareMultimodalStageConfig,
+        TokenizerStageConfig,
+    )
 
 __version__ = "0.1.0"
 
@@ -34,6 +33,7 @@ __all__ = [
     "DetokenizeStageConfig",
     "EngineProcessorConfig",
     "JobReport",
+    "PrepareMultimodalStageConfig",
     "Processor",
     "ProcessorConfig",
     "ResumeConfig",
@@ -57,11 +57,12 @@ _MODULES = {
     "Processor": "raydata_llm.processor",
     "build_llm_processor": "raydata_llm.processor",
     "build_processor": "raydata_llm.processor",
-    "ChatTemplateStageConfig": "raydata_llm.config",
-    "DetokenizeStageConfig": "raydata_llm.config",
+    "ChatTemplateStageConfig": "raydata_llm.stage_config",
+    "DetokenizeStageConfig": "raydata_llm.stage_config",
     "EngineProcessorConfig": "raydata_llm.config",
     "ProcessorConfig": "raydata_llm.config",
-    "TokenizerStageConfig": "raydata_llm.config",
+    "PrepareMultimodalStageConfig": "raydata_llm.stage_config",
+    "TokenizerStageConfig": "raydata_llm.stage_config",
     "vLLMEngineProcessorConfig": "raydata_llm.config",
     "ResumeConfig": "raydata_llm.resume_config",
     "WriteSummary": "raydata_llm.sink",

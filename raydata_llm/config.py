@@ -6,87 +6,30 @@ tensors and imports neither Ray nor torch: the engine's own settings are checked
 
 from __future__ import annotations
 
-import difflib
 import os
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from raydata_llm.config_model import ConfigModel, Flag, PositiveInt
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.redaction import mask_environment, redact, redact_tree
+from raydata_llm.replica_resources import bundle_resources, placement_group
 from raydata_llm.resume_config import ResumeConfig
+from raydata_llm.stage_config import (
+    ChatTemplateStageConfig,
+    DetokenizeStageConfig,
+    PrepareMultimodalStageConfig,
+    StageConfig,
+    TokenizerStageConfig,
+    make_stage,
+)
 from raydata_llm.vllm_settings import split_vllm_settings
 
-PositiveInt = Annotated[int, Field(strict=True, ge=1)]
-PositiveNumber = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0)]
-Flag = Annotated[bool, Field(strict=True)]
 _Stage = TypeVar("_Stage", bound="StageConfig")
 
 
-class _Config(BaseModel):
-    """A frozen model without unknown fields, whose mistakes are plain one-line `ValueError`s."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
-
-    def __repr_args__(self) -> Any:
-        for name, value in super().__repr_args__():
-            yield name, mask_environment(value) if name == "runtime_env" else redact_tree(value)
-
-    if not TYPE_CHECKING:  # type checkers keep the signature that pydantic derives from the fields
-
-        def __init__(self, **values: Any) -> None:
-            try:
-                super().__init__(**values)
-            except ValidationError as error:
-                raise ValueError(_describe(type(self), error)) from None
-
-
-class StageConfig(_Config):
-    """How one text stage runs.
-
-    The chat template and the tokeniser run in the `prepare` operator, the detokeniser in `finish`.
-
-    Args:
-        enabled: Whether the stage runs.
-        model_source: Where its tokenizer comes from; None takes the processor's model.
-        num_cpus: CPUs of one task of the operator.
-        memory: Bytes of one task of the operator.
-        concurrency: Tasks of the operator at once at most (of a pair, the second counts).
-        batch_size: Accepted for compatibility: the processor's `batch_size` sizes all blocks.
-        runtime_env: Of the operator's tasks; None takes the processor's.
-    """
-
-    enabled: Flag = True
-    model_source: str | None = None
-    num_cpus: Share | None = None
-    memory: PositiveNumber | None = None
-    concurrency: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
-    batch_size: PositiveInt | None = None
-    runtime_env: dict[str, Any] | None = None
-
-
-class ChatTemplateStageConfig(StageConfig):
-    """How `messages` become a prompt.
-
-    Args:
-        chat_template: A Jinja template instead of the model's own.
-        chat_template_kwargs: Values handed to the template, such as `enable_thinking` or `tools`.
-    """
-
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class TokenizerStageConfig(StageConfig):
-    """How a prompt becomes token ids; off, a row's `tokenized_prompt` is taken first."""
-
-
-class DetokenizeStageConfig(StageConfig):
-    """How output token ids become text; off, a row's `sampling_params.detokenize` decides."""
-
-
-class ProcessorConfig(_Config):
+class ProcessorConfig(ConfigModel):
     """What all processors have in common.
 
     Args:
@@ -124,6 +67,8 @@ class EngineProcessorConfig(ProcessorConfig):
         engine_kwargs: Settings of the engine, see `raydata_llm.engine.engine_config.EngineConfig`.
         task_type: "generate".
         runtime_env: Of all tasks and replicas.
+        resources_per_bundle: What Ray reserves for a replica, such as {"GPU": 1, "CPU": 2, "my_resource": 0.1}; None:
+            a GPU where it runs on one, nothing else.
         max_concurrent_batches: Blocks a replica works on at once; None queues two to three times its
             `max_num_seqs` rows.
         max_tasks_in_flight_per_actor: Blocks sent to a replica at once, those at work included.
@@ -147,6 +92,7 @@ class EngineProcessorConfig(ProcessorConfig):
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     task_type: str = "generate"
     runtime_env: dict[str, Any] | None = None
+    resources_per_bundle: dict[str, float] | None = None
     max_concurrent_batches: PositiveInt | None = None
     max_tasks_in_flight_per_actor: PositiveInt | None = None
     max_pending_requests: Annotated[int, Field(strict=True)] | None = None
@@ -180,17 +126,15 @@ class EngineProcessorConfig(ProcessorConfig):
             raise ValueError(f"task_type={value!r} is not valid: use 'generate'")
         return value
 
+    @field_validator("resources_per_bundle", mode="before")
+    @classmethod
+    def _check_resources(cls, value: object, info: Any) -> object:
+        return None if value is None else bundle_resources(value, info.field_name)
+
     @field_validator("chat_template_stage", "tokenize_stage", "detokenize_stage", mode="before")
     @classmethod
     def _check_stage(cls, value: object, info: Any) -> object:
-        kind = _STAGES[info.field_name]
-        if isinstance(value, bool):
-            return kind(enabled=value)
-        if isinstance(value, dict):
-            return kind(**value)
-        if type(value) is not kind:
-            raise ValueError(f"{info.field_name}={value!r} is not valid: give True, False, a dict or {kind.__name__}")
-        return value
+        return make_stage(value, info.field_name)
 
     @model_validator(mode="after")
     def _check_together(self) -> EngineProcessorConfig:
@@ -211,6 +155,11 @@ class EngineProcessorConfig(ProcessorConfig):
             ValueError: for an unknown name or a bad value in `engine_kwargs`.
         """
         return EngineConfig.from_mapping(self.model_source, self.engine_kwargs)
+
+    @property
+    def replica_resources(self) -> Mapping[str, float] | None:
+        """What Ray reserves for a replica, if the user says it."""
+        return self.resources_per_bundle
 
     @property
     def chat_template_options(self) -> ChatTemplateStageConfig:
@@ -236,23 +185,58 @@ class EngineProcessorConfig(ProcessorConfig):
 
 
 class vLLMEngineProcessorConfig(EngineProcessorConfig):
-    """`EngineProcessorConfig` under Ray Data LLM's name, taking vLLM's `engine_kwargs`.
+    """`EngineProcessorConfig` under Ray Data LLM's name, with all fields of that and vLLM's `engine_kwargs`.
 
     Settings of vLLM that cannot change an answer are left out with one warning; those that would and that this engine
     does not have are refused; a name that neither knows is a mistake.
+
+    Args:
+        prepare_multimodal_stage: False, or a stage that is switched off.
+        placement_group_config: {"bundle_per_worker": {...}} or {"bundles": [{...}]}, as `resources_per_bundle`.
+        dynamic_lora_loading_path: None.
     """
+
+    prepare_multimodal_stage: bool | dict[str, Any] | PrepareMultimodalStageConfig = False
+    placement_group_config: dict[str, Any] | None = None
+    dynamic_lora_loading_path: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _take_vllm_settings(cls, values: Any) -> Any:
-        return split_vllm_settings(values, known=set(cls.model_fields)) if isinstance(values, dict) else values
+        return split_vllm_settings(values) if isinstance(values, dict) else values
+
+    @field_validator("prepare_multimodal_stage", mode="before")
+    @classmethod
+    def _check_multimodal(cls, value: object, info: Any) -> object:
+        return make_stage(value, info.field_name)
+
+    @field_validator("placement_group_config", mode="before")
+    @classmethod
+    def _check_placement(cls, value: object) -> object:
+        return None if value is None else placement_group(value)
+
+    @field_validator("dynamic_lora_loading_path")
+    @classmethod
+    def _check_lora(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError(f"dynamic_lora_loading_path={value!r} is not supported yet: leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _check_one_placement(self) -> vLLMEngineProcessorConfig:
+        if self.placement_group_config is not None and self.resources_per_bundle is not None:
+            raise ValueError("placement_group_config says the same as resources_per_bundle: give one of them")
+        return self
+
+    @property
+    def replica_resources(self) -> Mapping[str, float] | None:
+        """What Ray reserves for a replica, if the user says it."""
+        if self.placement_group_config is None:
+            return self.resources_per_bundle
+        resources: Mapping[str, float] = self.placement_group_config["bundles"][0]
+        return resources
 
 
-_STAGES: dict[str, type[StageConfig]] = {
-    "chat_template_stage": ChatTemplateStageConfig,
-    "tokenize_stage": TokenizerStageConfig,
-    "detokenize_stage": DetokenizeStageConfig,
-}
 _OLDER_NAMES = {
     "apply_chat_template": "chat_template_stage",
     "chat_template": "chat_template_stage",
@@ -268,21 +252,3 @@ def _as_stage(value: object, kind: type[_Stage]) -> _Stage:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _describe(config: type[BaseModel], error: ValidationError) -> str:
-    return redact("; ".join(_describe_one(config, detail) for detail in error.errors()))
-
-
-def _describe_one(config: type[BaseModel], detail: Any) -> str:
-    field = ".".join(str(part) for part in detail["loc"][:1])
-    if detail["type"] == "value_error":
-        return f"{config.__name__}: {detail['ctx']['error']}"
-    if detail["type"] == "missing":
-        return f"{config.__name__}: {field} is missing: give {field}=..."
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, config.model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(config.model_fields))}"
-        return f"{config.__name__}: {field}={detail['input']!r} is not a setting: {hint}"
-    remedy = str(detail["msg"])
-    return f"{config.__name__}: {field}={detail['input']!r} is not valid: {remedy[:1].lower()}{remedy[1:]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +88,12 @@ def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None =
     carried: list[Carried] = unpack_column(table, CARRIED_COLUMN)
     source = table.drop_columns([name for name in RESERVED_COLUMNS if name in table.column_names])
     rows = OutputRows(source, block_rows(source), keep_all=plan.postprocess is None, with_error=plan.keep_going)
-    text = _Text(plan)
+    block = _Block(plan)
     for row, beside, output in zip(rows.inputs, carried, outputs, strict=True):
         beside_row = {name: value for name, value in beside.columns.items() if name not in _CONSUMED}
         columns = {**row, **beside_row}
         try:
-            rows.add(_finish_row(columns, beside, output, plan.postprocess, text))
+            rows.add(_finish_row(columns, beside, output, plan.postprocess, block))
         except _Failed as failure:
             if not plan.keep_going:
                 raise row_error(row, str(failure)) from failure.__cause__
@@ -111,12 +112,14 @@ class _Failed(Exception):
     """A row failed, here or before; the text says where and why."""
 
 
-def _finish_row(columns: Row, beside: Carried, output: RowOutput, postprocess: RowFunction | None, text: _Text) -> Row:
+def _finish_row(
+    columns: Row, beside: Carried, output: RowOutput, postprocess: RowFunction | None, block: _Block
+) -> Row:
     if output.output is None:
         raise _Failed(output.error)
     stage = "detokenize"
     try:
-        finished = {**columns, **_engine_columns(output, output.output, beside, text)}
+        finished = {**columns, **_engine_columns(output, output.output, beside, block)}
         stage = "postprocess"
         return finished if postprocess is None else _postprocess(finished, postprocess)
     except Exception as error:
@@ -130,10 +133,11 @@ def _postprocess(columns: Row, postprocess: RowFunction) -> Row:
     return dict(made)
 
 
-class _Text:
-    """Turns token ids into text; the tokenizer is loaded when the first row needs it."""
+class _Block:
+    """What the rows of a block share: its id, and the tokenizer, loaded when the first of them needs it."""
 
     def __init__(self, plan: FinishPlan) -> None:
+        self.batch_uuid = uuid.uuid4().hex
         self._plan = plan
         self._tokenizer: Any = None
         self._tokens: dict[int, str] = {}
@@ -156,9 +160,9 @@ class _Text:
         return self._tokenizer
 
 
-def _engine_columns(row: RowOutput, output: RequestOutput, beside: Carried, text: _Text) -> Row:
+def _engine_columns(row: RowOutput, output: RequestOutput, beside: Carried, block: _Block) -> Row:
     params = _params(row.sampling_params)
-    choices = [_choice(choice, params, text) for choice in output.outputs]
+    choices = [_choice(choice, params, block) for choice in output.outputs]
     first = choices[0]
     columns = {
         "prompt": beside.prompt,
@@ -171,9 +175,11 @@ def _engine_columns(row: RowOutput, output: RequestOutput, beside: Carried, text
         "stop_reason": first["stop_reason"],
         "cumulative_logprob": first["cumulative_logprob"],
         "logprobs": first["logprobs"],
+        "prompt_logprobs": None,
         "embeddings": None,
         "metrics": None,
         "request_id": row.request_id,
+        "batch_uuid": block.batch_uuid,
         "time_taken_llm": row.seconds,
         "params": row.sampling_params,
         ERROR_COLUMN: "",
@@ -187,20 +193,20 @@ def _params(text: str) -> SamplingParams:
     return SamplingParams.from_mapping(json.loads(text))
 
 
-def _choice(output: CompletionOutput, params: SamplingParams, text: _Text) -> Row:
+def _choice(output: CompletionOutput, params: SamplingParams, block: _Block) -> Row:
     return {
         "index": output.index,
-        "text": text.of_output(output, params),
+        "text": block.of_output(output, params),
         "token_ids": output.token_ids,
         "num_tokens": len(output.token_ids),
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
         "cumulative_logprob": output.cumulative_logprob,
-        "logprobs": _logprobs(output, params, text),
+        "logprobs": _logprobs(output, params, block),
     }
 
 
-def _logprobs(output: CompletionOutput, params: SamplingParams, text: _Text) -> list[dict[int, Row]] | None:
+def _logprobs(output: CompletionOutput, params: SamplingParams, block: _Block) -> list[dict[int, Row]] | None:
     if output.logprobs is None:
         return None
     return [
@@ -208,7 +214,7 @@ def _logprobs(output: CompletionOutput, params: SamplingParams, text: _Text) -> 
             token_id: {
                 "logprob": entry.logprob,
                 "rank": entry.rank,
-                "decoded_token": entry.decoded_token or text.of_token(token_id, params),
+                "decoded_token": entry.decoded_token or block.of_token(token_id, params),
             }
             for token_id, entry in position.items()
         }

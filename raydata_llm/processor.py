@@ -9,20 +9,23 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raydata_llm.config import EngineProcessorConfig, ProcessorConfig, StageConfig
+from raydata_llm.config import EngineProcessorConfig, ProcessorConfig
 from raydata_llm.finish import FinishPlan, finish
 from raydata_llm.model_source import check_model
 from raydata_llm.prepare import PreparePlan, RowFunction, prepare
+from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
 from raydata_llm.ray_operators import map_blocks, pool_options, task_options
 from raydata_llm.replica import EngineFactory, Replica, start_engine
 from raydata_llm.replica_pool import Cluster, ReplicaPool
 from raydata_llm.resume import PLAN_SETTING
 from raydata_llm.resume_plan import resume_plan
 from raydata_llm.sink_dataset import refuse_ray_checkpoint, with_setting
+from raydata_llm.stage_config import StageConfig
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -31,37 +34,6 @@ if TYPE_CHECKING:
     from raydata_llm.job_run import Job
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One operator of a processor.
-
-    Args:
-        name: "prepare", "replica" or "finish".
-        does: What happens in it.
-        reads: The columns that it looks for in a row.
-    """
-
-    name: str
-    does: str
-    reads: Mapping[str, str]
-
-
-_STAGES = (
-    Stage(
-        name="prepare",
-        does="preprocess, chat template and tokeniser, as tasks",
-        reads={
-            "messages": "a conversation, for the chat template",
-            "prompt": "text, where there are no messages or the chat template stage is off",
-            "tokenized_prompt": "token ids, where there is neither or the tokenise stage is off",
-            "sampling_params": "optional: a dict of sampling parameters",
-        },
-    ),
-    Stage(name="replica", does="one engine in each actor of the pool", reads={}),
-    Stage(name="finish", does="detokeniser and postprocess, as tasks", reads={}),
-)
 
 
 class Processor:
@@ -84,6 +56,8 @@ class Processor:
         self.config = config
         self.preprocess = preprocess
         self.postprocess = postprocess
+        self.preprocess_map_kwargs = dict(preprocess_map_kwargs or {})
+        self.postprocess_map_kwargs = dict(postprocess_map_kwargs or {})
         self._engine_factory = engine_factory
         self._job: Job | None = None
         chat, tokenize, detokenize = config.chat_template_options, config.tokenize_options, config.detokenize_options
@@ -143,25 +117,29 @@ class Processor:
             raise ValueError("there is no report yet: nothing has run; give the processor a dataset and consume it")
         return self._job.report()
 
+    @property
+    def stages(self) -> OrderedDict[str, Stage]:
+        """The operators by name, in order."""
+        return all_stages()
+
     def list_stage_names(self) -> list[str]:
         """The operators' names, in order."""
-        return [stage.name for stage in _STAGES]
+        return list(all_stages())
 
     def get_stage_by_name(self, name: str) -> Stage:
-        """One operator.
+        """One operator, by its name or by that of a stage of Ray Data LLM that lies in it.
 
         Raises:
             ValueError: for an unknown name.
         """
-        for stage in _STAGES:
-            if stage.name == name:
-                return stage
-        raise ValueError(f"name={name!r} is not a stage: choose one of {', '.join(self.list_stage_names())}")
+        return find_stage(name)
 
     def log_input_column_names(self) -> None:
-        """Log the columns that a row may have for the first operator."""
-        lines = "".join(f"\n  {name}: {meaning}" for name, meaning in _STAGES[0].reads.items())
-        logger.info("Columns that preprocess returns, or the dataset has:%s", lines)
+        """Log the columns that a row may have for the first operator; printed where nobody takes log lines."""
+        if logger.isEnabledFor(logging.INFO):
+            logger.info(input_columns())
+        else:
+            print(input_columns(), file=sys.stderr)
 
     def _start_job(self, pool: ReplicaPool) -> Job:
         from raydata_llm.job_run import Job
@@ -220,7 +198,7 @@ build_processor = build_llm_processor
 
 def _chat_template_kwargs(builder_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     for name in builder_kwargs:
-        if name != "chat_template_kwargs":
+        if name not in ("chat_template_kwargs", "telemetry_agent"):
             raise ValueError(
                 f"builder_kwargs[{name!r}] is not valid: only 'chat_template_kwargs' is; "
                 "preprocess, postprocess and their map kwargs are arguments of their own"

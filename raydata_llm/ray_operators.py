@@ -11,9 +11,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raydata_llm.config import EngineProcessorConfig, StageConfig
+from raydata_llm.config import EngineProcessorConfig
 from raydata_llm.redaction import hide_environment
 from raydata_llm.replica_pool import ReplicaPool
+from raydata_llm.stage_config import StageConfig
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -50,6 +50,11 @@ def redact_tree(value: Any, secrets: Sequence[str] = ()) -> Any:
     return value
 
 
+def shown(name: object, value: Any) -> str:
+    """A setting's value as messages show it."""
+    return repr(_redact_entry(name, value, ()))
+
+
 def secret_values(environment: Mapping[str, str]) -> list[str]:
     """The values of variables with telling names."""
     return [value for name, value in environment.items() if _TELLING_NAME.search(name) and len(value) >= _SHORTEST]

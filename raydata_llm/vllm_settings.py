@@ -1,8 +1,8 @@
 """vLLM's settings, sorted by what they mean here.
 
 Owns the lists: what is left out because it cannot change an answer, and what would change answers and is therefore
-refused unless it has the value that means "off". Names that are in neither list are the engine's own (or mistakes,
-which `EngineConfig` names).
+refused unless it has a value that asks for nothing. A name in neither list is the engine's own, or a mistake, which
+`EngineConfig` names; the engine's own names are never looked up here.
 """
 
 from __future__ import annotations
@@ -11,124 +11,146 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from raydata_llm.engine.engine_config import FIELD_NAMES
+from raydata_llm.redaction import shown
+
 logger = logging.getLogger(__name__)
 
 # How vLLM runs, watches or places itself: the same answers with or without.
-_LEFT_OUT = {
-    "async_scheduling",
-    "collect_detailed_traces",
-    "compilation_config",
-    "cpu_offload_gb",
-    "cudagraph_capture_sizes",
-    "cuda_graph_sizes",
-    "data_parallel_backend",
-    "disable_async_output_proc",
-    "disable_custom_all_reduce",
-    "disable_hybrid_kv_cache_manager",
-    "disable_log_requests",
-    "disable_log_stats",
-    "distributed_executor_backend",
-    "enable_log_requests",
-    "enable_sleep_mode",
-    "guided_decoding_backend",
-    "long_prefill_token_threshold",
-    "max_logprobs",
-    "max_long_partial_prefills",
-    "max_num_partial_prefills",
-    "max_parallel_loading_workers",
-    "max_seq_len_to_capture",
-    "model",
-    "model_loader_extra_config",
-    "num_lookahead_slots",
-    "num_scheduler_steps",
-    "observability_config",
-    "optimization_level",
-    "otlp_traces_endpoint",
-    "performance_mode",
-    "preemption_mode",
-    "prefix_caching_hash_algo",
-    "ray_workers_use_nsight",
-    "safetensors_load_strategy",
-    "scheduler_cls",
-    "scheduler_delay_factor",
-    "scheduling_policy",
-    "show_hidden_metrics_for_version",
-    "stream_interval",
-    "swap_space",
-    "task_type",
-    "use_tqdm_on_load",
-    "use_v2_block_manager",
-    "worker_cls",
-    "worker_extension_cls",
+_LEFT_OUT_FOR = {
+    "weights, how they are found and read": """
+        allowed_local_media_path allowed_media_domains code_revision download_dir ignore_patterns model
+        model_impl model_loader_extra_config model_weights pt_load_map_location safetensors_load_strategy
+        safetensors_prefetch_num_threads served_model_name use_tqdm_on_load weight_transfer_config
+    """,
+    "processes, devices and their links": """
+        all2all_backend api_process_count cp_kv_cache_interleave_size data_parallel_address
+        data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb data_parallel_rank
+        data_parallel_rpc_port data_parallel_size_local data_parallel_start_rank dbo_decode_token_threshold
+        dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size decode_context_parallel_size
+        disable_custom_all_reduce disable_nccl_for_dp_synchronization distributed_executor_backend
+        distributed_timeout_seconds enable_dbo enable_elastic_ep enable_ep_weight_filter enable_eplb
+        enable_expert_parallel enable_sleep_mode eplb_config eplb_log_balancedness eplb_step_interval
+        eplb_window_size expert_placement_strategy fail_on_environ_validation master_addr master_port
+        max_parallel_loading_workers moe_backend nnodes node_rank num_redundant_experts numa_bind numa_bind_cpus
+        numa_bind_nodes placement_group prefill_context_parallel_size ray_workers_use_nsight shutdown_timeout
+        ubatch_size worker_cls worker_extension_cls worker_use_ray
+    """,
+    "KV cache, its place and precision": """
+        calculate_kv_scales cpu_offload_gb cpu_offload_params disable_hybrid_kv_cache_manager ec_transfer_config
+        kv_cache_dtype kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_events_config
+        kv_offloading_backend kv_offloading_size kv_sharing_fast_prefill kv_transfer_config offload_backend
+        offload_group_size offload_num_in_group offload_params offload_prefetch_step
+        prefix_cache_retention_interval prefix_caching_hash_algo swap_space
+    """,
+    "scheduling, kernels, compilation": """
+        additional_config async_scheduling attention_backend attention_config compilation_config
+        cuda_graph_sizes cudagraph_capture_sizes cudagraph_metrics disable_async_output_proc
+        enable_flashinfer_autotune gdn_prefill_backend ir_op_priority kernel_config linear_backend
+        long_prefill_token_threshold max_cudagraph_capture_size max_long_partial_prefills
+        max_num_partial_prefills max_num_scheduled_tokens max_seq_len_to_capture multi_step_stream_outputs
+        num_lookahead_slots num_scheduler_steps optimization_level override_attention_dtype
+        override_neuron_config performance_mode preemption_mode scheduler_cls scheduler_delay_factor
+        scheduler_reserve_full_isl scheduling_policy stream_interval use_v2_block_manager
+    """,
+    "speculative decoding: the same answers, drawn in another way": """
+        disable_logprobs_during_spec_decoding ngram_prompt_lookup_max ngram_prompt_lookup_min
+        num_speculative_tokens spec_decoding_acceptance_method speculative_config
+        speculative_disable_by_batch_size speculative_disable_mqa_scorer speculative_draft_tensor_parallel_size
+        speculative_max_model_len speculative_model speculative_model_quantization
+        typical_acceptance_sampler_posterior_alpha typical_acceptance_sampler_posterior_threshold
+    """,
+    "logs, traces and metrics": """
+        aggregate_engine_logging collect_detailed_traces disable_log_requests disable_log_stats
+        enable_layerwise_nvtx_tracing enable_log_requests enable_logging_iteration_details enable_mfu_metrics
+        enable_mm_processor_stats observability_config otlp_traces_endpoint profiler_config
+        show_hidden_metrics_for_version
+    """,
+    "text, and the backend of grammars": """
+        guided_decoding_backend guided_decoding_disable_additional_properties
+        guided_decoding_disable_any_whitespace guided_decoding_disable_fallback
+        intial_incremental_detokenization_offset logits_processor_pattern max_logprobs reasoning_config
+        reasoning_parser reasoning_parser_plugin renderer_num_workers skip_tokenizer_init
+        structured_outputs_config tokenizer_pool_extra_config tokenizer_pool_size tokenizer_pool_type
+        tokens_only
+    """,
+    "parts of models that are not run here: images, adapters, state spaces, pooling": """
+        default_mm_loras disable_chunked_mm_input disable_mm_preprocessor_cache enable_lora_bias
+        enable_mamba_cache_stochastic_rounding enable_mm_embeds enable_tower_connector_lora fully_sharded_loras
+        interleave_mm_strings language_model_only limit_mm_per_prompt long_lora_scaling_factors lora_dtype
+        lora_extra_vocab_size lora_target_modules mamba_backend mamba_block_size mamba_cache_dtype
+        mamba_cache_mode mamba_cache_philox_rounds mamba_config mamba_ssm_cache_dtype max_cpu_loras
+        max_lora_rank max_loras max_prompt_adapter_token max_prompt_adapters media_io_kwargs
+        mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin
+        mm_encoder_fp8_scale_save_path mm_encoder_only mm_encoder_tp_mode mm_processor_cache_gb
+        mm_processor_cache_type mm_processor_kwargs mm_shm_cache_max_object_size_mb mm_tensor_ipc
+        override_pooler_config pooler_config skip_mm_profiling specialize_active_lora video_pruning_rate
+    """,
 }
+_LEFT_OUT = {name for names in _LEFT_OUT_FOR.values() for name in names.split()}
 
 # What would change answers, with the values that ask for nothing.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "calculate_kv_scales": (None, False),
+    "allow_deprecated_quantization": (None, False),
     "config_format": (None, "auto", "hf"),
     "convert": (None, "auto", "none"),
     "data_parallel_size": (None, 1),
-    "enable_expert_parallel": (None, False),
+    "disable_sliding_window": (None, False),
     "enable_lora": (None, False),
+    "enable_prompt_adapter": (None, False),
     "enable_prompt_embeds": (None, False),
-    "kv_cache_dtype": (None, "auto"),
-    "limit_mm_per_prompt": (None, {}),
+    "hf_config_path": (None,),
+    "hf_token": (None, False, True),
+    "io_processor_plugin": (None,),
     "logits_processors": (None, []),
+    "logprobs_mode": (None, "raw_logprobs"),
     "lora_modules": (None, []),
-    "max_cpu_loras": (None,),
-    "max_lora_rank": (None,),
-    "max_loras": (None, 1),
-    "mm_processor_kwargs": (None, {}),
-    "model_impl": (None, "auto"),
     "override_generation_config": (None, {}),
-    "override_pooler_config": (None,),
+    "qlora_adapter_name_or_path": (None,),
     "quantization": (None,),
+    "quantization_config": (None, {}),
+    "quantization_param_path": (None,),
     "revision": (None,),
     "rope_scaling": (None, {}),
     "rope_theta": (None,),
     "runner": (None, "auto", "generate"),
-    "skip_tokenizer_init": (None, False, True),  # text is made outside the engine in either case
-    "speculative_config": (None,),
     "task": (None, "auto", "generate"),
+    "task_type": (None, "generate"),
     "tokenizer": (None,),
-    "tokenizer_mode": (None, "auto", "hf"),
+    "tokenizer_mode": (None, "auto", "hf", "slow"),
     "tokenizer_revision": (None,),
 }
 _REMEDY = {
+    "data_parallel_size": "set concurrency to as many replicas",
+    "hf_token": "set the environment variable HF_TOKEN, for workers in runtime_env",
+    "override_generation_config": "set these values in each row's sampling_params",
+    "revision": "download that revision and give its folder as model_source",
     "rope_scaling": "set hf_overrides={'rope_parameters': ...}",
     "rope_theta": "set hf_overrides={'rope_parameters': ...}",
     "tokenizer": "set tokenize_stage={'model_source': ...}",
-    "revision": "download that revision and give its folder as model_source",
-    "override_generation_config": "set these values in each row's sampling_params",
 }
 
 # Loaders of the same weights: this engine reads them its own way.
-_LOADERS = {"runai_streamer", "fastsafetensors", "instanttensor"}
+_LOADERS = {"runai_streamer", "runai_streamer_sharded", "fastsafetensors", "instanttensor"}
 
-# The peer's own fields beside engine_kwargs.
-_FIELDS_LEFT_OUT = {"log_engine_metrics", "placement_group_config", "experimental"}
-_FIELDS_OFF: dict[str, tuple[Any, ...]] = {
-    "dynamic_lora_loading_path": (None,),
-    "has_image": (None, False),
-    "prepare_image_stage": (None, False),
-    "prepare_multimodal_stage": (None, False),
-}
+# Fields that Ray Data LLM had once.
+_OLDER_FIELDS: dict[str, tuple[Any, ...]] = {"has_image": (None, False), "prepare_image_stage": (None, False)}
 
 
-def split_vllm_settings(values: Mapping[str, Any], *, known: Collection[str]) -> dict[str, Any]:
+def split_vllm_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """A processor's fields as this package takes them, from those that Ray Data LLM and vLLM take.
 
     Args:
-        values: Fields of Ray Data LLM's `vLLMEngineProcessorConfig`.
-        known: Fields of this package's config, which stay.
+        values: Fields of Ray Data LLM's `vLLMEngineProcessorConfig`, of any version.
 
     Raises:
         ValueError: for a setting that would change answers and is not there.
     """
-    fields, left_out = _split(values, _FIELDS_LEFT_OUT - set(known), _FIELDS_OFF)
+    fields, _ = _split(values, (), _OLDER_FIELDS)
+    left_out = _take_experimental(fields)
     given = fields.get("engine_kwargs")
     if isinstance(given, Mapping):
-        engine_kwargs, ignored = _split(given, _LEFT_OUT, _OFF)
+        engine_kwargs, ignored = _split(_known_values(given), _LEFT_OUT, _OFF)
         left_out += [f"engine_kwargs[{name!r}]" for name in ignored]
         if engine_kwargs.get("load_format") in _LOADERS:
             left_out.append(f"engine_kwargs['load_format']={engine_kwargs['load_format']!r}")
@@ -139,13 +161,38 @@ def split_vllm_settings(values: Mapping[str, Any], *, known: Collection[str]) ->
     return fields
 
 
+def _known_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None, vLLM's word for a default, and without what the model's files say themselves."""
+    kept = {name: value for name, value in given.items() if value is not None}
+    if kept.get("quantization") == "gguf":
+        del kept["quantization"]
+    return kept
+
+
+def _take_experimental(fields: dict[str, Any]) -> list[str]:
+    """Move what became a field of its own out of `experimental`; gives the rest's names."""
+    experimental = fields.pop("experimental", None) or {}
+    moved = "max_tasks_in_flight_per_actor"
+    if experimental.get(moved) is not None:
+        fields.setdefault(moved, experimental[moved])
+    return [f"experimental[{name!r}]" for name in sorted(experimental) if name != moved]
+
+
 def _split(
     values: Mapping[str, Any], left_out: Collection[str], off: Mapping[str, tuple[Any, ...]]
 ) -> tuple[dict[str, Any], list[str]]:
     kept: dict[str, Any] = {}
+    ignored: list[str] = []
     for name, value in values.items():
-        if name in off and not any(value is none or value == none for none in off[name]):
-            raise ValueError(f"{name}={value!r} is not supported yet: {_REMEDY.get(name, 'leave it out')}")
-        if name not in left_out and name not in off:
+        if name in FIELD_NAMES and name != "model":
             kept[name] = value
-    return kept, sorted(name for name in values if name in left_out)
+        elif name in off:
+            if not any(value is none or value == none for none in off[name]):
+                raise ValueError(
+                    f"{name}={shown(name, value)} is not supported yet: {_REMEDY.get(name, 'leave it out')}"
+                )
+        elif name in left_out:
+            ignored.append(name)
+        else:
+            kept[name] = value
+    return kept, sorted(ignored)

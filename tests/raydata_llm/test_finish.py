@@ -62,7 +62,8 @@ def test_a_row_has_the_engines_columns(model: str) -> None:
     assert row["generated_tokens"] == prompt[::-1][:3] and row["num_generated_tokens"] == len(prompt[::-1][:3])
     assert row["generated_text"] == tokenizer.decode(row["generated_tokens"], skip_special_tokens=True)
     assert (row["finish_reason"], row["cumulative_logprob"]) == ("length", -1.5) and "process" in row["stop_reason"]
-    assert row["logprobs"] is row["embeddings"] is row["metrics"] is None
+    assert row["logprobs"] is row["prompt_logprobs"] is row["embeddings"] is row["metrics"] is None
+    assert len(row["batch_uuid"]) == 32
     assert row["time_taken_llm"] > 0 and row["request_id"] == 0 and row["__inference_error__"] == ""
     assert params_of(row) == {"max_tokens": 3, "temperature": 0.25}
 

@@ -1,0 +1,53 @@
+"""What Ray reserves for a replica, as users write it: one bundle of resources, or a placement group's.
+
+Owns the check of its shape. Knows no cluster: what is free is the pool's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+
+
+def bundle_resources(value: object, field: str) -> dict[str, float]:
+    """A bundle: resource name to amount.
+
+    Raises:
+        ValueError: naming the field, the value and the remedy.
+    """
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f'{field}={value!r} is not valid: give resources and amounts, such as {{"GPU": 1, "CPU": 2}}')
+    for name, amount in value.items():
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0:
+            raise ValueError(f"{field}[{name!r}]={amount!r} is not valid: give 0 or a positive number")
+    if value.get("GPU", 0) > 1:
+        raise ValueError(f"{field}['GPU']={value['GPU']!r} is not supported yet: a replica runs on one GPU")
+    return {str(name): float(amount) for name, amount in value.items()}
+
+
+def placement_group(value: object) -> dict[str, Any]:
+    """A placement group of one bundle, as `{"bundles": [{...}], "strategy": ...}`.
+
+    Raises:
+        ValueError: naming the field, the value and the remedy.
+    """
+    field = "placement_group_config"
+    if not isinstance(value, Mapping):
+        raise ValueError(f'{field}={value!r} is not valid: give {{"bundle_per_worker": {{"GPU": 1}}}}')
+    unknown = sorted(set(map(str, value)) - {"bundle_per_worker", "bundles", "strategy"})
+    if unknown:
+        raise ValueError(f"{field}[{unknown[0]!r}] is not a setting: known are bundle_per_worker, bundles and strategy")
+    per_worker, bundles = value.get("bundle_per_worker"), value.get("bundles")
+    if (per_worker is None) == (bundles is None):
+        raise ValueError(f"{field}={value!r} is not valid: give one of bundle_per_worker and bundles")
+    strategy = value.get("strategy") or "PACK"
+    if strategy not in _STRATEGIES:
+        raise ValueError(f"{field}['strategy']={strategy!r} is not valid: choose one of {', '.join(_STRATEGIES)}")
+    if bundles is not None and (not isinstance(bundles, (list, tuple)) or len(bundles) != 1):
+        raise ValueError(
+            f"{field}['bundles']={bundles!r} is not supported yet: give one bundle, as a replica is one process"
+        )
+    bundle = bundle_resources(per_worker if bundles is None else bundles[0], f"{field} bundle")
+    return {"bundles": [bundle], "strategy": strategy}
