@@ -33,7 +33,7 @@ class ProcessorConfig(ConfigModel):
     """What all processors have in common.
 
     Args:
-        batch_size: Rows of one block, so of one task of a replica. None: 256 on GPUs, 16 on CPUs.
+        batch_size: Rows of one block. None: 256 on GPUs, 64 on CPUs.
         concurrency: Replicas: `n` for a fixed pool, `(m, n)` for a pool that grows from m to n.
         accelerator_type: The GPU a replica needs, as Ray names it ("H100", "L4").
     """
@@ -69,11 +69,14 @@ class EngineProcessorConfig(ProcessorConfig):
         runtime_env: Of all tasks and replicas.
         resources_per_bundle: What Ray reserves for a replica, such as {"GPU": 1, "CPU": 2, "my_resource": 0.1}; None:
             a GPU where it runs on one, nothing else.
-        max_concurrent_batches: Blocks a replica works on at once; None queues two to three times its
-            `max_num_seqs` rows.
-        max_tasks_in_flight_per_actor: Blocks sent to a replica at once, those at work included.
-        max_pending_requests: Rows a replica holds at once at most, instead of the multiple of `max_num_seqs`;
-            0 or less means no limit of its own.
+        max_concurrent_batches: Blocks in flight a replica; None keeps at least 4096 rows and four times the
+            engines' `max_num_seqs` in flight, from which all replicas draw.
+        max_tasks_in_flight_per_actor: The same; it counts where both are given.
+        max_pending_requests: Rows a replica holds at once at most, instead of one and a half times what its engine
+            runs at once; 0 or less means no limit of its own.
+        hang_timeout_s: An engine that has rows and ends no step for so long counts as hung and is replaced.
+        placement_timeout_s: The job stops when no replica has found a place on the cluster by then; raise it where
+            nodes are added on demand.
         should_continue_on_error: Turn a row that fails in any stage into a row with `__inference_error__` set; off,
             the first such row stops the job.
         resume: Let a job that is run again skip the rows that this package's sinks have written to `resume.path`.
@@ -96,6 +99,8 @@ class EngineProcessorConfig(ProcessorConfig):
     max_concurrent_batches: PositiveInt | None = None
     max_tasks_in_flight_per_actor: PositiveInt | None = None
     max_pending_requests: Annotated[int, Field(strict=True)] | None = None
+    hang_timeout_s: PositiveNumber = 600.0
+    placement_timeout_s: PositiveNumber = 30.0
     should_continue_on_error: Flag = False
     resume: ResumeConfig | None = None
     chat_template_stage: bool | dict[str, Any] | ChatTemplateStageConfig = True

@@ -80,7 +80,7 @@ class Job:
             "replicas": config.concurrency,
             "device": "GPU" if pool.use_gpu else "CPU",
             "rows of a block": pool.block_rows,
-            "blocks at once": pool.concurrent_blocks,
+            "blocks at once": pool.blocks_in_flight,
             "should_continue_on_error": config.should_continue_on_error,
             "versions": f"raydata_llm {__version__}, Ray {ray.__version__}, Python {platform.python_version()}",
         }

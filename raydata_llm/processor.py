@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig, ProcessorConfig
+from raydata_llm.dispatch_plan import DispatchPlan, ReplicaPlan
 from raydata_llm.finish import FinishPlan, finish
 from raydata_llm.model_source import check_model
 from raydata_llm.prepare import PreparePlan, RowFunction, prepare
 from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
-from raydata_llm.ray_operators import map_blocks, pool_options, task_options
-from raydata_llm.replica import EngineFactory, Replica, start_engine
+from raydata_llm.ray_operators import dispatcher_options, map_blocks, replica_options, task_options
+from raydata_llm.replica import EngineFactory, start_engine
 from raydata_llm.replica_pool import Cluster, ReplicaPool
 from raydata_llm.resume import PLAN_SETTING
 from raydata_llm.resume_plan import resume_plan
@@ -91,6 +92,8 @@ class Processor:
         """
         if not hasattr(dataset, "map_batches"):
             raise ValueError(f"dataset={type(dataset).__name__} is not valid: give a ray.data.Dataset")
+        from raydata_llm.dispatcher import Dispatcher  # imports Ray
+
         if self._prepare_plan.resume is not None:
             refuse_ray_checkpoint(dataset)
             dataset = with_setting(dataset, PLAN_SETTING, self._prepare_plan.resume)
@@ -101,7 +104,7 @@ class Processor:
         rows = pool.block_rows
         self._job = job = self._start_job(pool)
         dataset = map_blocks(dataset, prepare, rows, fn_kwargs={"plan": self._prepare_plan}, **self._prepare_options)
-        dataset = map_blocks(dataset, Replica, rows, **self._replica_options(pool, job))
+        dataset = map_blocks(dataset, Dispatcher, rows, **self._dispatcher_options(pool, job))
         finish_kwargs = {"plan": self._finish_plan, "stats_sender": job.link}
         return job.watch(map_blocks(dataset, finish, rows, fn_kwargs=finish_kwargs, **self._finish_options))
 
@@ -146,15 +149,25 @@ class Processor:
 
         return Job.of(self.config, pool)
 
-    def _replica_options(self, pool: ReplicaPool, job: Job) -> dict[str, Any]:
-        constructor_kwargs = {
-            "model_source": self.config.model_source,
-            "engine_kwargs": pool.engine_kwargs,
-            "keep_going": self.config.should_continue_on_error,
-            "engine_factory": self._engine_factory,
-            "stats_sender": job.link,
-        }
-        return {"fn_constructor_kwargs": constructor_kwargs, **pool_options(pool, self.config)}
+    def _dispatcher_options(self, pool: ReplicaPool, job: Job) -> dict[str, Any]:
+        pending = self.config.max_pending_requests
+        replica = ReplicaPlan(
+            model_source=self.config.model_source,
+            engine_kwargs=pool.engine_kwargs,
+            actor_options=replica_options(pool, self.config),
+            max_pending_rows=pending if pending is not None and pending > 0 else None,
+            hang_timeout_s=self.config.hang_timeout_s,
+            engine_factory=self._engine_factory,
+            stats_sender=job.link,
+        )
+        plan = DispatchPlan(
+            min_replicas=pool.min_size,
+            max_replicas=pool.max_size,
+            replica=replica,
+            keep_going=self.config.should_continue_on_error,
+            placement_timeout_s=self.config.placement_timeout_s,
+        )
+        return {"fn_constructor_kwargs": {"plan": plan}, **dispatcher_options(pool, self.config)}
 
 
 def build_llm_processor(

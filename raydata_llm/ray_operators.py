@@ -19,8 +19,7 @@ from raydata_llm.stage_config import StageConfig
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-# Times a block is sent again when its replica's process or node is lost. Unlimited, as Ray Data's default, a row that
-# kills the engine would do so for ever.
+# Times a block is sent again when the dispatcher's process or node is lost (replicas are its own business).
 _BLOCK_RETRIES = 4
 
 # Arguments of the user's function, bound to it elsewhere.
@@ -64,19 +63,20 @@ def task_options(
     return _given(options)
 
 
-def pool_options(pool: ReplicaPool, config: EngineProcessorConfig) -> dict[str, Any]:
-    """Options of the pool of replicas."""
-    options = {
-        # Ray Data gives every actor a CPU of its own otherwise, and two replicas on two CPUs leave none for the
-        # tasks that feed them: no row, no message.
-        "num_cpus": 0,
-        "max_task_retries": _BLOCK_RETRIES,
+def replica_options(pool: ReplicaPool, config: EngineProcessorConfig) -> dict[str, Any]:
+    """Options of each replica's actor."""
+    # Ray would give an actor a CPU of its own otherwise, and two replicas on two CPUs leave none for the tasks that
+    # feed them: no row, no message.
+    asked = dict(config.replica_resources or {})
+    options: dict[str, Any] = {
+        "num_cpus": asked.pop("CPU", 0),
+        "memory": asked.pop("memory", None),
         "runtime_env": config.runtime_env,
-        **_actor_pool(pool),
     }
-    if pool.use_gpu:
-        options |= {"num_gpus": 1, "accelerator_type": config.accelerator_type}
-    return _given(options)
+    num_gpus = asked.pop("GPU", 1 if pool.use_gpu else 0)
+    if num_gpus:
+        options |= {"num_gpus": num_gpus, "accelerator_type": config.accelerator_type}
+    return _given({**options, "resources": asked or None})
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +85,36 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
         # Ray Data writes its operators' options into its log, credentials in them included.
         given["runtime_env"] = hide_environment(given["runtime_env"])
     return given
+
+
+def dispatcher_options(pool: ReplicaPool, config: EngineProcessorConfig) -> dict[str, Any]:
+    """Options of the one actor that starts the replicas and feeds them."""
+    from ray.data import ActorPoolStrategy
+
+    strategy: dict[str, Any] = {
+        "size": 1,
+        "max_tasks_in_flight_per_actor": pool.blocks_in_flight,
+        "enable_true_multi_threading": True,
+    }
+    options = _given(
+        {
+            "num_cpus": 0,
+            "max_task_retries": _BLOCK_RETRIES,
+            "scheduling_strategy": _this_node(),
+            "runtime_env": config.runtime_env,
+        }
+    )
+    if "max_concurrent_calls_per_actor" not in inspect.signature(ActorPoolStrategy).parameters:  # before Ray 2.58
+        return {"compute": ActorPoolStrategy(**strategy), "max_concurrency": pool.blocks_in_flight, **options}
+    return {"compute": ActorPoolStrategy(**strategy, max_concurrent_calls_per_actor=pool.blocks_in_flight), **options}
+
+
+def _this_node() -> Any:
+    """The driver's node: as long as that lives, losing a node costs no more than the rows of its replicas."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def map_blocks(dataset: Dataset, function: Any, block_rows: int, **options: Any) -> Dataset:
@@ -99,18 +129,3 @@ def map_blocks(dataset: Dataset, function: Any, block_rows: int, **options: Any)
         return dataset.map_batches_internal(function, batch_size=None, **options)
     # Older Rays have the public method alone, which asks for a batch size where a GPU is taken.
     return dataset.map_batches(function, batch_size=block_rows if options.get("num_gpus") else None, **options)
-
-
-def _actor_pool(pool: ReplicaPool) -> dict[str, Any]:
-    from ray.data import ActorPoolStrategy
-
-    strategy: dict[str, Any] = {
-        "min_size": pool.min_size,
-        "max_size": pool.max_size,
-        "initial_size": pool.min_size,
-        "max_tasks_in_flight_per_actor": pool.blocks_in_flight,
-        "enable_true_multi_threading": True,
-    }
-    if "max_concurrent_calls_per_actor" not in inspect.signature(ActorPoolStrategy).parameters:  # before Ray 2.58
-        return {"compute": ActorPoolStrategy(**strategy), "max_concurrency": pool.concurrent_blocks}
-    return {"compute": ActorPoolStrategy(**strategy, max_concurrent_calls_per_actor=pool.concurrent_blocks)}

@@ -1,51 +1,60 @@
-"""The second operator: one engine in one pool actor, fed from all blocks in flight.
+"""One engine in an actor of its own: packed requests in, packed outputs out, row by row.
 
-Owns the engine's life inside the actor and the translation of row requests to engine requests. Runs in several
-threads at once, one a block; the engine's own thread mixes their rows. Knows no text. Invariants: a task gives back
-exactly one block (Ray Data replays retried tasks by block number), its rows in the order they came.
+Owns the engine's life inside the process and the translation of a row's request to the engine's. Knows no text, no
+blocks and no other replica: which rows it gets, and what happens to them when it dies, is the dispatcher's business.
+Invariant: each row that was fed is collected once, or the engine's death is told.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
-import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import pyarrow as pa
+from typing import Any, NamedTuple, Protocol
 
 from raydata_llm.engine.phases import announce
 from raydata_llm.engine.request import Request, RequestOutput, seeded_key
 from raydata_llm.engine.sampling_params import SamplingParams
-from raydata_llm.guarded_engine import EngineLostError, GuardedEngine, RunningEngine
 from raydata_llm.job_link import StatsSender
-from raydata_llm.ray_blocks import block_rows, block_size_limit
+from raydata_llm.lease_book import Outcome
 from raydata_llm.replica_sampler import ReplicaSampler
-from raydata_llm.row_payload import (
-    OUTPUT_COLUMN,
-    REQUEST_COLUMN,
-    RowOutput,
-    RowRequest,
-    append_packed,
-    describe_failure,
-    pack,
-    row_error,
-    seal_block,
-    unpack_column,
-)
-
-logger = logging.getLogger(__name__)
-
-# What a replica leaves with when its process can run no engine any more (a CUDA context is lost for good, say): Ray
-# starts a fresh process and sends its blocks again.
-ENGINE_LOST_EXIT_CODE = 70
+from raydata_llm.row_payload import RowOutput, RowRequest, describe_failure, pack, unpack
 
 # Different sampling parameters remembered at once.
 _KNOWN_PARAMS = 1024
+# Outputs are sent on together that finish within this time: a message costs both sides about a millisecond.
+_GATHER_SECONDS = 0.02
+
+
+class RunningEngine(Protocol):
+    """An engine in a thread of its own, as `raydata_llm.engine.engine_thread.EngineThread`."""
+
+    max_num_seqs: int
+
+    def submit(self, requests: Sequence[Request], deliver: Callable[[RequestOutput], None]) -> None:
+        """Run requests; each output is delivered as it finishes."""
+        ...
+
+    @property
+    def death(self) -> BaseException | None:
+        """What ended the engine."""
+        ...
+
+    @property
+    def seconds_silent(self) -> float:
+        """How long an engine with something to do has given no sign of life."""
+        ...
+
+    def stats(self) -> object | None:
+        """The engine's counts; None from one that tells none."""
+        ...
+
+    def shutdown(self) -> None:
+        """Free the device."""
+        ...
+
 
 EngineFactory = Callable[[str, Mapping[str, Any]], tuple[RunningEngine, Mapping[str, Any]]]
 
@@ -73,6 +82,20 @@ def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[R
     return EngineThread(engine), engine.default_sampling_params
 
 
+class Collected(NamedTuple):
+    """What a replica has to say: finished rows, and how its engine is.
+
+    Args:
+        outcomes: Rows that finished since the last time.
+        seconds_silent: How long the engine, with something to do, has given no sign of life.
+        death: Why the engine is dead, as `Type: message`.
+    """
+
+    outcomes: list[Outcome]
+    seconds_silent: float
+    death: str | None
+
+
 class _Params(NamedTuple):
     """Checked sampling parameters, and the same as JSON."""
 
@@ -80,20 +103,20 @@ class _Params(NamedTuple):
     text: str
 
 
-class _Asked(NamedTuple):
-    """A row's request, and its parameters as JSON."""
+class _Finished(NamedTuple):
+    """A row on its way out; packed by the thread that sends it, not by the engine's."""
 
-    request: Request
-    params: str
+    row_id: int
+    output: RowOutput
+    num_tokens: int
 
 
 class Replica:
-    """The callable that Ray Data puts into each actor of the pool.
+    """What the dispatcher puts into each actor; its methods run in several threads at once.
 
     Args:
         model_source: The model, as the user named it.
         engine_kwargs: The engine's settings on this pool.
-        keep_going: Turn failures into error rows instead of raising.
         engine_factory: For tests.
         stats_sender: To whom the replica tells how it fares.
     """
@@ -102,106 +125,100 @@ class Replica:
         self,
         model_source: str,
         engine_kwargs: Mapping[str, Any],
-        keep_going: bool,
         engine_factory: EngineFactory = start_engine,
         stats_sender: StatsSender | None = None,
     ) -> None:
         self._sampler = ReplicaSampler(stats_sender or StatsSender())
-        self._keep_going = keep_going
-        self._numbers = itertools.count()
+        self._start = (engine_factory, model_source, engine_kwargs)
         self._known_params: dict[bytes, _Params] = {}
-        self._engine: GuardedEngine | None = None
-        self._start_error: Exception | None = None
-        # Raised by the first block, not here: an actor that dies while it starts is reported by Ray Data as an
-        # internal fault of its own, with pages of its stack; an error of a task shows its cause.
-        try:
-            with self._sampler.starting():
-                self._engine = GuardedEngine(functools.partial(engine_factory, model_source, engine_kwargs))
-            self._sampler.watch(self._engine.stats)
-        except Exception as error:
-            logger.exception("The engine did not start")
-            self._start_error, self._start_traceback = error, error.__traceback__
+        self._finished: list[_Finished] = []
+        self._arrival = threading.Condition()
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Run a block's requests and append their outputs.
+    def where(self) -> tuple[str, int]:
+        """The node's address and the process: answers as soon as the actor is placed."""
+        import ray
+
+        return ray.util.get_node_ip_address(), os.getpid()
+
+    def start(self) -> int:
+        """Start the engine; returns how many rows it runs at once.
 
         Raises:
-            RowError: for a row that fails, unless rows may.
-            ValueError: when the engine could not start.
+            ValueError: when the model or the device cannot meet the settings.
         """
-        engine = self._running_engine()
-        entries = [self._request(row, engine) for row in unpack_column(table, REQUEST_COLUMN)]
-        self._check(table, entries)
-        with self._sampler.block(len(entries)):
-            outputs = self._run(entries, engine)
-            self._sampler.count(output.output for output in outputs)
-        self._check(table, outputs)
-        table = append_packed(table.drop_columns([REQUEST_COLUMN]), OUTPUT_COLUMN, outputs)
-        return seal_block(table, block_size_limit())
+        factory, model_source, engine_kwargs = self._start
+        with self._sampler.starting():
+            self._engine, self._default_sampling_params = factory(model_source, engine_kwargs)
+        self._sampler.watch(self._engine.stats)
+        return self._engine.max_num_seqs
 
-    def __del__(self) -> None:
-        engine = getattr(self, "_engine", None)
-        if engine is not None:
-            engine.shutdown()
+    def feed(self, rows: Sequence[tuple[int, bytes]]) -> None:
+        """Take rows, as (row id, packed `RowRequest`)."""
+        started = time.perf_counter()
+        self._sampler.hold(len(rows))
+        texts: dict[str, str] = {}
+        requests = []
+        for row_id, cell in rows:
+            row: RowRequest = unpack(cell)
+            try:
+                params = self._params(row.sampling_params)
+            except Exception as error:
+                failed = RowOutput(None, "", row_id, 0.0, describe_failure(error, "sampling_params"))
+                self._finish(_Finished(row_id, failed, 0))
+                continue
+            seed = params.value.seed
+            request = Request(
+                request_id=str(row_id),
+                prompt_token_ids=row.prompt_token_ids,
+                sampling_params=params.value,
+                key=row.key if seed is None else seeded_key(seed),
+            )
+            texts[request.request_id] = params.text
+            requests.append(request)
 
-    def _running_engine(self) -> GuardedEngine:
-        if self._start_error is not None:
-            # With the traceback of the start alone: several threads raise this, each would add its own.
-            raise self._start_error.with_traceback(self._start_traceback)
-        assert self._engine is not None, "started, or its error was kept"
-        return self._engine
+        def deliver(output: RequestOutput) -> None:
+            row_id, text = int(output.request_id), texts.pop(output.request_id)
+            self._finish(_finished(row_id, text, output, time.perf_counter() - started))
 
-    def _request(self, row: RowRequest, engine: GuardedEngine) -> _Asked | RowOutput:
-        number = next(self._numbers)
-        if row.error is not None or row.prompt_token_ids is None:
-            return RowOutput(None, "", number, 0.0, row.error)
-        try:
-            params = self._params(row.sampling_params, engine)
-        except Exception as error:
-            return RowOutput(None, "", number, 0.0, describe_failure(error, "sampling_params"))
-        seed = params.value.seed
-        request = Request(
-            request_id=str(number),
-            prompt_token_ids=row.prompt_token_ids,
-            sampling_params=params.value,
-            key=row.key if seed is None else seeded_key(seed),
+        if self._engine.death is None:
+            self._engine.submit(requests, deliver)
+
+    def collect(self, timeout: float) -> Collected:
+        """Rows that finished, as soon as there are some; none after `timeout` seconds."""
+        with self._arrival:
+            if not self._finished and self._engine.death is None:
+                self._arrival.wait(timeout)
+        if self._finished:
+            time.sleep(_GATHER_SECONDS)
+        with self._arrival:
+            finished, self._finished = self._finished, []
+        if finished:
+            self._sampler.count([row.output.output for row in finished])
+        outcomes = [Outcome(row.row_id, pack(row.output), row.output.error, row.num_tokens) for row in finished]
+        death = self._engine.death
+        return Collected(
+            outcomes, self._engine.seconds_silent, None if death is None else f"{type(death).__name__}: {death}"
         )
-        return _Asked(request, params.text)
 
-    def _params(self, given: Any, engine: GuardedEngine) -> _Params:
+    def _finish(self, row: _Finished) -> None:
+        with self._arrival:
+            self._finished.append(row)
+            self._arrival.notify()
+
+    def _params(self, given: Any) -> _Params:
         # Most rows ask alike, and this thread shares its interpreter with the engine's: 150 us a row without this.
         given_bytes = pack(given)
         known = self._known_params.get(given_bytes)
         if known is None:
-            params = SamplingParams.from_mapping(given, engine.default_sampling_params)
+            params = SamplingParams.from_mapping(given, self._default_sampling_params)
             known = _Params(params, json.dumps(params.to_mapping(), sort_keys=True))
             if len(self._known_params) >= _KNOWN_PARAMS:
                 self._known_params.clear()
             self._known_params[given_bytes] = known
         return known
 
-    def _run(self, entries: Sequence[_Asked | RowOutput], engine: GuardedEngine) -> list[RowOutput]:
-        started = time.perf_counter()
-        requests = [entry.request for entry in entries if isinstance(entry, _Asked)]
-        try:
-            finished = iter(engine.generate(requests))
-        except EngineLostError:
-            logger.exception("This replica ends; Ray starts a fresh one for its blocks")
-            logging.shutdown()
-            os._exit(ENGINE_LOST_EXIT_CODE)
-        seconds = time.perf_counter() - started
-        return [
-            _row_output(entry, next(finished), seconds) if isinstance(entry, _Asked) else entry for entry in entries
-        ]
 
-    def _check(self, table: pa.Table, entries: Sequence[_Asked | RowOutput]) -> None:
-        if self._keep_going:
-            return
-        for index, entry in enumerate(entries):
-            if isinstance(entry, RowOutput) and entry.error is not None:
-                raise row_error(block_rows(table.slice(index, 1))[0], entry.error)
-
-
-def _row_output(asked: _Asked, output: RequestOutput, seconds: float) -> RowOutput:
+def _finished(row_id: int, params: str, output: RequestOutput, seconds: float) -> _Finished:
     error = None if output.error is None else describe_failure(output.error, "engine")
-    return RowOutput(None if error else output, asked.params, int(asked.request.request_id), seconds, error)
+    num_tokens = sum(len(one.token_ids) for one in output.outputs)
+    return _Finished(row_id, RowOutput(None if error else output, params, row_id, seconds, error), num_tokens)

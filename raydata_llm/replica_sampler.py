@@ -12,7 +12,7 @@ import socket
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from raydata_llm.engine.phases import PHASE_LOGGER
@@ -67,32 +67,24 @@ class ReplicaSampler:
         self._read_stats = read_stats
         self._enter(RUNNING)
 
-    @contextmanager
-    def block(self, num_rows: int) -> Iterator[None]:
-        """While a block's rows are in the engine."""
+    def hold(self, num_rows: int) -> None:
+        """Rows came in."""
         with self._lock:
             self._rows_held += num_rows
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._rows_held -= num_rows
-                last = self._rows_held == 0
-            if last:  # this may have been the job's last block
-                self.send()
 
-    def count(self, outputs: Iterable[RequestOutput | None]) -> None:
-        """Count rows that are through; None is a row that never reached the engine."""
-        num_rows = num_prompt = num_output = 0
-        for output in outputs:
-            num_rows += 1
-            if output is not None:
-                num_prompt += len(output.prompt_token_ids)
-                num_output += sum(len(one.token_ids) for one in output.outputs)
+    def count(self, outputs: Sequence[RequestOutput | None]) -> None:
+        """Rows are through; None is a row that never reached the engine."""
+        given = [output for output in outputs if output is not None]
+        num_prompt = sum(len(output.prompt_token_ids) for output in given)
+        num_output = sum(len(one.token_ids) for output in given for one in output.outputs)
         with self._lock:
-            self._rows_done += num_rows
+            self._rows_held -= len(outputs)
+            self._rows_done += len(outputs)
             self._prompt_tokens += num_prompt
             self._output_tokens += num_output
+            last = self._rows_held == 0
+        if last:  # these may have been the job's last rows
+            self.send()
 
     def send(self) -> None:
         """Send a sample now."""

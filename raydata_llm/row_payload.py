@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pickle
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -111,14 +111,24 @@ def pack(value: object) -> bytes:
         return bytes(cloudpickle.dumps(value, protocol=5))  # type: ignore[no-untyped-call]
 
 
+def unpack(cell: bytes) -> Any:
+    """Undo `pack`."""
+    return pickle.loads(cell)
+
+
 def append_packed(table: pa.Table, name: str, values: Iterable[object]) -> pa.Table:
     """The table with one more column, a pickle a row."""
-    return table.append_column(name, pa.array([pack(value) for value in values], type=pa.large_binary()))
+    return append_cells(table, name, [pack(value) for value in values])
+
+
+def append_cells(table: pa.Table, name: str, cells: Sequence[bytes]) -> pa.Table:
+    """The table with one more column of packed values."""
+    return table.append_column(name, pa.array(cells, type=pa.large_binary()))
 
 
 def unpack_column(table: pa.Table, name: str) -> list[Any]:
     """The values of a column made by `append_packed`."""
-    return [pickle.loads(cell) for cell in table.column(name).to_pylist()]
+    return [unpack(cell) for cell in table.column(name).to_pylist()]
 
 
 def seal_block(table: pa.Table, limit: int | None) -> pa.Table:

@@ -11,6 +11,7 @@ transformers' `TokenizersBackend`, and the reloaded state is compared before the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -44,11 +45,17 @@ def tokenizer_stamp(source: Path) -> str:
     """A digest that changes with the tokenizer's files (their names, sizes and times) and the reading libraries."""
     digest = hashlib.blake2b(digest_size=12)
     for library in ("transformers", "tokenizers"):
-        digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
+        digest.update(f"{library} {_version(library)}\n".encode())
     for file in _tokenizer_files(source):
         state = file.stat()
         digest.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _version(library: str) -> str:
+    # 2 ms each time, and every block asks for its tokenizer.
+    return importlib.metadata.version(library)
 
 
 def load_prepared(source: Path, stamp: str, *, trust_remote_code: bool) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import pytest
 import ray
 from ray import cloudpickle
 
+from raydata_llm.engine.engine_thread import EngineThread
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput
-from raydata_llm.guarded_engine import EngineLostError, RunningEngine
-from raydata_llm.replica import EngineFactory
+from raydata_llm.replica import EngineFactory, RunningEngine
 
 # The pool's actors do not have the tests' folder on their path.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
@@ -48,22 +47,24 @@ def ray_session(**environment: str) -> Iterator[None]:
 class EchoEngine:
     """Answers with the prompt's own tokens, backwards; `stop_reason` says in which process."""
 
+    max_num_seqs = 64
+
     def __init__(self, engine_kwargs: Mapping[str, Any], seconds: float = 0.02) -> None:
         self.engine_kwargs = engine_kwargs
         self._seconds = seconds
-        self._lock = threading.Lock()
-        self.at_once = self.most_at_once = 0
+        self._running: list[Request] = []
 
-    def generate(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        with self._lock:
-            self.at_once += 1
-            self.most_at_once = max(self.most_at_once, self.at_once)
+    def add_request(self, request: Request) -> None:
+        if len(request.prompt_token_ids) > MAX_MODEL_LEN:
+            raise ValueError(
+                f"the prompt has {len(request.prompt_token_ids)} tokens, max_model_len={MAX_MODEL_LEN} allows fewer"
+            )
+        self._running.append(request)
+
+    def step(self) -> list[RequestOutput]:
         time.sleep(self._seconds)
-        try:
-            return [self._answer(request) for request in requests]
-        finally:
-            with self._lock:
-                self.at_once -= 1
+        running, self._running = self._running, []
+        return [self._answer(request) for request in running]
 
     def shutdown(self) -> None:
         pass
@@ -71,9 +72,6 @@ class EchoEngine:
     def _answer(self, request: Request) -> RequestOutput:
         prompt = [int(token_id) for token_id in request.prompt_token_ids]
         params = request.sampling_params
-        if len(prompt) > MAX_MODEL_LEN:
-            error = f"ValueError: the prompt has {len(prompt)} tokens, max_model_len={MAX_MODEL_LEN} allows fewer"
-            return RequestOutput(request.request_id, prompt, error=error)
         token_ids = prompt[::-1][: params.max_tokens]
         logprobs = None
         if params.logprobs is not None:
@@ -85,9 +83,14 @@ class EchoEngine:
         return RequestOutput(request.request_id, prompt, outputs)
 
 
+def serve(engine: Any) -> RunningEngine:
+    """A fake engine under the real `EngineThread`."""
+    return EngineThread(engine)
+
+
 def start_echo_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[RunningEngine, Mapping[str, Any]]:
     """Stands in for `raydata_llm.replica.start_engine`."""
-    return EchoEngine(engine_kwargs), {"temperature": 0.25}
+    return serve(EchoEngine(engine_kwargs)), {"temperature": 0.25}
 
 
 def start_nothing(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[RunningEngine, Mapping[str, Any]]:
@@ -103,30 +106,6 @@ def start_together(folder: Path, size: int, seconds: float) -> EngineFactory:
         patience = time.monotonic() + 60
         while len(list(folder.iterdir())) < size and time.monotonic() < patience:
             time.sleep(0.05)
-        return EchoEngine(engine_kwargs, seconds), {"temperature": 0.25}
-
-    return start
-
-
-class LostEngine(EchoEngine):
-    """Dies for good, process after process, so many times."""
-
-    def __init__(self, engine_kwargs: Mapping[str, Any], folder: Path, deaths: int) -> None:
-        super().__init__(engine_kwargs)
-        self._folder = folder
-        self._deaths = deaths
-
-    def generate(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        if len(list(self._folder.iterdir())) < self._deaths:
-            (self._folder / str(os.getpid())).touch()
-            raise EngineLostError("a new engine does not start")
-        return super().generate(requests)
-
-
-def start_lost(folder: Path, deaths: int) -> EngineFactory:
-    """Starts engines whose processes are lost with them, so many times."""
-
-    def start(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[RunningEngine, Mapping[str, Any]]:
-        return LostEngine(engine_kwargs, folder, deaths), {}
+        return serve(EchoEngine(engine_kwargs, seconds)), {"temperature": 0.25}
 
     return start
