@@ -1,9 +1,9 @@
 """The second operator: takes blocks of requests, has replicas answer their rows, and gives the blocks back.
 
 Owns the pool: how many replicas there are, what they are placed on, and when to give up. It is one actor without a
-CPU or GPU of its own; Ray ends the replicas, which it started, with it, however the job ends. Runs in several threads at
-once, one a block, so that replicas draw on all blocks in flight. Knows no text and no model. Invariants: a task gives
-back exactly one block (Ray Data replays retried tasks by block number), its rows in the order they came.
+CPU or GPU of its own; Ray ends the replicas, which it started, with it, however the job ends. Runs in several threads
+at once, one a block, so that replicas draw on all blocks in flight. Knows no text and no model. Invariants: a task
+gives back exactly one block (Ray Data replays retried tasks by block number), its rows in the order they came.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Dispatcher:
 
     def _output(self, table: pa.Table, index: int, outcome: Outcome | Quarantined) -> bytes:
         if isinstance(outcome, Quarantined):
-            error = describe_failure(outcome.cause, "engine")
+            error: str | None = describe_failure(outcome.cause, "engine")
             cell = pack(RowOutput(None, "", outcome.row_id, 0.0, error))
         else:
             cell, error = outcome.cell, outcome.error

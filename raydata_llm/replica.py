@@ -138,7 +138,7 @@ class Replica:
         """The node's address and the process: answers as soon as the actor is placed."""
         import ray
 
-        return ray.util.get_node_ip_address(), os.getpid()
+        return str(ray.util.get_node_ip_address()), os.getpid()  # type: ignore[no-untyped-call]
 
     def start(self) -> int:
         """Start the engine; returns how many rows it runs at once.
@@ -160,6 +160,7 @@ class Replica:
         requests = []
         for row_id, cell in rows:
             row: RowRequest = unpack(cell)
+            assert row.prompt_token_ids is not None, "rows that failed before are not dispatched"
             try:
                 params = self._params(row.sampling_params)
             except Exception as error:

@@ -1,7 +1,7 @@
 """The dispatcher's line to one replica: starts it, feeds it, collects from it, and replaces it when it is gone.
 
 Owns the replica's actor and the two threads that talk to it. Knows rows as opaque cells. Invariant: whatever ends a
-replica (its engine's death, its process's, its node's, silence), its rows go back to the book, and a new one is started.
+replica (its engine's death, its process's, its node's, silence), its rows go back to the book and a new one is started.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ class ReplicaLink:
         """One replica's life."""
         number = next(_numbers)
         self.is_ready = False
-        self._actor = ray.remote(Replica).options(max_concurrency=_THREADS, **self._plan.actor_options).remote(
-            self._plan.model_source, self._plan.engine_kwargs, self._plan.engine_factory
+        self._actor = (
+            ray.remote(Replica)
+            .options(max_concurrency=_THREADS, **self._plan.actor_options)
+            .remote(self._plan.model_source, self._plan.engine_kwargs, self._plan.engine_factory)
         )
         try:
             address, pid = ray.get(self._actor.where.remote())

@@ -71,7 +71,8 @@ def run(case: Case, model: str, folder: Path) -> dict[str, Any]:
     lengths = {row["id"]: row["tokens"] for row in rows}
     ended = time.time()
     assert lengths == {row: tokens(row) for row in range(case.rows)}, "every row once, as long as it asked to be"
-    logs = [np.array([json.loads(line) for line in open(file)]) for file in sorted((folder / "log").iterdir())]
+    files = sorted((folder / "log").iterdir())
+    logs = [np.array([json.loads(line) for line in file.read_text().splitlines()]) for file in files]
     ready = float(min(log[0, 0] for log in logs))
     return {
         "seconds": round(ended - ready, 2),
@@ -104,9 +105,11 @@ def floor(case: Case) -> float:
 def share_of_slots(logs: list[Any], ready: float, rows: int) -> float:
     """Mean share of the slots of all engines that hold a row, until the last row has started."""
     moments = np.unique(np.concatenate([log[:, 0] for log in logs]))
-    at = [np.searchsorted(log[:, 0], moments, side="right") - 1 for log in logs]
-    started = sum(np.where(index >= 0, log[index, 2], 0) for index, log in zip(at, logs, strict=True))
-    running = sum(np.where(index >= 0, log[index, 1], 0) for index, log in zip(at, logs, strict=True))
+    states = []  # [running, started] of each engine at each moment
+    for log in logs:
+        index = np.searchsorted(log[:, 0], moments, side="right") - 1
+        states.append(np.where(index[:, None] >= 0, log[index, 1:], 0))
+    running, started = np.sum(states, axis=0).T
     until = int(np.searchsorted(started, rows))
     held = float((running[:until] * np.diff(moments[: until + 1])).sum())
     return held / float(moments[until] - ready) / SETTINGS.max_num_seqs / len(logs)

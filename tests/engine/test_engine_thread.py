@@ -1,8 +1,9 @@
-"""One engine under many callers: order, isolation, death, shutdown."""
+"""One engine under many callers: isolation, death, silence, shutdown."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,51 +38,57 @@ def requests(caller: int, count: int, max_tokens: int = 8) -> list[Request]:
     ]
 
 
-def test_callers_get_their_own_results_in_order(served: EngineThread) -> None:
-    results: dict[int, list[RequestOutput]] = {}
+class Outputs:
+    """Takes delivery."""
 
-    def call(caller: int) -> None:
-        results[caller] = served.generate(requests(caller, 12))
+    def __init__(self) -> None:
+        self.all: dict[str, RequestOutput] = {}
+        self._arrived = threading.Condition()
 
-    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    def take(self, output: RequestOutput) -> None:
+        with self._arrived:
+            assert output.request_id not in self.all, "delivered once"
+            self.all[output.request_id] = output
+            self._arrived.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: len(self.all) >= count, timeout=120)
+
+
+def test_callers_get_their_own_outputs(served: EngineThread) -> None:
+    outputs = [Outputs() for _ in range(6)]
     for caller in range(6):
-        prompts = [output.prompt_token_ids for output in results[caller]]
-        assert prompts == [[3 + caller, 5, 7 + index] for index in range(12)]
-        assert [output.request_id for output in results[caller]] == [str(index) for index in range(12)]
-        assert all(len(output.outputs[0].token_ids) == 8 for output in results[caller])
+        served.submit(requests(caller, 12), outputs[caller].take)
+    for caller in range(6):
+        outputs[caller].wait_for(12)
+        for index in range(12):
+            output = outputs[caller].all[str(index)]
+            assert output.prompt_token_ids == [3 + caller, 5, 7 + index]
+            assert len(output.outputs[0].token_ids) == 8
+    assert served.death is None and served.seconds_silent == 0.0
 
 
-def test_a_short_call_does_not_wait_for_a_long_one(served: EngineThread) -> None:
-    long_done = threading.Event()
-
-    def long_call() -> None:
-        served.generate(requests(0, 1, max_tokens=1000))
-        long_done.set()
-
-    thread = threading.Thread(target=long_call)
-    thread.start()
-    served.generate(requests(1, 2, max_tokens=2))
-    assert not long_done.is_set()
-    thread.join(timeout=120)
-    assert long_done.is_set()
+def test_a_short_request_does_not_wait_for_a_long_one(served: EngineThread) -> None:
+    long, short = Outputs(), Outputs()
+    served.submit(requests(0, 1, max_tokens=1000), long.take)
+    served.submit(requests(1, 2, max_tokens=2), short.take)
+    short.wait_for(2)
+    assert not long.all
+    long.wait_for(1)
 
 
-def test_a_refused_request_is_a_result_and_the_others_finish(served: EngineThread) -> None:
+def test_a_refused_request_is_an_output_and_the_others_finish(served: EngineThread) -> None:
     bad = Request(request_id="bad", prompt_token_ids=np.array([9999], dtype=np.int32), sampling_params=SamplingParams())
     good = requests(0, 2)
-    results = served.generate([good[0], bad, good[1]])
-    assert [result.error is None for result in results] == [True, False, True]
-    assert results[1].request_id == "bad"
-    assert results[1].error is not None
-    assert results[1].error.startswith("ValueError: prompt_token_ids holds 9999")
-    assert served.generate([]) == []
+    outputs = Outputs()
+    served.submit([good[0], bad, good[1]], outputs.take)
+    outputs.wait_for(3)
+    assert (outputs.all["bad"].error or "").startswith("ValueError: prompt_token_ids holds 9999")
+    assert outputs.all["0"].error is None and outputs.all["1"].error is None
 
 
-def test_a_death_is_told_to_all_callers_with_its_cause(engine: Engine) -> None:
+def test_a_death_is_told_with_its_cause(engine: Engine) -> None:
     original = engine.step
     steps = 0
 
@@ -94,30 +101,40 @@ def test_a_death_is_told_to_all_callers_with_its_cause(engine: Engine) -> None:
 
     engine.step = failing  # type: ignore[method-assign]
     served = EngineThread(engine)
-    with pytest.raises(EngineDeadError, match="MemoryError: no room on the device") as raised:
-        served.generate(requests(0, 3))
-    assert isinstance(raised.value.__cause__, MemoryError)
-    with pytest.raises(EngineDeadError, match="MemoryError"):
-        served.generate(requests(1, 1))
+    served.submit(requests(0, 3), Outputs().take)
+    patience = time.monotonic() + 60
+    while served.death is None and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert isinstance(served.death, MemoryError)
+    with pytest.raises(EngineDeadError, match="MemoryError: no room on the device"):
+        served.submit(requests(1, 1), Outputs().take)
     served.shutdown()
 
 
-def test_shutdown_releases_waiting_callers(engine: Engine) -> None:
+def test_silence_is_measured_while_there_is_something_to_do(engine: Engine) -> None:
+    go_on = threading.Event()
+
+    def hanging() -> list[RequestOutput]:
+        go_on.wait(60)
+        raise RuntimeError("enough")
+
+    engine.step = hanging  # type: ignore[method-assign]
     served = EngineThread(engine)
-    caught: list[BaseException] = []
+    assert served.seconds_silent == 0.0
+    served.submit(requests(0, 1), Outputs().take)
+    time.sleep(0.3)
+    assert 0.2 < served.seconds_silent < 30
+    go_on.set()
+    served.shutdown()
 
-    def call() -> None:
-        try:
-            served.generate(requests(0, 4, max_tokens=1000))
-        except EngineDeadError as error:
-            caught.append(error)
 
-    thread = threading.Thread(target=call)
-    thread.start()
+def test_after_shutdown_nothing_is_taken(engine: Engine) -> None:
+    served = EngineThread(engine)
+    outputs = Outputs()
+    served.submit(requests(0, 4, max_tokens=1000), outputs.take)
     while served.stats().num_running == 0:
         pass
     served.shutdown()
-    thread.join(timeout=30)
-    assert "shut down" in str(caught[0])
+    assert not outputs.all and served.death is None
     with pytest.raises(EngineDeadError, match="shut down"):
-        served.generate(requests(1, 1))
+        served.submit(requests(1, 1), outputs.take)

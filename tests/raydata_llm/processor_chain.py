@@ -10,7 +10,18 @@ import pyarrow as pa
 from raydata_llm.finish import FinishPlan, finish
 from raydata_llm.prepare import PreparePlan, RowFunction, prepare
 from raydata_llm.replica import EngineFactory, Replica
-from raydata_llm.row_payload import CARRIED_COLUMN, REQUEST_COLUMN, Carried, RowRequest, unpack_column
+from raydata_llm.row_payload import (
+    CARRIED_COLUMN,
+    OUTPUT_COLUMN,
+    REQUEST_COLUMN,
+    Carried,
+    RowOutput,
+    RowRequest,
+    append_cells,
+    pack,
+    row_error,
+    unpack_column,
+)
 from tests.raydata_llm.processor_fakes import start_echo_engine
 
 
@@ -37,8 +48,27 @@ def answered(
     finishing = FinishPlan(
         model_source=model_source, postprocess=postprocess, keep_going=keep_going, detokenize=detokenize
     )
-    replica = Replica(model_source, {}, keep_going, engine_factory)
-    return finish(replica(prepare(table, preparing)), finishing)
+    return finish(replied(prepare(table, preparing), engine_factory, keep_going=keep_going), finishing)
+
+
+def replied(table: pa.Table, engine_factory: EngineFactory, *, keep_going: bool) -> pa.Table:
+    """What the second operator makes of a prepared table, with a replica in this process."""
+    replica = Replica("m", {}, engine_factory)
+    replica.start()
+    requests: list[RowRequest] = unpack_column(table, REQUEST_COLUMN)
+    outputs = {
+        number: pack(RowOutput(None, "", -1, 0.0, request.error))
+        for number, request in enumerate(requests)
+        if request.error is not None
+    }
+    replica.feed([(number, pack(request)) for number, request in enumerate(requests) if number not in outputs])
+    while len(outputs) < len(requests):
+        for outcome in replica.collect(1.0).outcomes:
+            if outcome.error is not None and not keep_going:
+                raise row_error(table.slice(outcome.row_id, 1).to_pylist()[0], outcome.error)
+            outputs[outcome.row_id] = outcome.cell
+    cells = [outputs[number] for number in range(len(requests))]
+    return append_cells(table.drop_columns([REQUEST_COLUMN]), OUTPUT_COLUMN, cells)
 
 
 def params_of(row: dict[str, Any]) -> dict[str, Any]:

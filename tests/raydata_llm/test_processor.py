@@ -18,7 +18,6 @@ from tests.raydata_llm.processor_fakes import (
     MAX_MODEL_LEN,
     ray_session,
     start_echo_engine,
-    start_lost,
     start_nothing,
     start_together,
 )
@@ -101,9 +100,7 @@ def test_two_replicas_share_a_parquet_file_and_bad_rows_stand_alone(model: str, 
     )
     (tmp_path / "ready").mkdir()
     pq.write_table(source, tmp_path / "source.parquet")
-    config = EngineProcessorConfig(
-        model_source=model, concurrency=2, batch_size=4, max_concurrent_batches=1, should_continue_on_error=True
-    )
+    config = EngineProcessorConfig(model_source=model, concurrency=2, batch_size=4, should_continue_on_error=True)
     factory = start_together(tmp_path / "ready", size=2, seconds=0.2)
     processor = Processor(config, ask, answer, engine_factory=factory)
     processor(ray.data.read_parquet(str(tmp_path / "source.parquet"))).write_parquet(str(tmp_path / "answers"))
@@ -133,18 +130,6 @@ def test_an_engine_that_cannot_start_stops_the_job_with_its_own_words(model: str
     with pytest.raises(Exception, match="ValueError: kv_cache_memory_bytes=1 is not valid: give 4096 or more") as error:
         processor(ray.data.from_items(["a", "b"])).materialize()
     assert str(error.value).count("kv_cache_memory_bytes=1 is not valid") <= 2
-
-
-def test_blocks_of_a_lost_replica_run_again_on_a_fresh_one(model: str, tmp_path: Path) -> None:
-    config = EngineProcessorConfig(model_source=model, batch_size=4)
-    processor = Processor(
-        config,
-        lambda row: {"prompt": str(row["id"])},
-        lambda row: {"id": row["id"]},
-        engine_factory=start_lost(tmp_path, deaths=1),
-    )
-    rows = processor(ray.data.range(20)).take_all()
-    assert sorted(row["id"] for row in rows) == list(range(20))
 
 
 def test_counting_runs_no_row(model: str) -> None:

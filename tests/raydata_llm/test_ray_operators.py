@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raydata_llm import ChatTemplateStageConfig, EngineProcessorConfig, TokenizerStageConfig
-from raydata_llm.ray_operators import pool_options, task_options
+from raydata_llm.ray_operators import replica_options, task_options
 from raydata_llm.replica_pool import Cluster, ReplicaPool
 
 
@@ -15,26 +15,18 @@ def config(**fields: Any) -> EngineProcessorConfig:
     return EngineProcessorConfig(model_source="m", **fields)
 
 
-def options_of_pool(num_gpus: float, **fields: Any) -> dict[str, Any]:
-    pool = ReplicaPool.plan(config(**fields), Cluster(num_gpus=num_gpus, node_cpus=[4]))
-    return pool_options(pool, config(**fields))
+def planned(num_gpus: float, **fields: Any) -> ReplicaPool:
+    return ReplicaPool.plan(config(**fields), Cluster(num_gpus=num_gpus, node_cpus=[4]))
 
 
 def test_replicas_leave_the_cpus_to_the_tasks_that_feed_them() -> None:
-    options = options_of_pool(0, concurrency=2)
-    assert options["num_cpus"] == 0 and "num_gpus" not in options and "accelerator_type" not in options
-    assert (options["compute"].min_size, options["compute"].max_size) == (2, 2)
-    assert options["compute"].enable_true_multi_threading
+    assert replica_options(planned(0, concurrency=2), config(concurrency=2)) == {"num_cpus": 0}
 
 
 def test_a_replica_takes_one_gpu_of_the_kind_asked_for() -> None:
-    options = options_of_pool(8, accelerator_type="H100", concurrency=(1, 4))
-    assert (options["num_cpus"], options["num_gpus"], options["accelerator_type"]) == (0, 1, "H100")
-    assert (options["compute"].min_size, options["compute"].max_size) == (1, 4)
-
-
-def test_a_block_that_takes_its_replica_down_is_not_retried_for_ever() -> None:
-    assert 0 < options_of_pool(0)["max_task_retries"] < 10
+    fields: dict[str, Any] = {"accelerator_type": "H100", "concurrency": (1, 4), "runtime_env": {"pip": []}}
+    options = replica_options(planned(8, **fields), config(**fields))
+    assert options == {"num_cpus": 0, "num_gpus": 1, "accelerator_type": "H100", "runtime_env": {"pip": []}}
 
 
 @pytest.mark.parametrize(
