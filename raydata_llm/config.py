@@ -33,7 +33,7 @@ class ProcessorConfig(ConfigModel):
     """What all processors have in common.
 
     Args:
-        batch_size: Rows of one block. None: 256 on GPUs, 64 on CPUs.
+        batch_size: Rows of one block. None: 256, more in pools of dozens of replicas.
         concurrency: Replicas: `n` for a fixed pool, `(m, n)` for a pool that grows from m to n.
         accelerator_type: The GPU a replica needs, as Ray names it ("H100", "L4").
     """
