@@ -71,7 +71,9 @@ class ReplicaLink:
         self._actor = (
             ray.remote(Replica)
             .options(max_concurrency=_THREADS, **self._plan.actor_options)
-            .remote(self._plan.model_source, self._plan.engine_kwargs, self._plan.engine_factory)
+            .remote(
+                self._plan.model_source, self._plan.engine_kwargs, self._plan.engine_factory, self._plan.stats_sender
+            )
         )
         try:
             address, pid = ray.get(self._actor.where.remote())

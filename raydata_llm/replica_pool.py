@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 # EngineConfig's own defaults of max_num_seqs: how deep the queue is decided before the engines tell theirs.
 _SLOTS_ON_GPU, _SLOTS_ON_CPU = 1024, 64
-# Rows of a block go to all replicas, so its size does not bear on how they share the work; but each costs four tasks, at
-# which two cores spend a quarter of a second: blocks of 64 rows fed 256 rows a second.
+# Rows of a block go to all replicas, so its size does not bear on how they share the work; but each costs four tasks,
+# at which two cores spend a quarter of a second: blocks of 64 rows fed 256 rows a second.
 _BLOCK_ROWS = 256
 # Rows in flight. Costly rows can only go first if they are there: with 4096 rows of which every 16th is 20 times longer
 # and 256 slots, 1024 in flight took 18 s and all of them 14.

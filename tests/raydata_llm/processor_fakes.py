@@ -66,6 +66,9 @@ class EchoEngine:
         running, self._running = self._running, []
         return [self._answer(request) for request in running]
 
+    def stats(self) -> Any:
+        return None
+
     def shutdown(self) -> None:
         pass
 

@@ -11,7 +11,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from raydata_llm import EngineProcessorConfig, ResumeConfig, WriteSummary, write
 from raydata_llm.engine.request import CompletionOutput, Request, RequestOutput
 from raydata_llm.processor import Processor
 from tests.raydata_llm.faulty_disks import FullDisk, HoldingDisk
-from tests.raydata_llm.processor_fakes import EchoEngine
+from tests.raydata_llm.processor_fakes import EchoEngine, serve
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
 cloudpickle.register_pickle_by_value(sys.modules["tests.raydata_llm.processor_fakes"])  # type: ignore[no-untyped-call]
@@ -35,9 +35,9 @@ class DrawnEngine(EchoEngine):
         super().__init__(engine_kwargs)
         self._draw = random.SystemRandom()
 
-    def generate(self, requests: Sequence[Request]) -> list[RequestOutput]:
+    def step(self) -> list[RequestOutput]:
         time.sleep(self._draw.uniform(0.02, 0.2))
-        return super().generate(requests)
+        return super().step()
 
     def _answer(self, request: Request) -> RequestOutput:
         prompt = [int(token_id) for token_id in request.prompt_token_ids]
@@ -48,7 +48,7 @@ class DrawnEngine(EchoEngine):
 
 def start_drawn(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     """Stands in for `raydata_llm.replica.start_engine`."""
-    return DrawnEngine(engine_kwargs), {}
+    return serve(DrawnEngine(engine_kwargs)), {}
 
 
 def ask(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +16,12 @@ from ray._private.state import actors
 
 from raydata_llm import EngineProcessorConfig, report_of
 from raydata_llm.engine.phases import announce
-from raydata_llm.engine.request import Request, RequestOutput
-from raydata_llm.guarded_engine import RunningEngine
+from raydata_llm.engine.request import RequestOutput
 from raydata_llm.job_report import JobReport
 from raydata_llm.job_run import Job
 from raydata_llm.processor import Processor
-from tests.raydata_llm.processor_fakes import EchoEngine, ray_session
+from raydata_llm.replica import RunningEngine
+from tests.raydata_llm.processor_fakes import EchoEngine, ray_session, serve
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
 CANARY = "canary-Secret-7731"
@@ -44,17 +44,18 @@ class TellingEngine(EchoEngine):
     def __init__(self, engine_kwargs: Mapping[str, Any], seconds: float = 0.1) -> None:
         super().__init__(engine_kwargs, seconds)
         self._started = time.monotonic()
-        self._tokens = 0
+        self._tokens = self._at_once = 0
 
-    def generate(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        outputs = super().generate(requests)
+    def step(self) -> list[RequestOutput]:
+        self._at_once = len(self._running)
+        outputs = super().step()
         self._tokens += sum(len(one.token_ids) for output in outputs for one in output.outputs)
         return outputs
 
     def stats(self) -> Any:
         seconds = time.monotonic() - self._started
         return SimpleNamespace(
-            num_running=self.at_once * 4,
+            num_running=self._at_once,
             num_waiting=1,
             kv_usage=0.5,
             num_computed_tokens=3 * self._tokens,
@@ -68,7 +69,7 @@ def start_telling(source: str, kwargs: Mapping[str, Any]) -> tuple[RunningEngine
     announce("loading the weights")
     time.sleep(0.5)
     announce("warming up")
-    return TellingEngine(kwargs), {}
+    return serve(TellingEngine(kwargs)), {}
 
 
 def ask(row: dict[str, Any]) -> dict[str, Any]:
@@ -107,11 +108,11 @@ def test_a_run_leaves_a_report_and_nothing_else(model: str, tmp_path: Path) -> N
     report = built.report()
     assert report_of(dataset) is report and report.status == "finished"
     assert (report.rows, report.failed_rows, report.total_rows) == (60, 6, 60)
-    assert (report.prompt_tokens > 0, report.generated_rows) == (True, 60)
+    assert (report.prompt_tokens > 0, report.generated_rows) == (True, 54)
     assert [kind for kind in report.errors] == ["KeyError (preprocess)"]
     [replica] = report.replicas
     assert [phase for _, phase in replica.phases][-3:] == ["loading the weights", "warming up", "running"]
-    assert replica.rows == 60 and report.first_ready is not None and report.first_ready >= 0.5
+    assert replica.rows == 54 and report.first_ready is not None and report.first_ready >= 0.5
     assert replica.idle_share == pytest.approx(0.25, abs=0.05)
     assert replica.starved_share == pytest.approx(0.1, abs=0.05)
     assert report.peak_kv_usage == 0.5 and (report.mean_batch_size or 0) > 0
