@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from raydata_llm.config_model import ConfigModel, Flag, PositiveInt
+from raydata_llm.config_model import ConfigModel, Flag, PositiveInt, PositiveNumber
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.replica_resources import bundle_resources, placement_group
 from raydata_llm.resume_config import ResumeConfig

@@ -39,7 +39,11 @@ _STAGES = (
         },
         peers=("PrepareMultimodalStage", "PrepareImageStage", "ChatTemplateStage", "TokenizeStage"),
     ),
-    Stage(name="replica", does="a dispatcher, and the engines that it feeds, each in an actor", peers=("vLLMEngineStage", "SGLangEngineStage")),
+    Stage(
+        name="replica",
+        does="a dispatcher, and the engines that it feeds, each in an actor",
+        peers=("vLLMEngineStage", "SGLangEngineStage"),
+    ),
     Stage(name="finish", does="detokeniser and postprocess, as tasks", peers=("DetokenizeStage",)),
 )
 

@@ -29,6 +29,12 @@ def test_a_replica_takes_one_gpu_of_the_kind_asked_for() -> None:
     assert options == {"num_cpus": 0, "num_gpus": 1, "accelerator_type": "H100", "runtime_env": {"pip": []}}
 
 
+def test_the_users_resources_are_what_a_replica_reserves() -> None:
+    fields: dict[str, Any] = {"resources_per_bundle": {"GPU": 1, "CPU": 2, "memory": 1e9, "spot": 0.5}}
+    options = replica_options(planned(8, **fields), config(**fields))
+    assert options == {"num_cpus": 2, "num_gpus": 1, "memory": 1e9, "resources": {"spot": 0.5}}
+
+
 @pytest.mark.parametrize(
     ("map_kwargs", "expected"),
     [
