@@ -1,6 +1,7 @@
 """Reading the header of a safetensors file without torch.
 
-Owns the format's header: 8 bytes of length, then JSON of name -> dtype, shape, data_offsets. Knows no model.
+Owns the format's header: 8 bytes of length, then JSON of name -> dtype, shape, data_offsets (counted from the header's
+end). Knows no model.
 Invariant: what `read_header` returns is wholly there; a file cut short is a ValueError.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _ELEMENT_SIZES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 1),
@@ -31,7 +32,16 @@ class TensorEntry:
     shape: tuple[int, ...]
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+@dataclass(frozen=True)
+class StoredTensor(TensorEntry):
+    """A tensor whose bytes are those of the file `path` from `start` up to `end`."""
+
+    path: Path
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file.
 
     Raises:
@@ -51,22 +61,24 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise _broken(path, f"its header is a {type(header).__name__}")
     header.pop("__metadata__", None)
-    return {name: _read_entry(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    return {name: _read_entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
-def _read_entry(path: Path, name: str, entry: dict[str, Any], data_bytes: int) -> TensorEntry:
+def _read_entry(path: Path, name: str, entry: dict[str, Any], data_start: int, size: int) -> StoredTensor:
     try:
         begin, end = map(int, entry["data_offsets"])
         shape = tuple(map(int, entry["shape"]))
         dtype = str(entry["dtype"])
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(path, f"the header of {name} is garbled ({entry!r})") from error
-    if end > data_bytes:
-        raise _broken(path, f"{name} ends {end - data_bytes} bytes past the end of the file")
+    if begin < 0 or begin > end:
+        raise _broken(path, f"the header of {name} is garbled ({entry!r})")
+    if data_start + end > size:
+        raise _broken(path, f"{name} ends {data_start + end - size} bytes past the end of the file")
     element_size = _ELEMENT_SIZES.get(dtype)
     if element_size is not None and end - begin != element_size * math.prod(shape):
         raise _broken(path, f"{name} has {end - begin} bytes for {dtype} of shape {shape}")
-    return TensorEntry(dtype=dtype, shape=shape)
+    return StoredTensor(dtype=dtype, shape=shape, path=path, start=data_start + begin, end=data_start + end)
 
 
 def _broken(path: Path, problem: str) -> ValueError:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -19,8 +20,32 @@ from raydata_llm.engine.gguf_file import GgufFile
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles, check_torch_file
 from raydata_llm.engine.parameter_check import is_harmless_extra
+from raydata_llm.engine.safetensors_file import StoredTensor, read_header
+from raydata_llm.engine.tensor_reader import read_tensors
 
 NamedTensor = tuple[str, torch.Tensor]
+
+# By the names of the safetensors format.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def load_weights(
@@ -50,11 +75,19 @@ def load_weights(
     if load_format == "dummy":
         yield from _draw_weights(config, dtype=dtype, device=device, seed=seed)
         return
+    with closing(_read_weights(files, config, device)) as weights:
+        yield from _fitting(weights, files, config, dtype=dtype, device=device)
+    if device.type == "cuda":
+        # What tensors on their way took: the KV cache is sized by what is free on the device.
+        torch.cuda.empty_cache()
+
+
+def _fitting(
+    weights: Iterable[NamedTensor], files: ModelFiles, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> Iterator[NamedTensor]:
     shapes = config.parameter_shapes()
     pending = set(shapes)
-    for name, tensor in _read_weights(files):
-        if is_harmless_extra(name, config):
-            continue
+    for name, tensor in weights:
         if name not in shapes:
             raise _misfit(files, name, f"is unknown to {config.architecture}: give a model that fits its config")
         if name not in pending:
@@ -73,17 +106,39 @@ def _misfit(files: ModelFiles, name: str, problem: str) -> ValueError:
     return ValueError(f"parameter {name!r} of model={str(files.path)!r} {problem}")
 
 
-def _read_weights(files: ModelFiles) -> Iterator[NamedTensor]:
+def _read_weights(files: ModelFiles, config: ModelConfig, device: torch.device) -> Generator[NamedTensor, None, None]:
+    is_stored = all(path.suffix == ".safetensors" for path in files.weight_files)
+    if is_stored and device.type == "cuda":
+        yield from read_tensors(stored_tensors(files.weight_files, config), device)
+        return
     for path in files.weight_files:
-        if path.suffix == ".gguf":
-            yield from _read_gguf(path)
-        elif path.suffix == ".safetensors":
-            yield from _read_safetensors(path)
-        else:
-            yield from _read_pickle(path)
+        for name, tensor in _read_file(path):
+            if not is_harmless_extra(name, config):
+                yield name, tensor
 
 
-def _read_safetensors(path: Path) -> Iterator[NamedTensor]:
+def _read_file(path: Path) -> Iterator[NamedTensor]:
+    if path.suffix == ".gguf":
+        return _read_gguf(path)
+    return _map_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def stored_tensors(paths: Iterable[Path], config: ModelConfig) -> Iterator[tuple[str, StoredTensor, torch.dtype]]:
+    """What `read_tensors` is to read: the parameters of safetensors files in the order in which they lie there."""
+    for path in paths:
+        header = read_header(path)
+        for name, stored in sorted(header.items(), key=lambda pair: pair[1].start):
+            if is_harmless_extra(name, config):
+                continue
+            if stored.dtype not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise ValueError(
+                    f"{name} in weight file {str(path)!r} is {stored.dtype}, which is not read: use one of {known}"
+                )
+            yield name, stored, DTYPES[stored.dtype]
+
+
+def _map_safetensors(path: Path) -> Iterator[NamedTensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 - the file is no mapping
