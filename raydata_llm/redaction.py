@@ -50,6 +50,11 @@ def redact_tree(value: Any, secrets: Sequence[str] = ()) -> Any:
     return value
 
 
+def is_telling(name: object) -> bool:
+    """Whether a value under this name is a credential, by the name."""
+    return _TELLING_NAME.search(str(name)) is not None
+
+
 def shown(name: object, value: Any) -> str:
     """A setting's value as messages show it."""
     return repr(_redact_entry(name, value, ()))
@@ -57,7 +62,7 @@ def shown(name: object, value: Any) -> str:
 
 def secret_values(environment: Mapping[str, str]) -> list[str]:
     """The values of variables with telling names."""
-    return [value for name, value in environment.items() if _TELLING_NAME.search(name) and len(value) >= _SHORTEST]
+    return [value for name, value in environment.items() if is_telling(name) and len(value) >= _SHORTEST]
 
 
 def mask_environment(runtime_env: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -85,6 +90,6 @@ def hide_environment(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
 
 def _redact_entry(name: object, entry: Any, secrets: Sequence[str]) -> Any:
     # A number under such a name ("max_tokens", "seed") is none.
-    if isinstance(entry, str) and _TELLING_NAME.search(str(name)):
+    if isinstance(entry, str) and is_telling(name):
         return MASK
     return redact_tree(entry, secrets)
