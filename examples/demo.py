@@ -1,7 +1,8 @@
 """The whole way on one machine: HumanEval's prompts from Parquet on S3, through a real model, back to S3.
 
 Starts an S3 server in this process (moto), puts the prompts there, runs `quickstart.py` as a user would, and shows what
-came back. The bucket ends with this process, so prompts and answers are copied to `.demo/` first.
+came back. The bucket ends with this process, so prompts, answers and the job's
+report are copied to `.demo/` first.
 
     make demo                        # or: python -m examples.demo --rows 32 --shown 10
 """
@@ -65,8 +66,10 @@ def main() -> None:
         seconds = run_quickstart(model, len(records))
         answers = read_table(TARGET)
         folders = [copy_to_disk(uri) for uri in (SOURCE, TARGET)]
+        [page] = copy_to_disk(f"{TARGET}-report").glob("*.html")
     show(answers, arguments.shown)
     report(answers, seconds, folders)
+    print(f"   {os.path.relpath(page)}  the job's report, for a browser")
 
 
 @contextlib.contextmanager

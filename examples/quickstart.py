@@ -15,6 +15,7 @@ config = EngineProcessorConfig(
     model_source=model,  # a local folder, a GGUF file, an s3:// folder or a Hub id
     engine_kwargs={"max_model_len": 1024},
     concurrency=1,  # engines side by side
+    report_path=f"{target}-report",  # a page that says how fast it went, and why not faster
 )
 processor = build_llm_processor(
     config,

@@ -46,6 +46,10 @@ class StatsActor:
         """Take the last operator's word for a block."""
         self._stats.count_block(block, num_rows, errors)
 
+    def skip_rows(self, block: tuple[int, int], num_rows: int) -> None:
+        """Take the first operator's word for rows that an earlier run had written."""
+        self._stats.skip_rows(block, num_rows)
+
     def progress(self, total_rows: int | None) -> Progress:
         """The run now."""
         progress = self._stats.progress(total_rows)
@@ -82,6 +86,10 @@ class StatsSender:
     def count_block(self, block: tuple[int, int], num_rows: int, errors: Mapping[str, ErrorKind]) -> None:
         """Send the last operator's word for a block."""
         self._send("count_block", block, num_rows, errors)
+
+    def skip_rows(self, block: tuple[int, int], num_rows: int) -> None:
+        """Send the first operator's word for rows that an earlier run had written."""
+        self._send("skip_rows", block, num_rows)
 
     def _send(self, method: str, *arguments: Any) -> None:
         if self._actor is None:

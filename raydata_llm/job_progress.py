@@ -58,27 +58,36 @@ def duration(seconds: float) -> str:
 
 def _parts(progress: Progress, pool_size: int) -> Iterator[str]:
     totals = progress.totals
-    if totals.rows_generated or totals.rows_finished:
+    begun = bool(totals.rows_generated or totals.rows_finished)
+    if begun:
         yield _rows(progress)
         yield f"{rate(progress.rows_per_second)} rows/s"
-        tokens_in, tokens_out = rate(progress.prompt_tokens_per_second), rate(progress.output_tokens_per_second)
-        yield f"in {tokens_in} out {tokens_out} tokens/s"
-        yield f"running {count(progress.num_running)} waiting {count(progress.num_waiting)}"
-        if progress.kv_usage is not None:
-            yield f"KV {progress.kv_usage:.0%}"
-        yield f"{count(totals.rows_failed)} error{'' if totals.rows_failed == 1 else 's'}"
-        yield "time left unknown" if progress.eta_seconds is None else f"{duration(progress.eta_seconds)} left"
     else:
         verb = "waiting for the first row" if progress.num_ready else "starting"
         yield f"{verb}, {duration(progress.seconds)}"
+    if begun or progress.num_ready:
+        yield from _engines(progress)
+    if begun:
+        yield f"{count(totals.rows_failed)} error{'' if totals.rows_failed == 1 else 's'}"
+        yield "time left unknown" if progress.eta_seconds is None else f"{duration(progress.eta_seconds)} left"
     yield from _phases(progress, pool_size)
+
+
+def _engines(progress: Progress) -> Iterator[str]:
+    tokens_in, tokens_out = rate(progress.prompt_tokens_per_second), rate(progress.output_tokens_per_second)
+    yield f"in {tokens_in} out {tokens_out} tokens/s"
+    yield f"running {count(progress.num_running)} waiting {count(progress.num_waiting)}"
+    if progress.kv_usage is not None:
+        yield f"KV {progress.kv_usage:.0%}"
 
 
 def _rows(progress: Progress) -> str:
     done = progress.totals.rows_finished
+    skipped = progress.totals.rows_skipped
+    before = f", {count(skipped)} written before" if skipped else ""
     if not progress.total_rows:
-        return f"{count(done)} rows"
-    return f"{count(done)}/{count(progress.total_rows)} rows ({done / progress.total_rows:.0%})"
+        return f"{count(done)} rows{before}"
+    return f"{count(done)}/{count(progress.total_rows)} rows ({(done + skipped) / progress.total_rows:.0%}){before}"
 
 
 def _phases(progress: Progress, pool_size: int) -> Iterator[str]:

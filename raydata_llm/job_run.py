@@ -39,7 +39,7 @@ _SNAPSHOT_SECONDS = 15.0
 _ANSWER_SECONDS = 5.0
 # How long a report waits for the last counts, which are on their way from other processes.
 _SETTLE_SECONDS = 0.5
-_LINE_SECONDS_ON_TERMINAL, _LINE_SECONDS_IN_LOG = 5.0, 30.0
+_LINE_SECONDS_ON_TERMINAL, _LINE_SECONDS_IN_LOG, _LINE_SECONDS_AT_START = 5.0, 30.0, 10.0
 
 
 class Job:
@@ -242,19 +242,15 @@ class JobRun:
         return snapshot
 
     def _watch(self) -> None:
-        shown_at, begun_rows = 0.0, False
+        news = _News(_LINE_SECONDS_ON_TERMINAL if sys.stderr.isatty() else _LINE_SECONDS_IN_LOG)
         last_snapshot = time.monotonic()
-        every = _LINE_SECONDS_ON_TERMINAL if sys.stderr.isatty() else _LINE_SECONDS_IN_LOG
         while not self._stop.wait(_POLL_SECONDS) and self._lost is None:
             progress: Progress | None = self._ask("progress", self._total_rows)
             if progress is None:
                 continue
             now = time.monotonic()
-            first_rows = not begun_rows and progress.totals.rows_finished > 0
-            # What a start does is news for people who wait; then a line in a while is enough.
-            if now - shown_at >= (min(every, 5.0) if not begun_rows else every) or first_rows:
+            if news.worth_a_line(progress, now):
                 self._show(progress_line(progress, pool_size=self._job.pool_size))
-                shown_at, begun_rows = now, begun_rows or first_rows
             if now - last_snapshot > _SNAPSHOT_SECONDS:
                 self._snapshot, last_snapshot = self._ask("snapshot") or self._snapshot, now
 
@@ -282,6 +278,30 @@ class JobRun:
             logger.info(text)
             return
         safe_print(text, file=sys.stderr)  # type: ignore[no-untyped-call]
+
+
+class _News:
+    """When a progress line is worth showing: once in a while, and when the start has come to something new.
+
+    Args:
+        every: Seconds between two lines once rows come out.
+    """
+
+    def __init__(self, every: float) -> None:
+        self._every = every
+        self._shown_at = 0.0
+        self._stage: object = None
+
+    def worth_a_line(self, progress: Progress, now: float) -> bool:
+        """Whether to show it now."""
+        begun = progress.totals.rows_finished > 0
+        stage = begun or (tuple(progress.phases), progress.num_ready)
+        # What a start does is news for people who wait.
+        every = self._every if begun else min(self._every, _LINE_SECONDS_AT_START)
+        if stage == self._stage and now - self._shown_at < every:
+            return False
+        self._shown_at, self._stage = now, stage
+        return True
 
 
 def _rows_expected(execution: Any) -> int | None:

@@ -66,6 +66,7 @@ class Totals(NamedTuple):
     rows_generated: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    rows_skipped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,7 @@ class JobStats:
         # A flag for each task's first block (a job may have millions), and the few others.
         self._first_blocks = bytearray()
         self._other_blocks: set[tuple[int, int]] = set()
+        self._skipped: dict[tuple[int, int], int] = {}
         self._recent: deque[tuple[float, Totals, int, int]] = deque()
 
     def push(self, sample: ReplicaSample) -> None:
@@ -172,6 +174,10 @@ class JobStats:
             elif len(self.errors) < _MAX_KINDS:
                 self.errors[kind] = new
 
+    def skip_rows(self, block: tuple[int, int], num_rows: int) -> None:
+        """Take the first operator's word for the rows of a block that an earlier run had written, once."""
+        self._skipped[block] = num_rows
+
     def totals(self) -> Totals:
         """Counts so far."""
         lasts = [record.last for record in self.replicas.values()]
@@ -181,6 +187,7 @@ class JobStats:
             rows_generated=sum(last.rows_done for last in lasts),
             prompt_tokens=sum(last.prompt_tokens for last in lasts),
             output_tokens=sum(last.output_tokens for last in lasts),
+            rows_skipped=sum(self._skipped.values()),
         )
 
     def progress(self, total_rows: int | None) -> Progress:
@@ -189,7 +196,7 @@ class JobStats:
         alive = [record for record in self.replicas.values() if seconds - record.seen < _SILENT_SECONDS]
         figures = [record.last.figures or EngineFigures(num_running=record.last.rows_held) for record in alive]
         rates = self._rates(seconds, totals, alive)
-        left = None if total_rows is None else max(0, total_rows - totals.rows_finished)
+        left = None if total_rows is None else max(0, total_rows - totals.rows_finished - totals.rows_skipped)
         known = [figure for record, figure in zip(alive, figures, strict=True) if record.last.figures is not None]
         return Progress(
             seconds=seconds,

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
-from raydata_llm.ray_blocks import block_number, block_rows
+from raydata_llm.ray_blocks import block_number, block_part, block_rows
 from raydata_llm.resume import ResumePlan
 from raydata_llm.row_key import row_digest, sampling_keys
 from raydata_llm.row_payload import (
@@ -84,8 +85,13 @@ class _Draft:
         return {**self.row, **self.made}
 
 
-def prepare(table: pa.Table, plan: PreparePlan) -> pa.Table:
+def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None = None) -> pa.Table:
     """Append a request and what passes by the replica to each row of a block.
+
+    Args:
+        table: The block.
+        plan: What to do.
+        stats_sender: To whom rows are told that an earlier run had written.
 
     Raises:
         RowError: for a row that fails, unless `plan.keep_going`.
@@ -109,7 +115,10 @@ def prepare(table: pa.Table, plan: PreparePlan) -> pa.Table:
     table = append_packed(table, CARRIED_COLUMN, [Carried(draft.made, draft.prompt) for draft in drafts])
     if plan.resume is None:
         return table
-    return plan.resume.admit(table, requests, [draft.row for draft in drafts], [draft.made for draft in drafts])
+    table = plan.resume.admit(table, requests, [draft.row for draft in drafts], [draft.made for draft in drafts])
+    if stats_sender is not None and table.num_rows < len(drafts):
+        stats_sender.skip_rows((block_number(), block_part()), len(drafts) - table.num_rows)
+    return table
 
 
 def _attempt(draft: _Draft, plan: PreparePlan, stage: str, step: Callable[[_Draft], None]) -> None:

@@ -103,7 +103,8 @@ class Processor:
         dataset = dataset.repartition(target_num_rows_per_block=pool.block_rows, strict=True)
         rows = pool.block_rows
         self._job = job = self._start_job(pool)
-        dataset = map_blocks(dataset, prepare, rows, fn_kwargs={"plan": self._prepare_plan}, **self._prepare_options)
+        prepare_kwargs = {"plan": self._prepare_plan, "stats_sender": job.link}
+        dataset = map_blocks(dataset, prepare, rows, fn_kwargs=prepare_kwargs, **self._prepare_options)
         dataset = map_blocks(dataset, Dispatcher, rows, **self._dispatcher_options(pool, job))
         finish_kwargs = {"plan": self._finish_plan, "stats_sender": job.link}
         return job.watch(map_blocks(dataset, finish, rows, fn_kwargs=finish_kwargs, **self._finish_options))

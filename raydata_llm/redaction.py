@@ -13,8 +13,11 @@ from typing import Any
 
 MASK = "***"
 
+# Not PWD, the working directory; not max_tokens or TOKENIZERS_PARALLELISM.
 _TELLING_NAME = re.compile(
-    r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|ACCOUNT_KEY|CONNECTION_STRING|SAS|(^|_)PWD$", re.I
+    r"SECRET|TOKEN(?!S|I)|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|ACCOUNT_?KEY|CONNECTION_STRING"
+    r"|(^|_)SAS(_|$)|_PWD$",
+    re.I,
 )
 # Where addresses carry secrets: s3://key:secret@bucket, and query parameters such as secret_key= or X-Amz-Signature=.
 _USER_INFO = re.compile(r"(?<=://)[^/\s'\"@?]+@")

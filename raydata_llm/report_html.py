@@ -7,16 +7,21 @@ dark follow the reader's system.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import accumulate
+from statistics import fmean
 from typing import Any
 
 from raydata_llm.job_progress import count, duration, rate
-from raydata_llm.job_report import JobReport, ReplicaReport
+from raydata_llm.job_report import JobReport
 from raydata_llm.report_charts import Line, Strip, line_chart, strip_chart
+from raydata_llm.report_figures import ReplicaReport
 from raydata_llm.report_style import SCRIPT, STYLE
 
+# A step's tokens come at once: over bins as short as a step, a rate is a comb.
+_MAX_RATE_POINTS = 64
 # More strips than these tell nothing more.
 _MAX_STRIPS = 64
 
@@ -63,7 +68,8 @@ def _tiles(report: JobReport) -> Iterator[str]:
         tokens_out, tokens_in = steady.output_tokens_per_second, steady.prompt_tokens_per_second or 0.0
     of_total = f"of {count(report.total_rows)}" if report.total_rows else "finished"
     failed = f", {count(report.failed_rows)} failed" if report.failed_rows else ", none failed"
-    yield _tile("Rows", count(report.rows), of_total + failed)
+    before = f", {count(report.skipped_rows)} written before" if report.skipped_rows else ""
+    yield _tile("Rows", count(report.rows), of_total + before + failed)
     yield _tile("Rows/s", rate(rows), f"steady; {rate(report.rows_per_second)} in all")
     yield _tile("Output tokens/s", rate(tokens_out), f"{count(report.output_tokens)} in all")
     yield _tile("Prompt tokens/s", rate(tokens_in), f"{count(report.prompt_tokens)} in all")
@@ -86,7 +92,7 @@ def _spans(report: JobReport) -> str:
     first = min(max(report.first_row if report.first_row is not None else last, ready), last)
     spans = [
         ("start", "start-up", ready, "until the first engine takes rows"),
-        ("first", "first rows", first - ready, "from then until a first block of rows is out"),
+        ("first", "to the first rows", first - ready, "from then until a first block of rows is out"),
         ("steady", "rows", last - first, "from the first rows to the last"),
         ("end", "end", report.seconds - last, "after the last row"),
     ]
@@ -108,10 +114,10 @@ def _charts(report: JobReport) -> Iterator[str]:
     several = len(report.replicas) > 1
     spread = ", mean and range" if several else ""
 
-    def chart(title: str, unit: str, line: Line, label: Any, top: float | None = None) -> str:
+    def chart(title: str, unit: str, line: Line, label: Any, top: float | None = None, group: int = 1) -> str:
         drawn = line_chart(
             line,
-            bin_seconds=timeline.bin_seconds,
+            bin_seconds=group * timeline.bin_seconds,
             seconds=report.seconds,
             start_up=report.first_ready,
             label=label,
@@ -122,20 +128,26 @@ def _charts(report: JobReport) -> Iterator[str]:
     def percent(value: float) -> str:
         return f"{value:.0%}"
 
-    output = Line(name="output tokens/s", values=timeline.output_tokens_per_second)
-    prompt = Line(name="prompt tokens/s", values=timeline.prompt_tokens_per_second)
+    group = max(1, math.ceil(len(timeline.rows) / _MAX_RATE_POINTS))
+    output = Line(name="output tokens/s", values=_grouped(timeline.output_tokens_per_second, group))
+    prompt = Line(name="prompt tokens/s", values=_grouped(timeline.prompt_tokens_per_second, group))
     batch, kv = timeline.batch_size, timeline.kv_usage
     size = Line(name="sequences", values=batch.mean, low=batch.low, high=batch.high)
     used = Line(name="KV in use", values=kv.mean, low=kv.low, high=kv.high)
     # In all: rows come out by the block, so their rate is a comb.
     rows = Line(name="rows", values=list(accumulate(timeline.rows)))
-    yield chart("Output tokens", "per second, all engines", output, rate)
-    yield chart("Prompt tokens", "per second, all engines", prompt, rate)
+    yield chart("Output tokens", "per second, all engines", output, rate, group=group)
+    yield chart("Prompt tokens", "per second, all engines", prompt, rate, group=group)
     yield chart("Batch size", f"sequences of an engine{spread}", size, rate)
     yield chart("KV cache in use", f"share of blocks{spread}", used, percent, 1.0)
     yield chart("Rows finished", "in all", rows, rate)
     if any(replica.idle_share is not None for replica in report.replicas):
         yield chart("Engine busy", f"share of time with a step in flight{spread}", _busy(report.replicas), percent, 1.0)
+
+
+def _grouped(values: Sequence[float], group: int) -> list[float]:
+    """Means of neighbouring values."""
+    return [fmean(values[start : start + group]) for start in range(0, len(values), group)]
 
 
 def _busy(replicas: Sequence[ReplicaReport]) -> Line:

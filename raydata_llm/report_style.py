@@ -25,7 +25,11 @@ figcaption span { color: var(--soft); font-weight: 400; margin-left: 4px; }
 .status { font-weight: 600; padding: 1px 9px; border-radius: 99px; border: 1px solid; margin-right: 6px; }
 .finished { color: var(--good); } .failed { color: var(--bad); } .running { color: var(--accent); }
 .problem { color: var(--bad); margin-top: 8px; overflow-wrap: anywhere; white-space: pre-wrap; }
-.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(152px, 1fr)); }
+.tiles { display: grid; gap: 12px; grid-template-columns: repeat(7, 1fr); }
+@media (max-width: 1080px) {
+  .tiles { grid-template-columns: repeat(4, 1fr); } .tile:first-child { grid-column: span 2; }
+}
+@media (max-width: 560px) { .tiles { grid-template-columns: repeat(2, 1fr); } }
 .card, .tile { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 16px 18px; }
 .tile { padding: 13px 15px; } .tile h3 { font-size: 12px; font-weight: 500; color: var(--soft); }
 .tile .value { font-size: 25px; font-weight: 620; font-variant-numeric: tabular-nums; letter-spacing: -.01em; }

@@ -83,11 +83,9 @@ def test_its_command_is_one_that_the_job_takes(path: Path, monkeypatch: pytest.M
     python, script, *arguments = entrypoint(manifest)
     assert python == "python" and (ROOT / Path(script).relative_to("/opt/raydata_llm")).exists()
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    gpus = [
-        group for _, value in walk(manifest) if isinstance(value, dict) for group in value.get("workerGroupSpecs", ())
-    ]
-    nodes = [group for _, value in walk(manifest) if isinstance(value, dict) for group in value.get("worker_nodes", ())]
-    workers = sum(group.get("replicas", group.get("min_nodes")) for group in (*gpus, *nodes))
+    tables = [value for _, value in walk(manifest) if isinstance(value, dict)]
+    groups = [group for table in tables for group in table.get("workerGroupSpecs") or table.get("worker_nodes") or ()]
+    workers = sum(group.get("replicas", group.get("min_nodes")) for group in groups)
     assert parse_arguments().concurrency == workers, "a GPU for each engine"
 
 

@@ -23,7 +23,15 @@ def test_before_the_first_row_it_says_what_each_replica_does() -> None:
         "waiting for a place in the cluster (2 replicas)"
     )
     stats.push(sample("a"))
-    assert progress_line(stats.progress(None), pool_size=1).startswith("raydata_llm  waiting for the first row, 32s")
+    engine = figures(num_running=64, num_waiting=20, kv_usage=0.03, num_computed_tokens=2100, num_sampled_tokens=500)
+    for replica in "abc":
+        stats.push(sample(replica))
+    stats.progress(None)
+    clock.now = 42.0
+    stats.push(sample("a", figures=engine))
+    assert progress_line(stats.progress(None), pool_size=3) == (
+        "raydata_llm  waiting for the first row, 42s | in 160 out 50 tokens/s | running 64 waiting 20 | KV 3%"
+    )
 
 
 def test_then_it_says_how_far_how_fast_how_full_and_how_long() -> None:
@@ -40,6 +48,18 @@ def test_then_it_says_how_far_how_fast_how_full_and_how_long() -> None:
     )
     assert "3,100 rows |" in progress_line(stats.progress(None), pool_size=1)
     assert "time left unknown" in progress_line(stats.progress(None), pool_size=1)
+
+
+def test_rows_that_were_written_before_are_not_left_to_do() -> None:
+    clock = Clock()
+    stats = JobStats(clock)
+    stats.progress(None)
+    stats.skip_rows((0, 0), 500)
+    clock.now = 10.0
+    stats.push(sample("a", rows_done=100))
+    stats.count_block((0, 0), 100, {})
+    line = progress_line(stats.progress(1000), pool_size=1)
+    assert "100/1,000 rows (60%), 500 written before | 10 rows/s" in line and "40s left" in line
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,35 @@ def test_steady_state_is_the_span_of_the_rows_between_a_tenth_and_nine_tenths() 
     assert steady.rows_per_second == pytest.approx((2 * 12 + 200) / 44, rel=0.05)
 
 
+def test_rows_that_came_out_in_one_burst_have_no_steady_rate() -> None:
+    clock = Clock()
+    stats = JobStats(clock)
+    stats.push(sample())
+    for second in range(90, 100):
+        clock.now = second + 0.1
+        stats.count_block((second, 0), 10, {})
+    report = JobReport.of(
+        JobSettings(model="m", shown={}), stats.snapshot(), job_id="j", status="finished", error=None, started_at=0.0,
+        ended_at=100.0,
+    )  # fmt: skip
+    assert report.steady is not None and report.steady.rows_per_second is None
+    assert report.rows_per_second == 1.0 and "steady" not in str(report)
+
+
+def test_rows_that_an_earlier_run_had_written_are_told_apart() -> None:
+    stats = JobStats(Clock())
+    for block in ((0, 0), (1, 0), (1, 0)):  # a task that ran twice
+        stats.skip_rows(block, 20)
+    stats.count_block((1, 0), 12, {})
+    report = JobReport.of(
+        JobSettings(model="m", shown={}), stats.snapshot(), job_id="j", status="finished", error=None, started_at=0.0,
+        ended_at=4.0, total_rows=52,
+    )  # fmt: skip
+    assert (report.rows, report.skipped_rows, report.total_rows) == (12, 40, 52)
+    assert "12 of 52, 40 written before, 0 failed; 3 rows/s" in str(report)
+    assert "of 52, 40 written before, none failed" in report.to_html()
+
+
 def test_as_text_it_says_how_fast_and_why_not_faster() -> None:
     text = str(finished_job(4))
     for part in (

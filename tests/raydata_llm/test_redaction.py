@@ -7,7 +7,15 @@ import json
 
 import pytest
 
-from raydata_llm.redaction import MASK, hide_environment, mask_environment, redact, redact_tree, secret_values
+from raydata_llm.redaction import (
+    MASK,
+    hide_environment,
+    is_telling,
+    mask_environment,
+    redact,
+    redact_tree,
+    secret_values,
+)
 
 CANARY = "canary-Secret-7731"
 
@@ -77,3 +85,19 @@ def test_a_runtime_env_can_be_used_and_not_read_in_a_log() -> None:
         assert CANARY not in shown and "MY_PASSWORD" in shown and "pip" in shown
     assert json.loads(json.dumps(given)) == {"pip": ["x"], "env_vars": {"MY_PASSWORD": CANARY}}
     assert hide_environment({"pip": ["x"]}) == {"pip": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "telling"),
+    [
+        *((name, True) for name in ("HF_TOKEN", "AWS_SESSION_TOKEN", "AZURE_STORAGE_SAS", "DB_PWD", "api_key")),
+        *((name, False) for name in ("PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "RAY_SASH", "HOME")),
+    ],
+)
+def test_names_tell_what_is_a_credential(name: str, telling: bool) -> None:
+    assert is_telling(name) is telling
+
+
+def test_paths_in_the_working_directory_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/work/project")
+    assert redact("/work/project/.demo/model.gguf") == "/work/project/.demo/model.gguf"
