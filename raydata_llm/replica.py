@@ -68,6 +68,7 @@ def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[R
     # Read by OpenMP when torch is imported. Its threads spin while they wait, and on a CPU that the feeding tasks share
     # a spinning thread keeps the one it waits for from running: a step of 64 rows took 10 to 50 s instead of 1 to 4.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    announce("importing torch")
     from raydata_llm.engine.engine import Engine
     from raydata_llm.engine.engine_config import EngineConfig
     from raydata_llm.engine.engine_thread import EngineThread
@@ -78,7 +79,9 @@ def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[R
     announce("fetching the model")
     path = resolve_model(model_source, load_format=load_format)
     config = EngineConfig.from_mapping(path, engine_kwargs)
-    engine = Engine(config, load_tokenizer(path, trust_remote_code=config.trust_remote_code))
+    announce("loading the tokenizer")
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    engine = Engine(config, tokenizer)
     return EngineThread(engine), engine.default_sampling_params
 
 
