@@ -99,6 +99,17 @@ class PrefillRows(AttentionRows):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampledRows(DecodeRows):
+    """The queries that are sampled from, of a step that has others too.
+
+    Args:
+        tokens: [rows] integer; their places among the step's tokens.
+    """
+
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
     """A step's tensors.
 
@@ -108,7 +119,7 @@ class ForwardBatch:
         slot_mapping: [T] int64; where each token's KV goes: block * block_size + offset.
         block_table: [slots, blocks] int32.
         decode, prefill: None where the step has none.
-        sample_rows: [N] integer; tokens whose hidden state is sampled from. None: all.
+        sampled: None where every token is sampled from.
     """
 
     token_ids: torch.Tensor
@@ -117,4 +128,4 @@ class ForwardBatch:
     block_table: torch.Tensor
     decode: DecodeRows | None
     prefill: PrefillRows | None
-    sample_rows: torch.Tensor | None
+    sampled: SampledRows | None

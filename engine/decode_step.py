@@ -53,13 +53,17 @@ class DecodeStep:
 
     Args:
         use_graphs: Replay steps from CUDA graphs.
+        share_prefixes: Whether plans may have groups.
     """
 
-    def __init__(self, decoder: Decoder, kv_cache: KVCache, state: SlotState, *, use_graphs: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, kv_cache: KVCache, state: SlotState, *, use_graphs: bool, share_prefixes: bool
+    ) -> None:
         self._decoder = decoder
         self._kv_cache = kv_cache
         self._state = state
         self._use_graphs = use_graphs
+        self._share_prefixes = share_prefixes
         self._plan: DecodePlan | None = None
         self._buffer = _PlanBuffer(state.num_slots, decoder.device)
         self._graphs: dict[tuple[int, bool], _Graph] = {}
@@ -68,11 +72,6 @@ class DecodeStep:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(decoder.device)
 
-    @property
-    def num_graphs(self) -> int:
-        """Graphs captured so far."""
-        return len(self._graphs)
-
     def set_plan(self, plan: DecodePlan) -> None:
         """Take the plan of the next step."""
         if self._plan is None or self._plan.version != plan.version:
@@ -80,7 +79,7 @@ class DecodeStep:
             self._plan = plan
 
     def rows(self, num_rows: int, context_lens: torch.Tensor) -> DecodeRows:
-        """The plan's first rows, for a step that does more than decode."""
+        """The plan's first rows, for a step that does more than decode; those past its end share nothing."""
         assert self._plan is not None
         return self._buffer.rows(num_rows, context_lens, shared=self._plan.num_groups > 0)
 
@@ -98,28 +97,22 @@ class DecodeStep:
         if not self._use_graphs:
             return self._forward(num_rows, shared)
         bucket = next(bucket for bucket in self._buckets if bucket >= num_rows)
-        graph = self._graphs.get((bucket, shared))
-        if graph is not None:
-            graph.graph.replay()
-            return graph.hidden[:num_rows]
-        hidden = self._forward(bucket, shared)
-        # The device is at work on the step just launched: the capture costs it nothing.
-        self._graphs[bucket, shared] = self._capture(bucket, shared)
-        return hidden[:num_rows]
+        graph = self._graphs[bucket, shared]
+        graph.graph.replay()
+        return graph.hidden[:num_rows]
 
     def warm_up(self) -> None:
-        """Run every kernel, and capture the graphs without groups, largest first: the others live in its memory."""
+        """Run every kernel, and capture the graphs, largest first: the others live in its memory."""
         self._buffer.fill(_no_rows(), self._state.num_slots)
         self._plan = None
-        if self._decoder.device.type == "cuda":
-            for num_rows in (self._buckets[0], self._buckets[-1]):
-                self._forward(num_rows, shared=False)
-                self._forward(num_rows, shared=True)
-        if not self._use_graphs:
+        if self._decoder.device.type != "cuda":
             return
-        for bucket in reversed(self._buckets):
-            self._forward(bucket, shared=False)
-            self._graphs[bucket, False] = self._capture(bucket, shared=False)
+        buckets = reversed(self._buckets) if self._use_graphs else (self._buckets[0], self._buckets[-1])
+        for bucket in buckets:
+            for shared in (False, True) if self._share_prefixes else (False,):
+                self._forward(bucket, shared)
+                if self._use_graphs:
+                    self._graphs[bucket, shared] = self._capture(bucket, shared)
 
     def _forward(self, num_rows: int, shared: bool) -> torch.Tensor:
         slots = self._buffer.slots[:num_rows]
@@ -131,7 +124,7 @@ class DecodeStep:
             block_table=self._state.block_table,
             decode=self._buffer.rows(num_rows, inputs.context_lens, shared=shared),
             prefill=None,
-            sample_rows=None,
+            sampled=None,
         )
         return self._decoder.forward(batch, self._kv_cache)
 

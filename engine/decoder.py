@@ -125,23 +125,30 @@ class Decoder:
         residual = F.embedding(batch.token_ids, self._embedding)
         x = rms_norm(residual, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
-            x = layer.o(self._attention(x, layer, batch, kv_cache.layers[index]))
-            x, residual = add_rms_norm(x, residual, layer.post_norm, eps)
-            x = layer.down(swiglu(layer.gate_up(x)))
-            next_norm = self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
-            if index + 1 == len(self._layers) and batch.sample_rows is not None:
-                x, residual = x[batch.sample_rows], residual[batch.sample_rows]
-            x, residual = add_rms_norm(x, residual, next_norm, eps)
+            cache, is_last = kv_cache.layers[index], index + 1 == len(self._layers)
+            q = self._write_kv(x, layer, batch, cache)
+            if is_last and batch.sampled is not None:
+                # The others' KV is written, and nothing more is asked of them.
+                q, residual = q[batch.sampled.tokens], residual[batch.sampled.tokens]
+                if not len(q):
+                    return residual
+                attended = self._decode_attention(q, layer, batch.block_table, batch.sampled, cache)
+            else:
+                attended = self._attention(q, layer, batch, cache)
+            x, residual = add_rms_norm(layer.o(attended.flatten(1)), residual, layer.post_norm, eps)
+            next_norm = self._norm if is_last else self._layers[index + 1].input_norm
+            x, residual = add_rms_norm(layer.down(swiglu(layer.gate_up(x))), residual, next_norm, eps)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores over the vocabulary, in the model's dtype: [N, vocab_size]."""
         return linear(hidden, self._lm_head)
 
-    def _attention(
+    def _write_kv(
         self, x: torch.Tensor, layer: Layer, batch: ForwardBatch, cache: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        q = qkv_to_cache(
+        """The layer's queries, [T, H, D]; keys and values go to the cache."""
+        return qkv_to_cache(
             layer.qkv(x),
             batch.positions,
             batch.slot_mapping,
@@ -151,14 +158,17 @@ class Decoder:
             layer.k_norm,
             self.config.rms_norm_eps,
         )
-        parts, num_decodes = [], 0
+
+    def _attention(
+        self, q: torch.Tensor, layer: Layer, batch: ForwardBatch, cache: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        num_decodes = 0 if batch.decode is None else len(batch.decode.slots)
         if batch.decode is not None:
-            num_decodes = len(batch.decode.slots)
-            parts.append(self._decode_attention(q[:num_decodes], layer, batch.block_table, batch.decode, cache))
+            self._decode_attention(q[:num_decodes], layer, batch.block_table, batch.decode, cache, out[:num_decodes])
         if batch.prefill is not None:
-            parts.append(self._prefill_attention(q[num_decodes:], layer, batch.block_table, batch.prefill, cache))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.flatten(1)
+            self._prefill_attention(q[num_decodes:], layer, batch.block_table, batch.prefill, cache, out[num_decodes:])
+        return out
 
     def _decode_attention(
         self,
@@ -167,6 +177,7 @@ class Decoder:
         block_table: torch.Tensor,
         rows: DecodeRows,
         cache: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return paged_decode_attention(
             q,
@@ -178,6 +189,7 @@ class Decoder:
             table_rows=rows.slots,
             # A window soon leaves the prefix behind: such layers read their rows one by one.
             shared=rows.shared if layer.window is None else None,
+            out=out,
         )
 
     def _prefill_attention(
@@ -187,6 +199,7 @@ class Decoder:
         block_table: torch.Tensor,
         rows: PrefillRows,
         cache: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor,
     ) -> torch.Tensor:
         return paged_prefill_attention(
             q,
@@ -197,6 +210,7 @@ class Decoder:
             self._scale,
             layer.window,
             table_rows=rows.slots,
+            out=out,
         )
 
 

@@ -115,8 +115,10 @@ class Engine:
             num_slots=sizes.max_num_seqs,
             max_blocks=self._scheduler.table.block_table.shape[1],
             block_size=sizes.block_size,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
             num_penalty_rows=limits.max_penalty_seqs,
             use_graphs=device.type == "cuda" and not config.enforce_eager,
+            share_prefixes=limits.share_prefixes,
         )
         announce("warming up")
         with explained("capturing CUDA graphs", "set enforce_eager=True, or lower gpu_memory_utilization"):

@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raydata_llm.engine.batch import ForwardBatch, PrefillRows, ScheduledBatch
+from raydata_llm.engine.batch import ForwardBatch, PrefillRows, SampledRows, ScheduledBatch
 from raydata_llm.engine.decode_step import DecodeStep, SlotState
 from raydata_llm.engine.decoder import Decoder, KVCache
 from raydata_llm.engine.sampler import SampledLogprobs, Sampler
 from raydata_llm.engine.sequence import IntArray
+from raydata_llm.engine.upload import upload
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ class ModelRunner:
         num_slots: S.
         max_blocks: Blocks of a sequence at most.
         block_size: Tokens of a block.
+        max_num_batched_tokens: Tokens of a step at most.
         num_penalty_rows: Rows with penalties at once at most.
         use_graphs: Replay pure decode steps from CUDA graphs.
+        share_prefixes: Whether decode rows may come in groups.
     """
 
     def __init__(
@@ -87,38 +90,47 @@ class ModelRunner:
         num_slots: int,
         max_blocks: int,
         block_size: int,
+        max_num_batched_tokens: int,
         num_penalty_rows: int,
         use_graphs: bool,
+        share_prefixes: bool,
     ) -> None:
         self._decoder = decoder
         self._kv_cache = kv_cache
         self._device = decoder.device
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._sampler = Sampler(num_slots, decoder.config.vocab_size, num_penalty_rows, decoder.dtype, self._device)
         self._state = SlotState(num_slots, max_blocks, block_size, self._device)
-        self._decode = DecodeStep(decoder, kv_cache, self._state, use_graphs=use_graphs)
+        self._decode = DecodeStep(decoder, kv_cache, self._state, use_graphs=use_graphs, share_prefixes=share_prefixes)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile or load every kernel, and capture the graphs, so that no step waits for it."""
         self._decode.warm_up()
         if self._device.type == "cuda":
-            self._decoder.forward(self._trash_prefill(), self._kv_cache)
+            # The largest step too: the memory it needs, and cuBLAS's kernels for it, are there from now on.
+            for num_tokens in (1, self._max_num_batched_tokens):
+                self._decoder.forward(self._trash_prefill(num_tokens), self._kv_cache)
             for num_rows in (1, self._state.num_slots):
                 self._sampler.warm_up(num_rows)
 
-    def _trash_prefill(self) -> ForwardBatch:
-        """A prefill of the padding slot, which writes to the trash block."""
-        slots, context_lens, starts, positions = self._upload(
-            np.array([self._state.num_slots]), np.array([1]), np.array([0, 1]), np.array([0])
+    def _trash_prefill(self, num_tokens: int) -> ForwardBatch:
+        """A prefill of the padding slot, whose blocks are all the trash block."""
+        context = min(num_tokens, self._state.block_table.shape[1] * self._state.block_size)
+        counts = np.full(-(-num_tokens // context), context)
+        counts[-1] = num_tokens - counts[:-1].sum()
+        slots, context_lens, starts = self._upload(
+            np.full(len(counts), self._state.num_slots), counts, np.concatenate([[0], np.cumsum(counts)])
         )
+        zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
         return ForwardBatch(
-            token_ids=positions,
-            positions=positions.long(),
-            slot_mapping=positions.long(),
+            token_ids=zeros,
+            positions=zeros,
+            slot_mapping=zeros,
             block_table=self._state.block_table,
             decode=None,
             prefill=PrefillRows(slots=slots, context_lens=context_lens, query_starts=starts),
-            sample_rows=positions,
+            sampled=SampledRows(slots=slots, context_lens=context_lens, shared=None, tokens=slots * 0),
         )
 
     @torch.inference_mode()
@@ -148,7 +160,7 @@ class ModelRunner:
         """The tensors of a step with prefill, and the slots that it samples for."""
         state, num_decodes = self._state, batch.num_decodes
         chunk_of, chunk_positions = _chunk_positions(batch)
-        prefill_slots, ends, starts, token_ids, positions, token_slots, sample_slots, sample_rows = self._upload(
+        prefill_slots, ends, starts, token_ids, positions, token_slots, sample_slots, sample_tokens = self._upload(
             batch.prefill_slots,
             batch.prefill_starts + batch.prefill_counts,
             np.concatenate([[0], np.cumsum(batch.prefill_counts)]),
@@ -156,7 +168,7 @@ class ModelRunner:
             chunk_positions,
             batch.prefill_slots[chunk_of],
             batch.sample_slots,
-            _sample_rows(batch),
+            _sample_tokens(batch),
         )
         state.num_computed[prefill_slots] = ends
         positions = positions.long()
@@ -169,6 +181,7 @@ class ModelRunner:
             positions = torch.cat([inputs.positions, positions])
             slot_mapping = torch.cat([inputs.slot_mapping, slot_mapping])
             decode = self._decode.rows(num_decodes, inputs.context_lens)
+        sampled = self._decode.rows(len(sample_slots), state.num_computed[sample_slots])
         return sample_slots, ForwardBatch(
             token_ids=token_ids,
             positions=positions,
@@ -176,22 +189,13 @@ class ModelRunner:
             block_table=state.block_table,
             decode=decode,
             prefill=PrefillRows(slots=prefill_slots, context_lens=ends, query_starts=starts),
-            sample_rows=sample_rows,
+            sampled=SampledRows(
+                slots=sample_slots, context_lens=sampled.context_lens, shared=sampled.shared, tokens=sample_tokens
+            ),
         )
 
     def _upload(self, *arrays: npt.NDArray[np.integer]) -> list[torch.Tensor]:
-        """Arrays as int32 on the device, by one copy.
-
-        Each begins at 16 bytes of it: Triton compiles a kernel anew for pointers that do not.
-        """
-        sizes = [-(-len(array) // 4) * 4 for array in arrays]
-        host = torch.zeros(sum(sizes), dtype=torch.int32)
-        for part, array in zip(host.split(sizes), arrays, strict=True):
-            part[: len(array)] = torch.from_numpy(array.astype(np.int32))
-        if self._device.type != "cpu":
-            # Pinned, so that the copy does not wait for the steps before it.
-            host = host.pin_memory().to(self._device, non_blocking=True)
-        return [part[: len(array)] for part, array in zip(host.split(sizes), arrays, strict=True)]
+        return upload(self._device, *(array.astype(np.int32, copy=False) for array in arrays))
 
 
 def _chunk_positions(batch: ScheduledBatch) -> tuple[IntArray, IntArray]:
@@ -202,8 +206,8 @@ def _chunk_positions(batch: ScheduledBatch) -> tuple[IntArray, IntArray]:
     return chunk_of, np.arange(counts.sum(), dtype=np.int32) - first[chunk_of] + batch.prefill_starts[chunk_of]
 
 
-def _sample_rows(batch: ScheduledBatch) -> IntArray:
-    """The tokens whose hidden states are sampled: all decode rows, then the last of each chunk that ends a prefill."""
+def _sample_tokens(batch: ScheduledBatch) -> IntArray:
+    """The tokens that are sampled from: all decode rows, then the last of each chunk that ends a prefill."""
     num_decodes = batch.num_decodes
     ending = np.isin(batch.prefill_slots, batch.sample_slots[num_decodes:])
     last = num_decodes + np.cumsum(batch.prefill_counts) - 1

@@ -17,6 +17,7 @@ import torch
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.sequence import IntArray, Sequence
+from raydata_llm.engine.upload import upload
 from raydata_llm.kernels.sampling import greedy, penalise_, sample
 
 Rows = npt.NDArray[np.int64]
@@ -78,14 +79,21 @@ class Sampler:
         """Set the slots of newly admitted sequences."""
         if not admitted:
             return
-        slots = torch.tensor([slot for slot, _ in admitted], device=self._device)
         params = [sequence.request.sampling_params for _, sequence in admitted]
-        keys = [_output_key(sequence.request.key, sequence.index) for _, sequence in admitted]
-        self._temperature[slots] = torch.tensor([p.temperature for p in params], device=self._device)
-        self._top_p[slots] = torch.tensor([p.top_p for p in params], device=self._device)
-        self._min_p[slots] = torch.tensor([p.min_p for p in params], device=self._device)
-        self._top_k[slots] = torch.tensor([p.top_k for p in params], device=self._device)
-        self._keys[slots] = torch.tensor(keys, dtype=torch.int64, device=self._device)
+        slots, temperature, top_p, min_p, top_k, keys = upload(
+            self._device,
+            np.array([slot for slot, _ in admitted]),
+            np.array([p.temperature for p in params], dtype=np.float32),
+            np.array([p.top_p for p in params], dtype=np.float32),
+            np.array([p.min_p for p in params], dtype=np.float32),
+            np.array([p.top_k for p in params]),
+            np.array([_output_key(sequence.request.key, sequence.index) for _, sequence in admitted]),
+        )
+        self._temperature[slots] = temperature
+        self._top_p[slots] = top_p
+        self._min_p[slots] = min_p
+        self._top_k[slots] = top_k
+        self._keys[slots] = keys
         for (slot, sequence), p in zip(admitted, params, strict=True):
             self._random[slot] = not p.greedy
             self._truncated[slot] = not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
@@ -151,15 +159,19 @@ class Sampler:
             assert sequence is not None
             params = sequence.request.sampling_params
             if params.allowed_token_ids is not None:
-                allowed = torch.tensor(params.allowed_token_ids, device=self._device)
+                allowed = self._index(np.array(params.allowed_token_ids))
                 kept = logits[row, allowed]
                 logits[row] = float("-inf")
                 logits[row, allowed] = kept
             if params.logit_bias:
-                biased = torch.tensor(list(params.logit_bias), device=self._device)
-                logits[row, biased] += torch.tensor(list(params.logit_bias.values()), device=self._device)
+                token_ids, bias = (
+                    np.array(list(params.logit_bias)),
+                    np.array([*params.logit_bias.values()], dtype=np.float32),
+                )
+                biased, by = upload(self._device, token_ids, bias)
+                logits[row, biased] += by
             if positions[row] + 1 < sequence.num_prompt + params.min_tokens and sequence.stop_token_ids:
-                logits[row, torch.tensor(sequence.stop_token_ids, device=self._device)] = float("-inf")
+                logits[row, self._index(np.array(sequence.stop_token_ids))] = float("-inf")
 
     def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, rows: Rows, slots: IntArray) -> SampledLogprobs:
         chosen = raw.gather(1, tokens[self._index(rows)][:, None])
@@ -169,7 +181,7 @@ class Sampler:
         return SampledLogprobs(rows, chosen[:, 0], ranks, top.indices, top.values)
 
     def _index(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
-        return torch.from_numpy(numbers.astype(np.int64)).to(self._device, non_blocking=True)
+        return upload(self._device, numbers.astype(np.int64))[0]
 
 
 class _PenaltyPool:
@@ -198,11 +210,15 @@ class _PenaltyPool:
         row = self._take_row()
         self._row_of[slot] = row
         values = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
-        self._values[:, row] = torch.tensor(values, device=self._device)
-        tokens = torch.from_numpy(sequence.token_ids.astype(np.int64)).to(self._device)
+        values_there, tokens = upload(
+            self._device, np.array(values, dtype=np.float32), sequence.token_ids.astype(np.int64)
+        )
+        self._values[:, row] = values_there
+        prompt, written = tokens[: sequence.num_prompt], tokens[sequence.num_prompt :]
         in_prompt[row] = False
-        in_prompt[row, tokens[: sequence.num_prompt]] = True
-        counts[row] = torch.bincount(tokens[sequence.num_prompt :], minlength=self._vocab_size)
+        in_prompt[row, prompt] = True
+        counts[row] = 0
+        counts[row].scatter_add_(0, written, torch.ones_like(written, dtype=torch.int32))
 
     def any(self, slots: IntArray) -> bool:
         """Whether any of the slots has penalties."""
@@ -210,23 +226,27 @@ class _PenaltyPool:
 
     def apply_(self, logits: torch.Tensor, slots: IntArray) -> None:
         """Penalise the rows that have penalties, in place."""
-        rows, pool_rows = self._rows(slots)
-        if rows is None:
+        found = self._rows(slots)
+        if found is None:
             return
+        rows, pool_rows = found
         in_prompt, counts = self._pool()
         values = self._values[:, pool_rows]
         logits[rows] = penalise_(logits[rows], in_prompt[pool_rows], counts[pool_rows], *values)
 
     def count(self, slots: IntArray, tokens: torch.Tensor) -> None:
         """Take in the drawn tokens."""
-        rows, pool_rows = self._rows(slots)
-        if rows is not None:
+        found = self._rows(slots)
+        if found is not None:
+            rows, pool_rows = found
             self._pool()[1][pool_rows, tokens[rows]] += 1
 
-    def _rows(self, slots: IntArray) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _rows(self, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor] | None:
         rows = np.flatnonzero(self._row_of[slots] >= 0)
-        pool_rows = torch.from_numpy(self._row_of[slots[rows]]).to(self._device)
-        return (torch.from_numpy(rows).to(self._device) if len(rows) else None), pool_rows
+        if not len(rows):
+            return None
+        on_device, pool_rows = upload(self._device, rows, self._row_of[slots[rows]])
+        return on_device, pool_rows
 
     def _take_row(self) -> int:
         assert self._free, "the scheduler admits no more rows with penalties than the pool holds"

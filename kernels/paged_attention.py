@@ -85,8 +85,9 @@ def paged_decode_attention(
     *,
     table_rows: torch.Tensor | None = None,
     shared: SharedPrefixes | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of one query a row: q [R, H, D].
+    """Attention of one query a row: q [R, H, D]; written to `out` if given.
 
     On a CPU rows of like length are gathered together, so that a batch of uneven lengths pays little for padding; what
     rows share is read from its group's blocks, but for each row anew.
@@ -95,12 +96,12 @@ def paged_decode_attention(
         from raydata_llm.kernels.paged_decode_triton import launch_paged_decode_attention
 
         return launch_paged_decode_attention(
-            q, k_cache, v_cache, block_table, context_lens, scale, window, table_rows=table_rows, shared=shared
+            q, k_cache, v_cache, block_table, context_lens, scale, window, table_rows=table_rows, shared=shared, out=out
         )
     block_table = _rows_table(block_table, context_lens, k_cache.shape[2], table_rows)
     if shared is not None:
         block_table = _with_shared_blocks(block_table, shared, k_cache.shape[2])
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     order = torch.argsort(context_lens)
     for rows in order.split(_rows_at_once(len(context_lens))):
         lens = context_lens[rows]
@@ -187,16 +188,17 @@ def paged_prefill_attention(
     window: int | None = None,
     *,
     table_rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of a chunk of queries a row: q [T, H, D], rows' queries one after the other."""
+    """Attention of a chunk of queries a row: q [T, H, D], rows' queries one after the other; to `out` if given."""
     if q.is_cuda:
         from raydata_llm.kernels.paged_prefill_triton import launch_paged_prefill_attention
 
         return launch_paged_prefill_attention(
-            q, k_cache, v_cache, block_table, context_lens, query_starts, scale, window, table_rows=table_rows
+            q, k_cache, v_cache, block_table, context_lens, query_starts, scale, window, table_rows=table_rows, out=out
         )
     block_table = _rows_table(block_table, context_lens, k_cache.shape[2], table_rows)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     group = q.shape[1] // k_cache.shape[1]
     starts = query_starts.tolist()
     for row, length in enumerate(context_lens.tolist()):

@@ -159,6 +159,7 @@ def launch_paged_decode_attention(
     *,
     table_rows: torch.Tensor | None = None,
     shared: SharedPrefixes | None = None,
+    out: torch.Tensor | None = None,
     tile: tuning.Tile | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor:
@@ -174,7 +175,8 @@ def launch_paged_decode_attention(
     assert block_table.stride(1) == 1 and len(context_lens) == num_rows
     assert len(block_table) == num_rows if table_rows is None else len(table_rows) == num_rows
     assert window is None or shared is None, "a window ends inside the shared keys"
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    assert out.is_contiguous() and out.shape == q.shape
     if not num_rows:
         return out
     block_d = max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim))

@@ -183,6 +183,7 @@ def launch_paged_prefill_attention(
     window: int | None = None,
     *,
     table_rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     tile: tuning.Tile | None = None,
 ) -> torch.Tensor:
     """As `paged_attention.paged_prefill_attention`.
@@ -191,7 +192,8 @@ def launch_paged_prefill_attention(
         tile: overrides the choice for the GPU.
     """
     assert table_rows is not None or len(block_table) == len(context_lens)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    assert out.is_contiguous() and out.shape == q.shape
     _launch(q, k_cache, v_cache, block_table, table_rows, context_lens, query_starts, scale, window, out, None, tile)
     return out
 

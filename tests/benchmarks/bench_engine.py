@@ -34,6 +34,7 @@ from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import Request
 from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.engine.upload import upload
 from tests.benchmarks.gpu_profile import profiled
 from tests.benchmarks.roofline import bound_s
 from tests.benchmarks.table import COLUMNS, table
@@ -58,28 +59,28 @@ class ForcedEnds:
     """Makes each row draw EOS at its length, on the device: the scheduler learns of it as of any other token."""
 
     def __init__(self, engine: Engine, eos_token_id: int) -> None:
+        self._engine = engine
         self._sampler = engine._live_runner()._sampler
         self._sample = self._sampler.sample
-        self._table = engine._scheduler.table
         self._eos = eos_token_id
         self._lengths: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._first = 0
         setattr(self._sampler, "sample", self._forced)  # noqa: B010
 
     def set(self, lengths: Sequence[int]) -> None:
-        """Output lengths by request id; none: rows end as they like."""
+        """Output lengths of the requests to come, in order; none: rows end as they like."""
         self._lengths = np.array(lengths, dtype=np.int64)
+        self._first = self._engine._next_seq_id
 
     def _forced(self, logits: torch.Tensor, batch: ScheduledBatch, *arguments: Any) -> Any:
         tokens, logprobs = self._sample(logits, batch, *arguments)
         if len(self._lengths):
-            slots = batch.sample_slots
-            rows = [self._table.sequences[slot] for slot in slots]
-            wanted = np.array([0 if row is None else self._lengths[int(row.request.request_id)] for row in rows])
-            ends = np.flatnonzero(batch.sample_positions + 1 - self._table.num_prompt[slots] >= wanted)
+            written = batch.sample_positions + 1 - self._engine._scheduler.table.num_prompt[batch.sample_slots]
+            # Of rows that have changed hands since (launched ahead of their end) the token is not read.
+            row = np.clip(batch.sample_seq_ids - self._first, 0, len(self._lengths) - 1)
+            ends = np.flatnonzero(written >= self._lengths[row])
             if len(ends):
-                index = torch.from_numpy(ends)
-                index = index.pin_memory() if tokens.is_cuda else index
-                tokens[index.to(tokens.device, non_blocking=True)] = self._eos
+                tokens[upload(tokens.device, ends)[0]] = self._eos
         return tokens, logprobs
 
 

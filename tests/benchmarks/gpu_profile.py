@@ -5,6 +5,7 @@ Owns the reading of a trace. A single stream is assumed: busy is the sum of what
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections import defaultdict
@@ -16,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # Names of cuBLAS's kernels say their tiles; what they are for is enough here.
 _GEMM = re.compile(r"gemm|nvjet|cutlass|splitK", re.IGNORECASE)
+_PAUSE_S = 20e-6
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Breakdown:
     busy_s: float
     span_s: float
     kernels: list[Kernel]
+    gaps: list[Kernel]
 
     @property
     def busy_share(self) -> float:
@@ -43,9 +46,9 @@ class Breakdown:
 
     def table(self, rows: int = 14) -> str:
         """The kernels that take most, and the gaps."""
-        gap = Kernel("(gaps)", 0, self.span_s - self.busy_s)
+        gap = Kernel("(gaps; those over 20 us by what is around them:)", 0, self.span_s - self.busy_s)
         lines = [f"wall {self.wall_s:.3f} s, device span {self.span_s:.3f} s, busy {self.busy_share:.1%}"]
-        for kernel in [*self.kernels[:rows], gap]:
+        for kernel in [*self.kernels[:rows], gap, *self.gaps[:6]]:
             mean = f"{kernel.seconds / kernel.count * 1e6:9.1f} us" if kernel.count else " " * 12
             share, total = kernel.seconds / self.span_s, kernel.seconds * 1e3
             lines.append(f"{share:6.1%} {total:9.1f} ms {mean} {kernel.count:7} {kernel.name}")
@@ -71,7 +74,19 @@ def profiled(run: Callable[[], object]) -> Breakdown:
     kernels.sort(key=lambda kernel: kernel.seconds, reverse=True)
     first = min(start for _, start, _ in spans)
     last = max(start + duration for _, start, duration in spans)
-    return Breakdown(wall, sum(kernel.seconds for kernel in kernels), (last - first) / 1e9, kernels)
+    return Breakdown(wall, sum(kernel.seconds for kernel in kernels), (last - first) / 1e9, kernels, _gaps(spans))
+
+
+def _gaps(spans: list[tuple[str, int, int]]) -> list[Kernel]:
+    """Where the device waited for the host: pauses over 20 us, by the kernels before and after."""
+    totals: dict[str, list[float]] = defaultdict(list)
+    spans.sort(key=lambda span: span[1])
+    for (before, start, duration), (after, begin, _) in itertools.pairwise(spans):
+        pause = (begin - start - duration) / 1e9
+        if pause > _PAUSE_S:
+            totals[f"  {_short(before)[:28]} .. {_short(after)[:28]}"].append(pause)
+    gaps = [Kernel(name, len(pauses), sum(pauses)) for name, pauses in totals.items()]
+    return sorted(gaps, key=lambda gap: gap.seconds, reverse=True)
 
 
 def _short(name: str) -> str:

@@ -1,0 +1,35 @@
+"""Arrays from the host to the device, without waiting for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+# Triton compiles a kernel anew for pointers that are not multiples of this.
+_ALIGNMENT = 16
+_DTYPES = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+}
+
+
+def upload(device: torch.device, *arrays: npt.NDArray[Any]) -> list[torch.Tensor]:
+    """One-dimensional arrays of int32, int64 or float32 on the device, all by one copy.
+
+    From pageable memory a copy would first wait for all that was launched.
+    """
+    ends = np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]).tolist()
+    starts = [0, *ends[:-1]]
+    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    bytes_of = host.numpy()
+    for start, array in zip(starts, arrays, strict=True):
+        bytes_of[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8)
+    there = host.to(device, non_blocking=True)
+    return [
+        there[start : start + array.nbytes].view(_DTYPES[array.dtype])
+        for start, array in zip(starts, arrays, strict=True)
+    ]
