@@ -171,7 +171,7 @@ class Sampler:
                 biased, by = upload(self._device, token_ids, bias)
                 logits[row, biased] += by
             if positions[row] + 1 < sequence.num_prompt + params.min_tokens and sequence.stop_token_ids:
-                logits[row, self._index(np.array(sequence.stop_token_ids))] = float("-inf")
+                logits[row].index_fill_(0, self._index(np.array(sequence.stop_token_ids)), float("-inf"))
 
     def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, rows: Rows, slots: IntArray) -> SampledLogprobs:
         chosen = raw.gather(1, tokens[self._index(rows)][:, None])
@@ -216,7 +216,7 @@ class _PenaltyPool:
         self._values[:, row] = values_there
         prompt, written = tokens[: sequence.num_prompt], tokens[sequence.num_prompt :]
         in_prompt[row] = False
-        in_prompt[row, prompt] = True
+        in_prompt[row].index_fill_(0, prompt, True)
         counts[row] = 0
         counts[row].scatter_add_(0, written, torch.ones_like(written, dtype=torch.int32))
 

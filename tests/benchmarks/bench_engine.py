@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ class ForcedEnds:
             row = np.clip(batch.sample_seq_ids - self._first, 0, len(self._lengths) - 1)
             ends = np.flatnonzero(written >= self._lengths[row])
             if len(ends):
-                tokens[upload(tokens.device, ends)[0]] = self._eos
+                tokens.index_fill_(0, upload(tokens.device, ends)[0], self._eos)
         return tokens, logprobs
 
 
@@ -110,7 +109,7 @@ class Bench:
             # As `LLM.generate` feeds it: the engine works on the first rows while the others are taken in.
             for index, (prompt, max_tokens) in itertools.islice(rows, 256):
                 params = self._params(EOS_MAX_TOKENS if forced else max_tokens, ignore_eos=not forced)
-                token_ids = np.frombuffer(array("i", prompt), dtype=np.int32)
+                token_ids = np.fromiter(prompt, dtype=np.int32, count=len(prompt))
                 engine.add_request(
                     Request(request_id=str(index), prompt_token_ids=token_ids, sampling_params=params, key=index)
                 )
