@@ -21,7 +21,7 @@ from raydata_llm.engine.decode_step import DecodeStep, SlotState
 from raydata_llm.engine.decoder import Decoder, KVCache
 from raydata_llm.engine.sampler import SampledLogprobs, Sampler
 from raydata_llm.engine.sequence import IntArray
-from raydata_llm.engine.upload import upload
+from raydata_llm.engine.upload import to_host, upload, warm_up_pinned_memory
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class LaunchedStep:
     """A step under way; `read` is the loop's one wait for the device."""
 
     def __init__(self, tokens: torch.Tensor, logprobs: SampledLogprobs | None) -> None:
-        self._tokens = _to_host(tokens)
+        self._tokens = to_host(tokens)
         self._logprobs = logprobs and SampledLogprobs(
             rows=logprobs.rows,
-            chosen=_to_host(logprobs.chosen),
-            ranks=_to_host(logprobs.ranks),
-            top_ids=_to_host(logprobs.top_ids),
-            top_logprobs=_to_host(logprobs.top_logprobs),
+            chosen=to_host(logprobs.chosen),
+            ranks=to_host(logprobs.ranks),
+            top_ids=to_host(logprobs.top_ids),
+            top_logprobs=to_host(logprobs.top_logprobs),
         )
         self._done = torch.cuda.Event() if tokens.is_cuda else None
         if self._done is not None:
@@ -107,20 +107,22 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Compile or load every kernel, and capture the graphs, so that no step waits for it."""
         self._decode.warm_up()
-        if self._device.type == "cuda":
-            # The largest step too: the memory it needs, and cuBLAS's kernels for it, are there from now on.
-            for num_tokens in (1, self._max_num_batched_tokens):
-                self._decoder.forward(self._trash_prefill(num_tokens), self._kv_cache)
-            for num_rows in (1, self._state.num_slots):
-                self._sampler.warm_up(num_rows)
+        if self._device.type != "cuda":
+            return
+        warm_up_pinned_memory()
+        # The largest step too: the memory it needs, and cuBLAS's kernels for it, are there from now on.
+        for num_rows, num_tokens in ((1, 1), (self._state.num_slots, self._max_num_batched_tokens)):
+            hidden = self._decoder.forward(self._trash_prefill(num_rows, num_tokens), self._kv_cache)
+            self._decoder.logits(hidden[:num_rows])
+            self._sampler.warm_up(num_rows)
 
-    def _trash_prefill(self, num_tokens: int) -> ForwardBatch:
-        """A prefill of the padding slot, whose blocks are all the trash block."""
-        context = min(num_tokens, self._state.block_table.shape[1] * self._state.block_size)
-        counts = np.full(-(-num_tokens // context), context)
-        counts[-1] = num_tokens - counts[:-1].sum()
-        slots, context_lens, starts = self._upload(
-            np.full(len(counts), self._state.num_slots), counts, np.concatenate([[0], np.cumsum(counts)])
+    def _trash_prefill(self, least_rows: int, num_tokens: int) -> ForwardBatch:
+        """A prefill of the padding slot, again and again, whose blocks are all the trash block."""
+        longest = self._state.block_table.shape[1] * self._state.block_size
+        num_rows = max(least_rows, -(-num_tokens // longest))
+        starts = np.linspace(0, num_tokens, num_rows + 1).astype(np.int32)
+        slots, context_lens, starts_there = self._upload(
+            np.full(num_rows, self._state.num_slots), np.diff(starts), starts
         )
         zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
         return ForwardBatch(
@@ -129,7 +131,7 @@ class ModelRunner:
             slot_mapping=zeros,
             block_table=self._state.block_table,
             decode=None,
-            prefill=PrefillRows(slots=slots, context_lens=context_lens, query_starts=starts),
+            prefill=PrefillRows(slots=slots, context_lens=context_lens, query_starts=starts_there),
             sampled=SampledRows(slots=slots, context_lens=context_lens, shared=None, tokens=slots * 0),
         )
 
@@ -212,10 +214,3 @@ def _sample_tokens(batch: ScheduledBatch) -> IntArray:
     ending = np.isin(batch.prefill_slots, batch.sample_slots[num_decodes:])
     last = num_decodes + np.cumsum(batch.prefill_counts) - 1
     return np.concatenate([np.arange(num_decodes), last[ending]]).astype(np.int32)
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

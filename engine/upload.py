@@ -1,4 +1,4 @@
-"""Arrays from the host to the device, without waiting for the device."""
+"""Arrays from the host to the device, and tokens back, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ def upload(device: torch.device, *arrays: npt.NDArray[Any]) -> list[torch.Tensor
         there[start : start + array.nbytes].view(_DTYPES[array.dtype])
         for start, array in zip(starts, arrays, strict=True)
     ]
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, whole once what was launched is done."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def warm_up_pinned_memory() -> None:
+    """Have pinned memory of every size that steps ask for: getting it from the driver waits for the device."""
+    held = [torch.empty(1 << power, dtype=torch.uint8, pin_memory=True) for power in range(9, 23) for _ in range(4)]
+    # They stay with torch's allocator, which hands them out again.
+    del held
