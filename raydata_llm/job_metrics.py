@@ -33,7 +33,7 @@ _REPLICA_GAUGES = {
     "kv_usage": "Share of KV blocks in use, 0 to 1.",
 }
 _JOB_GAUGES = {
-    "rows_per_second": "Finished rows a second, over the last 30 s.",
+    "rows_per_second": "Rows a second through the engines, over the last 30 s.",
     "eta_seconds": "Seconds until the last row, at the present rate.",
     "total_rows": "Rows of the dataset, as far as known.",
 }

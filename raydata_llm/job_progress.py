@@ -58,7 +58,7 @@ def duration(seconds: float) -> str:
 
 def _parts(progress: Progress, pool_size: int) -> Iterator[str]:
     totals = progress.totals
-    begun = bool(totals.rows_generated or totals.rows_finished)
+    begun = totals.rows_answered > 0
     if begun:
         yield _rows(progress)
         yield f"{rate(progress.rows_per_second)} rows/s"
@@ -82,11 +82,11 @@ def _engines(progress: Progress) -> Iterator[str]:
 
 
 def _rows(progress: Progress) -> str:
-    done = progress.totals.rows_finished
-    skipped = progress.totals.rows_skipped
+    done, skipped = progress.totals.rows_answered, progress.totals.rows_skipped
     before = f", {count(skipped)} written before" if skipped else ""
     if not progress.total_rows:
         return f"{count(done)} rows{before}"
+    done = min(done, progress.total_rows - skipped)  # what a dead replica had answered, another did again
     return f"{count(done)}/{count(progress.total_rows)} rows ({(done + skipped) / progress.total_rows:.0%}){before}"
 
 

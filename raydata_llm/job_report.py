@@ -67,7 +67,8 @@ class JobReport:
         generated_rows, prompt_tokens, output_tokens: That came out of the engines: work that was lost with a replica
             and done again counts again.
         first_ready: When the first engine took rows: the start-up. None if none did.
-        first_row, last_row: When a block of rows first and last left the last operator.
+        first_row: When the first row was through an engine.
+        last_row: When the last block of rows left the last operator.
         steady: Between start and end, see there; None without rows.
         mean_batch_size: Mean of `timeline.batch_size` while rows were in the engines.
         mean_kv_usage, peak_kv_usage: The same of the KV blocks, and their maximum.

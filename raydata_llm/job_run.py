@@ -294,7 +294,7 @@ class _News:
 
     def worth_a_line(self, progress: Progress, now: float) -> bool:
         """Whether to show it now."""
-        begun = progress.totals.rows_finished > 0
+        begun = progress.totals.rows_answered > 0
         stage = begun or (tuple(progress.phases), progress.num_ready)
         # What a start does is news for people who wait.
         every = self._every if begun else min(self._every, _LINE_SECONDS_AT_START)

@@ -68,6 +68,11 @@ class Totals(NamedTuple):
     output_tokens: int = 0
     rows_skipped: int = 0
 
+    @property
+    def rows_answered(self) -> int:
+        """Rows that are through an engine, in whatever block: those that came out of the last operator are fewer."""
+        return max(self.rows_generated, self.rows_finished)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -105,7 +110,8 @@ class Snapshot:
 
     Args:
         seconds: When it was taken.
-        first_row_seconds, last_row_seconds: When a block of finished rows first and last came out.
+        first_row_seconds: When the first row was through an engine.
+        last_row_seconds: When the last block of finished rows came out.
     """
 
     seconds: float
@@ -131,7 +137,7 @@ class JobStats:
         self.timeline = Timeline()
         self.first_row_seconds: float | None = None
         self.last_row_seconds: float | None = None
-        self._rows_finished = self._rows_failed = 0
+        self._rows_finished = self._rows_failed = self._rows_answered = 0
         # A flag for each task's first block (a job may have millions), and the few others.
         self._first_blocks = bytearray()
         self._other_blocks: set[tuple[int, int]] = set()
@@ -148,7 +154,8 @@ class JobStats:
         if not record.phases or record.phases[-1][1] != sample.phase:
             record.phases.append((seconds, sample.phase))
         self._bin(seconds, record.last, sample)
-        record.last, record.seen = sample, seconds
+        since, record.last, record.seen = record.seen, sample, seconds
+        self._note_answered(since, seconds)
 
     def count_block(self, block: tuple[int, int], num_rows: int, errors: Mapping[str, ErrorKind]) -> None:
         """Take the last operator's word for a block, once.
@@ -162,9 +169,7 @@ class JobStats:
             return
         seconds = self._now()
         self._rows_finished += num_rows
-        self.timeline.add(JOB, "rows", num_rows, start=seconds, end=seconds)
-        if self.first_row_seconds is None:
-            self.first_row_seconds = seconds
+        self._note_answered(seconds, seconds)
         self.last_row_seconds = seconds
         for kind, new in errors.items():
             self._rows_failed += new.rows
@@ -196,7 +201,7 @@ class JobStats:
         alive = [record for record in self.replicas.values() if seconds - record.seen < _SILENT_SECONDS]
         figures = [record.last.figures or EngineFigures(num_running=record.last.rows_held) for record in alive]
         rates = self._rates(seconds, totals, alive)
-        left = None if total_rows is None else max(0, total_rows - totals.rows_finished - totals.rows_skipped)
+        left = None if total_rows is None else max(0, total_rows - totals.rows_answered - totals.rows_skipped)
         known = [figure for record, figure in zip(alive, figures, strict=True) if record.last.figures is not None]
         return Progress(
             seconds=seconds,
@@ -225,6 +230,15 @@ class JobStats:
             last_row_seconds=self.last_row_seconds,
         )
 
+    def _note_answered(self, since: float, seconds: float) -> None:
+        answered = self.totals().rows_answered
+        if answered <= self._rows_answered:
+            return
+        self.timeline.add(JOB, "rows", answered - self._rows_answered, start=since, end=seconds)
+        self._rows_answered = answered
+        if self.first_row_seconds is None:
+            self.first_row_seconds = seconds
+
     def _is_new(self, block: tuple[int, int]) -> bool:
         task, part = block
         if part:
@@ -246,7 +260,7 @@ class JobStats:
             self._recent.popleft()
         then, before, computed_before, sampled_before = self._recent[0]
         span = max(seconds - then, 1e-9)
-        rows = totals.rows_finished - before.rows_finished
+        rows = totals.rows_answered - before.rows_answered
         # Tokens of rows that are still at work count too, where the engine tells.
         output = max(sampled - sampled_before, totals.output_tokens - before.output_tokens)
         prompt = max(computed - computed_before - output, totals.prompt_tokens - before.prompt_tokens)

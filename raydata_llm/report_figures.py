@@ -19,7 +19,7 @@ _STEADY_SHARE = 1 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class Steady:
-    """The span in which rows 10 % to 90 % came out: neither start-up nor tail.
+    """The span in which rows 10 % to 90 % came through the engines: neither start-up nor tail.
 
     Args:
         start, end: Of the span.
@@ -77,7 +77,7 @@ class TimelineReport:
 
     Args:
         bin_seconds: Width of a bin.
-        rows: Rows that left the last operator in the bin.
+        rows: Rows that came through the engines in the bin.
         prompt_tokens_per_second, output_tokens_per_second: Computed and sampled by all engines, tokens of rows that
             were not done included. Prompt tokens that came from the prefix cache are not in it.
         batch_size: Sequences in an engine's batch.

@@ -92,8 +92,8 @@ def _spans(report: JobReport) -> str:
     first = min(max(report.first_row if report.first_row is not None else last, ready), last)
     spans = [
         ("start", "start-up", ready, "until the first engine takes rows"),
-        ("first", "to the first rows", first - ready, "from then until a first block of rows is out"),
-        ("steady", "rows", last - first, "from the first rows to the last"),
+        ("first", "to the first row", first - ready, "from then until a first row is answered"),
+        ("steady", "rows", last - first, "from the first row to the last"),
         ("end", "end", report.seconds - last, "after the last row"),
     ]
     total = max(sum(seconds for _, _, seconds, _ in spans), 1e-9)
@@ -134,13 +134,13 @@ def _charts(report: JobReport) -> Iterator[str]:
     batch, kv = timeline.batch_size, timeline.kv_usage
     size = Line(name="sequences", values=batch.mean, low=batch.low, high=batch.high)
     used = Line(name="KV in use", values=kv.mean, low=kv.low, high=kv.high)
-    # In all: rows come out by the block, so their rate is a comb.
+    # In all: few rows' rate is a comb.
     rows = Line(name="rows", values=list(accumulate(timeline.rows)))
     yield chart("Output tokens", "per second, all engines", output, rate, group=group)
     yield chart("Prompt tokens", "per second, all engines", prompt, rate, group=group)
     yield chart("Batch size", f"sequences of an engine{spread}", size, rate)
     yield chart("KV cache in use", f"share of blocks{spread}", used, percent, 1.0)
-    yield chart("Rows finished", "in all", rows, rate)
+    yield chart("Rows answered", "in all", rows, rate)
     if any(replica.idle_share is not None for replica in report.replicas):
         yield chart("Engine busy", f"share of time with a step in flight{spread}", _busy(report.replicas), percent, 1.0)
 

@@ -39,7 +39,7 @@ def _lines(report: JobReport) -> Iterator[str]:
         f"out {count(report.output_tokens)} ({rate(report.output_tokens / seconds)}/s)"
     )
     if report.first_ready is not None:
-        first_row = "" if report.first_row is None else f", {duration(report.first_row)} to the first rows"
+        first_row = "" if report.first_row is None else f", {duration(report.first_row)} to the first row"
         yield f"  start-up    {duration(report.first_ready)} to the first engine{first_row}"
     steady = report.steady
     if steady is not None and steady.rows_per_second is not None:
