@@ -18,6 +18,8 @@ from raydata_llm.replica_sample import EngineFigures, ReplicaSample
 
 # The rates of the progress line are over this many seconds.
 _RATE_SECONDS = 30.0
+# From the first row to the first guess of the time left.
+_GUESS_SECONDS = 10.0
 # A replica unheard of for so long is counted as gone: its rows are not in an engine.
 _SILENT_SECONDS = 15.0
 # Kinds of errors told apart; a kind is made of an exception's type, of which there are few.
@@ -213,7 +215,7 @@ class JobStats:
             num_running=sum(figure.num_running for figure in figures),
             num_waiting=sum(figure.num_waiting for figure in figures),
             kv_usage=sum(figure.kv_usage for figure in known) / len(known) if known else None,
-            eta_seconds=left / rates[0] if left is not None and rates[0] > 0 else None,
+            eta_seconds=left / rates[0] if left is not None and rates[0] > 0 and self._under_way(seconds) else None,
             phases=_phases(alive, seconds),
             num_ready=sum(record.last.running for record in alive),
         )
@@ -229,6 +231,10 @@ class JobStats:
             first_row_seconds=self.first_row_seconds,
             last_row_seconds=self.last_row_seconds,
         )
+
+    def _under_way(self, seconds: float) -> bool:
+        """Whether rows have come for long enough to guess from: the first ones' rate says hours of minutes."""
+        return self.first_row_seconds is not None and seconds - self.first_row_seconds >= _GUESS_SECONDS
 
     def _note_answered(self, since: float, seconds: float) -> None:
         answered = self.totals().rows_answered

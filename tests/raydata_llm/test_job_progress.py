@@ -37,29 +37,31 @@ def test_before_the_first_row_it_says_what_each_replica_does() -> None:
 def test_then_it_says_how_far_how_fast_how_full_and_how_long() -> None:
     clock = Clock()
     stats = JobStats(clock)
+    stats.count_block((1, 0), 1, {})
     stats.progress(None)
     clock.now = 10.0
     engine = figures(num_running=1021, num_waiting=410, kv_usage=0.734, num_computed_tokens=1_171_000)
-    stats.push(sample("a", rows_done=3100, figures=engine._replace(num_sampled_tokens=719_000)))
+    stats.push(sample("a", rows_done=3101, figures=engine._replace(num_sampled_tokens=719_000)))
     stats.count_block((0, 0), 3100, {})
     assert progress_line(stats.progress(100_000), pool_size=1) == (
-        "raydata_llm  3,100/100,000 rows (3%) | 310 rows/s | in 45.2k out 71.9k tokens/s | "
+        "raydata_llm  3,101/100,000 rows (3%) | 310 rows/s | in 45.2k out 71.9k tokens/s | "
         "running 1,021 waiting 410 | KV 73% | 0 errors | 5m 13s left"
     )
-    assert "3,100 rows |" in progress_line(stats.progress(None), pool_size=1)
+    assert "3,101 rows |" in progress_line(stats.progress(None), pool_size=1)
     assert "time left unknown" in progress_line(stats.progress(None), pool_size=1)
 
 
 def test_rows_that_were_written_before_are_not_left_to_do() -> None:
     clock = Clock()
     stats = JobStats(clock)
+    stats.count_block((1, 0), 1, {})
     stats.progress(None)
-    stats.skip_rows((0, 0), 500)
+    stats.skip_rows((0, 0), 499)
     clock.now = 10.0
-    stats.push(sample("a", rows_done=100))
+    stats.push(sample("a", rows_done=101))
     stats.count_block((0, 0), 100, {})
     line = progress_line(stats.progress(1000), pool_size=1)
-    assert "100/1,000 rows (60%), 500 written before | 10 rows/s" in line and "40s left" in line
+    assert "101/1,000 rows (60%), 499 written before | 10 rows/s" in line and "40s left" in line
 
 
 @pytest.mark.parametrize(

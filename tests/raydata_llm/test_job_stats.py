@@ -35,16 +35,17 @@ def test_a_block_that_ran_twice_counts_once() -> None:
 def test_rows_count_for_rates_when_they_leave_an_engine_not_when_their_block_is_done() -> None:
     clock = Clock()
     stats = JobStats(clock)
-    for second in range(11):
+    for second in range(12):
         clock.now = float(second)
         stats.push(sample(rows_done=8 * second))
-        progress = stats.progress(160)
-    assert progress.totals.rows_answered == 80 and progress.totals.rows_finished == 0
+        progress = stats.progress(168)
+        assert (progress.eta_seconds is None) == (second < 11), "a guess needs ten seconds of rows"
+    assert progress.totals.rows_answered == 88 and progress.totals.rows_finished == 0
     assert progress.rows_per_second == pytest.approx(8) and progress.eta_seconds == pytest.approx(10)
-    stats.count_block((0, 0), 80, {})
+    stats.count_block((0, 0), 88, {})
     snapshot = stats.snapshot()
-    assert sum(snapshot.timeline.totals(JOB, "rows")) == pytest.approx(80), "counted once"
-    assert snapshot.first_row_seconds == 1.0 and snapshot.last_row_seconds == 10.0
+    assert sum(snapshot.timeline.totals(JOB, "rows")) == pytest.approx(88), "counted once"
+    assert snapshot.first_row_seconds == 1.0 and snapshot.last_row_seconds == 11.0
 
 
 def test_rates_and_the_time_left_are_of_the_last_half_minute() -> None:
