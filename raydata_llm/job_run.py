@@ -76,6 +76,7 @@ class Job:
         """The job of a processor on a pool."""
         environment = (config.runtime_env or {}).get("env_vars") or {}
         shown = {
+            "model": config.model_source,
             "engine_kwargs": dict(pool.engine_kwargs),
             "replicas": config.concurrency,
             "device": "GPU" if pool.use_gpu else "CPU",

@@ -14,7 +14,7 @@ from html import escape
 
 from raydata_llm.job_progress import duration
 
-WIDTH, HEIGHT = 560, 190
+WIDTH, HEIGHT = 440, 168
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 24
 _PLOT_WIDTH, _PLOT_HEIGHT = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 _TIME_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import accumulate
+from pathlib import PurePath
 from statistics import fmean
 from typing import Any
 
@@ -28,7 +29,7 @@ _MAX_STRIPS = 64
 
 def report_html(report: JobReport) -> str:
     """The page."""
-    title = f"{report.model}, job {report.job_id}"
+    title = f"{_model_name(report)}, job {report.job_id}"
     body = "\n".join(
         [
             _header(report),
@@ -48,11 +49,16 @@ def report_html(report: JobReport) -> str:
     )
 
 
+def _model_name(report: JobReport) -> str:
+    """A local model's file or folder, whose place says little; any other as it was named."""
+    return PurePath(report.model).name if report.model.startswith(("/", ".")) else report.model
+
+
 def _header(report: JobReport) -> str:
     notes = "".join(f'<p class="problem">{escape(text)}</p>' for text in (report.error, report.gap) if text)
     began = report.started_at.replace("T", " ").replace("+00:00", " UTC")
     return (
-        f"<header><p class='product'>raydata_llm</p><h1>{escape(report.model)}</h1>"
+        f"<header><p class='product'>raydata_llm</p><h1>{escape(_model_name(report))}</h1>"
         f'<p class="sub"><span class="status {report.status}">{report.status}</span> '
         f"job {report.job_id} &middot; {began} &middot; {duration(report.seconds)}</p>{notes}</header>"
     )
