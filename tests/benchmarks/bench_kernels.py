@@ -1,6 +1,8 @@
 """How fast the kernels are on this GPU: attention over ragged rows, small kernels, sampling; and the copy ceiling.
 
-    python -m tests.benchmarks.bench_kernels [--out FILE] [--only decode prefill small sampling host]
+    python -m tests.benchmarks.bench_kernels [--out FILE] [--only decode prefill small sampling host] [--chosen]
+
+With --chosen the tiles of the tuning table only, at block size 64, which takes a minute instead of ten.
 
 Prints a table and, with --out, writes a JSON object a line. Decode attention counts the bytes of real tokens only, its
 lengths drawn as ../shared/bench's `mixed` draws them, at a random moment of each row's life. Each kernel is timed cold:
@@ -102,7 +104,7 @@ class PagedRows:
         return self._memory[0].view(shape), self._memory[1].view(shape), table
 
 
-def bench_decode(model: str) -> Iterator[Record]:
+def bench_decode(model: str, only_chosen: bool) -> Iterator[Record]:
     """Paged decode attention: tiles at block size 64, then block sizes and the order of rows with the table's tile."""
     from raydata_llm.kernels.paged_decode_triton import launch_paged_decode_attention
 
@@ -131,11 +133,11 @@ def bench_decode(model: str) -> Iterator[Record]:
             "gb_s": gigabytes / ms * 1e3,
         }
 
-    for rows in (256, 1024):
+    for rows in () if only_chosen else (256, 1024):
         for tile in DECODE_TILES:
             yield one(rows, 64, tile)
     for rows in (256, 512, 1024):
-        for block_size in BLOCK_SIZES:
+        for block_size in (64,) if only_chosen else BLOCK_SIZES:
             yield one(rows, block_size, chosen)
         yield one(rows, 64, chosen, falling=True)
     yield from _few_rows(model, memory, chosen)
@@ -166,11 +168,12 @@ def _few_rows(model: str, memory: PagedRows, tile: Tile) -> Iterator[Record]:
             }
 
 
-def bench_prefill(model: str) -> Iterator[Record]:
+def bench_prefill(model: str, only_chosen: bool) -> Iterator[Record]:
     """Paged prefill attention, tiles at block size 64; torch's attention on the unpaged prompts beside it."""
     from raydata_llm.kernels.paged_prefill_triton import launch_paged_prefill_attention
 
     shape = SHAPES[model]
+    chosen = tuning_of(torch.device("cuda")).prefill_tile(shape.head_dim, torch.bfloat16)
     for name, rows in PREFILL_ROWS.items():
         longest = max(queries + cached for queries, cached in rows)
         caches = PagedRows(shape, len(rows), -(-longest // 64) * 64).cut(64, len(rows))
@@ -179,7 +182,7 @@ def bench_prefill(model: str) -> Iterator[Record]:
         q = torch.randn((int(starts[-1]), shape.heads, shape.head_dim), device="cuda", dtype=torch.bfloat16)
         pairs = sum(queries * cached + queries * (queries + 1) / 2 for queries, cached in rows)
         teraflop = 4 * pairs * shape.heads * shape.head_dim / 1e12
-        for tile in PREFILL_TILES:
+        for tile in (chosen,) if only_chosen else PREFILL_TILES:
             ms = milliseconds(partial(launch_paged_prefill_attention, q, *caches, context, starts, 0.1, tile=tile))
             yield {
                 "op": "prefill",
@@ -343,14 +346,14 @@ def compile_ahead(part: int, parts: int) -> None:
     torch.cuda.synchronize()
 
 
-def records(only: list[str]) -> Iterator[Record]:
+def records(only: list[str], only_chosen: bool) -> Iterator[Record]:
     """All measurements that were asked for."""
     yield from bench_copy()
     for model in SHAPES:
         if "decode" in only:
-            yield from bench_decode(model)
+            yield from bench_decode(model, only_chosen)
         if "prefill" in only:
-            yield from bench_prefill(model)
+            yield from bench_prefill(model, only_chosen)
         if "small" in only:
             yield from bench_small(model)
         torch.cuda.empty_cache()
@@ -383,6 +386,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["decode", "prefill", "small", "sampling", "host"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--chosen", action="store_true", help="only the tiles of the tuning table")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile ahead")
     parser.add_argument("--compile-part", type=int, help=argparse.SUPPRESS)
@@ -390,13 +394,21 @@ def main() -> None:
     if options.compile_part is not None:
         compile_ahead(options.compile_part, options.jobs)
         return
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "tests.benchmarks.bench_kernels", "--jobs", str(options.jobs), "--compile-part"]
-    compilers = [subprocess.Popen([*command, str(part)]) for part in range(options.jobs)]
-    assert not any(compiler.wait() for compiler in compilers), "a process that compiles ahead failed"
-    print(f"compiled in {time.perf_counter() - start:.0f} s on {torch.cuda.get_device_name()}", flush=True)
+    if not options.chosen:
+        start = time.perf_counter()
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.bench_kernels",
+            "--jobs",
+            str(options.jobs),
+            "--compile-part",
+        ]
+        compilers = [subprocess.Popen([*command, str(part)]) for part in range(options.jobs)]
+        assert not any(compiler.wait() for compiler in compilers), "a process that compiles ahead failed"
+        print(f"compiled in {time.perf_counter() - start:.0f} s on {torch.cuda.get_device_name()}", flush=True)
     found = []
-    for record in records(options.only):
+    for record in records(options.only, options.chosen):
         found.append(record)
         if options.out:
             with options.out.open("a") as file:
