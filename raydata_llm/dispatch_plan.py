@@ -43,6 +43,7 @@ class DispatchPlan:
         min_replicas, max_replicas: The pool's bounds; it starts at the first.
         replica: How each is started.
         keep_going: Turn failures into error rows instead of raising.
+        job_seed: Seed of rows without one.
         placement_timeout_s: Time in which at least one replica must find its place.
     """
 
@@ -50,4 +51,5 @@ class DispatchPlan:
     max_replicas: int
     replica: ReplicaPlan
     keep_going: bool = False
+    job_seed: int = 0
     placement_timeout_s: float = 30.0

@@ -15,30 +15,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
 from raydata_llm.dispatch_plan import DispatchPlan
+from raydata_llm.engine.request import sampling_key
 from raydata_llm.lease_book import LeaseBook, Outcome, Quarantined
-from raydata_llm.ray_blocks import block_rows, block_size_limit
+from raydata_llm.occurrences import Occurrences
+from raydata_llm.ray_blocks import block_rows, block_size_limit, task_call
 from raydata_llm.replica_link import ReplicaLink
 from raydata_llm.row_payload import (
     OUTPUT_COLUMN,
     REQUEST_COLUMN,
+    TICKET_COLUMN,
     RowOutput,
-    RowRequest,
     append_cells,
     describe_failure,
     pack,
     row_error,
     seal_block,
-    unpack,
 )
+from raydata_llm.row_ticket import read_tickets
 
 logger = logging.getLogger(__name__)
 
-# A row without max_tokens may write up to the model's limit: more than those that say.
-_UNLIMITED = 1 << 20
 # Packed requests held outside the object store at once.
 _MAX_BYTES = 512 << 20
 _WATCH_SECONDS = 1.0
@@ -50,6 +51,7 @@ class Dispatcher:
     def __init__(self, plan: DispatchPlan) -> None:
         self._plan = plan
         self._book = LeaseBook()
+        self._occurrences = Occurrences()
         self._room = _ByteRoom(_MAX_BYTES)
         self._links: list[ReplicaLink] = []
         self._grow(plan.min_replicas)
@@ -62,22 +64,28 @@ class Dispatcher:
             RowError: for a row that fails, unless rows may.
             ValueError: when the engine could not start, or no replica found a place.
         """
+        tickets = read_tickets(table.column(TICKET_COLUMN))
+        runnable = np.flatnonzero(tickets["cost"] >= 0).tolist()
         cells: list[bytes] = table.column(REQUEST_COLUMN).to_pylist()
-        requests: list[RowRequest] = [unpack(cell) for cell in cells]
-        failed = {index: request.error for index, request in enumerate(requests) if request.error is not None}
-        if failed and not self._plan.keep_going:
-            self._stop(table, *next(iter(failed.items())))
-        runnable = [index for index in range(len(cells)) if index not in failed]
+        keys = self._keys(tickets["digest"])
+        chosen = tickets[runnable]
         with self._room.taken(sum(map(len, cells))):
-            block = self._book.put([cells[index] for index in runnable], [_cost(requests[index]) for index in runnable])
+            rows = [(keys[index], cells[index]) for index in runnable]
+            block = self._book.put(rows, chosen["cost"].tolist(), chosen["prefix"].tolist())
             outcomes = self._book.wait(block)
-        outputs = {index: pack(RowOutput(None, "", -1, 0.0, error)) for index, error in failed.items()}
+        outputs: list[bytes | None] = [None] * len(cells)
         for index, outcome in zip(runnable, outcomes, strict=True):
             outputs[index] = self._output(table, index, outcome)
-        table = append_cells(
-            table.drop_columns([REQUEST_COLUMN]), OUTPUT_COLUMN, [outputs[index] for index in range(len(cells))]
-        )
+        table = append_cells(table.drop_columns([TICKET_COLUMN]), OUTPUT_COLUMN, outputs)
         return seal_block(table, block_size_limit())
+
+    def _keys(self, digests: np.ndarray[Any, np.dtype[np.uint64]]) -> list[int]:
+        """The noise keys of a block's rows."""
+        numbers = self._occurrences.number(task_call(), digests[:, 0])
+        return [
+            sampling_key(self._plan.job_seed, digest.tobytes(), number)
+            for digest, number in zip(digests, numbers, strict=True)
+        ]
 
     def _output(self, table: pa.Table, index: int, outcome: Outcome | Quarantined) -> bytes:
         if isinstance(outcome, Quarantined):
@@ -160,13 +168,6 @@ class _ByteLoan:
 
     def __exit__(self, *raised: object) -> None:
         self.room.release(self.count)
-
-
-def _cost(request: RowRequest) -> int:
-    """Tokens that a row may write; wrong values are the replica's to refuse."""
-    params = request.sampling_params
-    asked = params.get("max_tokens") if isinstance(params, Mapping) else None
-    return min(int(asked), _UNLIMITED) if isinstance(asked, (int, float)) and asked == asked else _UNLIMITED
 
 
 def _resources(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,10 +31,12 @@ from raydata_llm.row_payload import (
     CARRIED_COLUMN,
     ERROR_COLUMN,
     OUTPUT_COLUMN,
+    REQUEST_COLUMN,
     RESERVED_COLUMNS,
     RESUME_COLUMN,
     Carried,
     RowOutput,
+    RowRequest,
     describe_failure,
     open_block,
     row_error,
@@ -84,16 +86,17 @@ def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None =
         RowError: for a row that fails, unless `plan.keep_going`.
     """
     table = open_block(table)
-    outputs: list[RowOutput] = unpack_column(table, OUTPUT_COLUMN)
+    requests: list[RowRequest] = unpack_column(table, REQUEST_COLUMN)
+    outputs: list[RowOutput | None] = unpack_column(table, OUTPUT_COLUMN)
     carried: list[Carried] = unpack_column(table, CARRIED_COLUMN)
     source = table.drop_columns([name for name in RESERVED_COLUMNS if name in table.column_names])
     rows = OutputRows(source, block_rows(source), keep_all=plan.postprocess is None, with_error=plan.keep_going)
     block = _Block(plan)
-    for row, beside, output in zip(rows.inputs, carried, outputs, strict=True):
+    for row, beside, request, output in zip(rows.inputs, carried, requests, outputs, strict=True):
         beside_row = {name: value for name, value in beside.columns.items() if name not in _CONSUMED}
         columns = {**row, **beside_row}
         try:
-            rows.add(_finish_row(columns, beside, output, plan.postprocess, block))
+            rows.add(_finish_row(columns, beside, request, output, plan.postprocess, block))
         except _Failed as failure:
             if not plan.keep_going:
                 raise row_error(row, str(failure)) from failure.__cause__
@@ -113,13 +116,18 @@ class _Failed(Exception):
 
 
 def _finish_row(
-    columns: Row, beside: Carried, output: RowOutput, postprocess: RowFunction | None, block: _Block
+    columns: Row,
+    beside: Carried,
+    request: RowRequest,
+    output: RowOutput | None,
+    postprocess: RowFunction | None,
+    block: _Block,
 ) -> Row:
-    if output.output is None:
-        raise _Failed(output.error)
+    if output is None or output.output is None:
+        raise _Failed(request.error if output is None else output.error)
     stage = "detokenize"
     try:
-        finished = {**columns, **_engine_columns(output, output.output, beside, block)}
+        finished = {**columns, **_engine_columns(output, output.output, request, beside, block)}
         stage = "postprocess"
         return finished if postprocess is None else _postprocess(finished, postprocess)
     except Exception as error:
@@ -160,14 +168,16 @@ class _Block:
         return self._tokenizer
 
 
-def _engine_columns(row: RowOutput, output: RequestOutput, beside: Carried, block: _Block) -> Row:
+def _engine_columns(row: RowOutput, output: RequestOutput, request: RowRequest, beside: Carried, block: _Block) -> Row:
     params = _params(row.sampling_params)
     choices = [_choice(choice, params, block) for choice in output.outputs]
     first = choices[0]
+    assert request.prompt_token_ids is not None, "it was answered"
+    prompt_token_ids = output.prompt_token_ids or request.prompt_token_ids.tolist()
     columns = {
         "prompt": beside.prompt,
-        "prompt_token_ids": output.prompt_token_ids,
-        "num_input_tokens": len(output.prompt_token_ids),
+        "prompt_token_ids": prompt_token_ids,
+        "num_input_tokens": len(prompt_token_ids),
         "generated_tokens": first["token_ids"],
         "generated_text": first["text"],
         "num_generated_tokens": first["num_tokens"],

@@ -19,7 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # A replica's process that is lost with a row in it is a reason to suspect the row, an engine that says it died is two:
 # rows on two lost replicas, or in one dead engine, are run apart from others. The same sum of those that the row caused
@@ -49,7 +49,7 @@ class Quarantined(NamedTuple):
 class Lease(NamedTuple):
     """Rows for a replica, as (row id, cell)."""
 
-    rows: list[tuple[int, bytes]]
+    rows: list[tuple[int, Any]]
 
 
 class Loss(NamedTuple):
@@ -77,12 +77,14 @@ class Block:
 @dataclass(eq=False, slots=True)
 class _Row:
     row_id: int
-    cell: bytes
+    cell: Any
     cost: int
+    prefix: int
     block: Block
     index: int
     blame: int = 0
     lone_blame: int = 0
+    is_waiting: bool = False
 
 
 @dataclass(eq=False)
@@ -106,7 +108,10 @@ class LeaseBook:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ids = itertools.count()
+        # By urgency; a row that went with its prefix's others leaves an entry behind.
         self._waiting: list[tuple[float, int, _Row]] = []
+        self._num_waiting = 0
+        self._by_prefix: dict[int, dict[int, _Row]] = {}
         self._suspects: deque[list[_Row]] = deque()
         self._examiner: int | None = None
         self._holders: dict[int, _Holder] = {}
@@ -117,7 +122,7 @@ class LeaseBook:
     @property
     def num_waiting(self) -> int:
         """Rows that no replica has."""
-        return len(self._waiting) + sum(map(len, self._suspects))
+        return self._num_waiting + sum(map(len, self._suspects))
 
     @property
     def num_leased(self) -> int:
@@ -130,12 +135,13 @@ class LeaseBook:
         """Rows that all replicas together run at once."""
         return sum(holder.num_slots for holder in self._holders.values())
 
-    def put(self, cells: Sequence[bytes], costs: Sequence[int]) -> Block:
+    def put(self, cells: Sequence[Any], costs: Sequence[int], prefixes: Sequence[int] | None = None) -> Block:
         """Take in rows.
 
         Args:
-            cells: Packed requests.
+            cells: What a replica is sent of each.
             costs: Tokens that each may write at most.
+            prefixes: A number that rows which start alike share; 0 is none.
         """
         block = Block([None] * len(cells), len(cells))
         if not cells:
@@ -145,8 +151,9 @@ class LeaseBook:
             if self._failure is not None:
                 raise self._failure
             self._blocks.add(block)
-            for index, (cell, cost) in enumerate(zip(cells, costs, strict=True)):
-                self._push(_Row(next(self._ids), cell, cost, block, index))
+            shared = prefixes or itertools.repeat(0, len(cells))
+            for index, (cell, cost, prefix) in enumerate(zip(cells, costs, shared, strict=True)):
+                self._push(_Row(next(self._ids), cell, cost, prefix, block, index))
             self._notify(self._holders.values())
         return block
 
@@ -170,6 +177,8 @@ class LeaseBook:
         with self._lock:
             self._failure = self._failure or error
             self._waiting.clear()
+            self._by_prefix.clear()
+            self._num_waiting = 0
             self._suspects.clear()
             for block in self._blocks:
                 block.done.set()
@@ -266,6 +275,21 @@ class LeaseBook:
         # Costly rows go first, so that they don't make the tail, but overtake only those that came up to their cost in
         # steps ago: no row waits for ever, and no block for its cheapest row.
         heapq.heappush(self._waiting, (self._clock - row.cost, row.row_id, row))
+        row.is_waiting = True
+        self._num_waiting += 1
+        if row.prefix:
+            self._by_prefix.setdefault(row.prefix, {})[row.row_id] = row
+
+    def _pop(self, row: _Row) -> _Row:
+        """A waiting row leaves; its entry in the heap goes when it comes up."""
+        row.is_waiting = False
+        self._num_waiting -= 1
+        if row.prefix:
+            group = self._by_prefix[row.prefix]
+            del group[row.row_id]
+            if not group:
+                del self._by_prefix[row.prefix]
+        return row
 
     def _pick(self, replica: int, holder: _Holder) -> list[_Row]:
         if holder.alone or self._failure is not None:
@@ -282,9 +306,24 @@ class LeaseBook:
             return rows
         # Dealt in small hands, so that replicas which start together share the costly rows.
         hand = max(1, holder.num_slots // 8)
-        if holder.room < hand:
-            return []
-        return [heapq.heappop(self._waiting)[2] for _ in range(min(hand, len(self._waiting)))]
+        return [] if holder.room < hand else self._deal(hand, holder.room)
+
+    def _deal(self, hand: int, room: int) -> list[_Row]:
+        """The most urgent rows, each with those of its prefix where all of them fit."""
+        dealt: list[_Row] = []
+        while self._waiting and len(dealt) < hand:
+            entry = heapq.heappop(self._waiting)
+            row = entry[2]
+            if not row.is_waiting:
+                continue
+            # A prefix of more rows than a hand is worth computing on several replicas.
+            group = list(self._by_prefix[row.prefix].values()) if row.prefix else [row]
+            group = group if len(group) <= hand else [row]
+            if dealt and len(dealt) + len(group) > room:
+                heapq.heappush(self._waiting, entry)
+                break
+            dealt += [self._pop(one) for one in group]
+        return dealt
 
     def _notify(self, holders: Iterable[_Holder]) -> None:
         for holder in holders:

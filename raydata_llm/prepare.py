@@ -18,10 +18,11 @@ from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
 from raydata_llm.ray_blocks import block_number, block_part, block_rows
 from raydata_llm.resume import ResumePlan
-from raydata_llm.row_key import row_digest, sampling_keys
+from raydata_llm.row_key import row_digest
 from raydata_llm.row_payload import (
     CARRIED_COLUMN,
     REQUEST_COLUMN,
+    TICKET_COLUMN,
     Carried,
     RowRequest,
     append_packed,
@@ -29,6 +30,7 @@ from raydata_llm.row_payload import (
     describe_failure,
     row_error,
 )
+from raydata_llm.row_ticket import append_tickets
 from raydata_llm.tokenizer import encode_texts, load_tokenizer, render_chat
 
 Row = dict[str, Any]
@@ -47,7 +49,6 @@ class PreparePlan:
         chat_template: Instead of the model's own.
         chat_template_kwargs: Variables of the template.
         tokenize: Off, `tokenized_prompt` is taken before anything else.
-        job_seed: Seed of rows without one.
         keep_going: Turn failures into error rows instead of raising.
         resume: Leave out rows that are committed.
     """
@@ -59,7 +60,6 @@ class PreparePlan:
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokenize: bool = True
-    job_seed: int = 0
     keep_going: bool = False
     resume: ResumePlan | None = None
 
@@ -104,14 +104,12 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
         _attempt(draft, plan, "preprocess", lambda draft: _preprocess(draft, plan.preprocess))
         _attempt(draft, plan, "chat template", lambda draft: _choose_prompt(draft, plan, tokenizer))
     _tokenize(drafts, plan, tokenizer)
-    keys = sampling_keys(
-        [row_digest(draft.columns) for draft in drafts], job_seed=plan.job_seed, block_number=block_number()
-    )
     requests = [
-        RowRequest(draft.token_ids, draft.columns.get("sampling_params"), key, draft.error)
-        for draft, key in zip(drafts, keys, strict=True)
+        RowRequest(draft.token_ids, columns.get("sampling_params"), row_digest(columns), draft.error)
+        for draft, columns in ((draft, draft.columns) for draft in drafts)
     ]
     table = append_packed(table, REQUEST_COLUMN, requests)
+    table = append_tickets(table, TICKET_COLUMN, requests)
     table = append_packed(table, CARRIED_COLUMN, [Carried(draft.made, draft.prompt) for draft in drafts])
     if plan.resume is None:
         return table

@@ -70,7 +70,6 @@ class Processor:
             chat_template=chat.chat_template,
             chat_template_kwargs=chat.chat_template_kwargs or chat_template_kwargs or {},
             tokenize=tokenize.enabled,
-            job_seed=config.engine_config().seed,
             keep_going=config.should_continue_on_error,
             resume=resume_plan(config),
         )
@@ -166,6 +165,7 @@ class Processor:
             max_replicas=pool.max_size,
             replica=replica,
             keep_going=self.config.should_continue_on_error,
+            job_seed=self.config.engine_config().seed,
             placement_timeout_s=self.config.placement_timeout_s,
         )
         return {"fn_constructor_kwargs": {"plan": plan}, **dispatcher_options(pool, self.config)}

@@ -7,6 +7,7 @@ Invariant: each row that was fed is collected once, or the engine's death is tol
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
@@ -111,6 +112,7 @@ class _Finished(NamedTuple):
 
     row_id: int
     output: RowOutput
+    num_prompt: int
     num_tokens: int
 
 
@@ -155,34 +157,34 @@ class Replica:
         self._sampler.watch(self._engine.stats)
         return self._engine.max_num_seqs
 
-    def feed(self, rows: Sequence[tuple[int, bytes]]) -> None:
-        """Take rows, as (row id, packed `RowRequest`)."""
+    def feed(self, rows: Sequence[tuple[int, tuple[int, bytes]]]) -> None:
+        """Take rows, as (row id, (noise key, packed `RowRequest`))."""
         started = time.perf_counter()
         self._sampler.hold(len(rows))
-        texts: dict[str, str] = {}
+        asked: dict[str, tuple[str, int]] = {}
         requests = []
-        for row_id, cell in rows:
+        for row_id, (key, cell) in rows:
             row: RowRequest = unpack(cell)
             assert row.prompt_token_ids is not None, "rows that failed before are not dispatched"
             try:
                 params = self._params(row.sampling_params)
             except Exception as error:
                 failed = RowOutput(None, "", row_id, 0.0, describe_failure(error, "sampling_params"))
-                self._finish(_Finished(row_id, failed, 0))
+                self._finish(_Finished(row_id, failed, 0, 0))
                 continue
             seed = params.value.seed
             request = Request(
                 request_id=str(row_id),
                 prompt_token_ids=row.prompt_token_ids,
                 sampling_params=params.value,
-                key=row.key if seed is None else seeded_key(seed),
+                key=key if seed is None else seeded_key(seed),
             )
-            texts[request.request_id] = params.text
+            asked[request.request_id] = (params.text, len(row.prompt_token_ids))
             requests.append(request)
 
         def deliver(output: RequestOutput) -> None:
-            row_id, text = int(output.request_id), texts.pop(output.request_id)
-            self._finish(_finished(row_id, text, output, time.perf_counter() - started))
+            params, num_prompt = asked.pop(output.request_id)
+            self._finish(_finished(params, num_prompt, output, time.perf_counter() - started))
 
         if self._engine.death is None:
             self._engine.submit(requests, deliver)
@@ -197,7 +199,8 @@ class Replica:
         with self._arrival:
             finished, self._finished = self._finished, []
         if finished:
-            self._sampler.count([row.output.output for row in finished])
+            num_prompt = sum(row.num_prompt for row in finished)
+            self._sampler.count(len(finished), num_prompt, sum(row.num_tokens for row in finished))
         outcomes = [Outcome(row.row_id, pack(row.output), row.output.error, row.num_tokens) for row in finished]
         death = self._engine.death
         return Collected(
@@ -222,7 +225,12 @@ class Replica:
         return known
 
 
-def _finished(row_id: int, params: str, output: RequestOutput, seconds: float) -> _Finished:
+def _finished(params: str, num_prompt: int, output: RequestOutput, seconds: float) -> _Finished:
+    row_id = int(output.request_id)
     error = None if output.error is None else describe_failure(output.error, "engine")
     num_tokens = sum(len(one.token_ids) for one in output.outputs)
-    return _Finished(row_id, RowOutput(None if error else output, params, row_id, seconds, error), num_tokens)
+    if len(output.prompt_token_ids) == num_prompt:
+        output = dataclasses.replace(output, prompt_token_ids=[])
+    return _Finished(
+        row_id, RowOutput(None if error else output, params, row_id, seconds, error), num_prompt, num_tokens
+    )

@@ -12,11 +12,10 @@ import socket
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from raydata_llm.engine.phases import PHASE_LOGGER
-from raydata_llm.engine.request import RequestOutput
 from raydata_llm.job_link import StatsSender
 from raydata_llm.job_stats import RUNNING
 from raydata_llm.replica_sample import EngineFigures, ReplicaSample, SteadyCounts
@@ -72,16 +71,13 @@ class ReplicaSampler:
         with self._lock:
             self._rows_held += num_rows
 
-    def count(self, outputs: Sequence[RequestOutput | None]) -> None:
-        """Rows are through; None is a row that never reached the engine."""
-        given = [output for output in outputs if output is not None]
-        num_prompt = sum(len(output.prompt_token_ids) for output in given)
-        num_output = sum(len(one.token_ids) for output in given for one in output.outputs)
+    def count(self, num_rows: int, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """Rows are through."""
         with self._lock:
-            self._rows_held -= len(outputs)
-            self._rows_done += len(outputs)
-            self._prompt_tokens += num_prompt
-            self._output_tokens += num_output
+            self._rows_held -= num_rows
+            self._rows_done += num_rows
+            self._prompt_tokens += num_prompt_tokens
+            self._output_tokens += num_output_tokens
             last = self._rows_held == 0
         if last:  # these may have been the job's last rows
             self.send()

@@ -1,7 +1,7 @@
-"""Which sampling noise a row draws: decided by what the row says, not by where or when it runs.
+"""What tells rows apart: a digest of what a row says, not of where or when it runs.
 
-Invariant: the same row of the same dataset gets the same key on every replica, in every retry and in every run;
-identical rows get different ones.
+Which noise a row draws follows from it, and what a job that is resumed knows it by. Invariant: the same row has the
+same digest in every process and every run.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-
-from raydata_llm.engine.request import sampling_key
 
 
 def row_digest(row: Mapping[str, Any]) -> bytes:
@@ -25,25 +22,6 @@ def row_digest(row: Mapping[str, Any]) -> bytes:
     except (TypeError, ValueError):  # keys of several types, or a value that holds itself
         text = str(_by_pickle(row)).encode()
     return hashlib.blake2b(text, digest_size=16).digest()
-
-
-def sampling_keys(digests: Sequence[bytes], *, job_seed: int, block_number: int) -> list[int]:
-    """The noise keys of one block's rows.
-
-    Args:
-        digests: The rows' digests, in order.
-        job_seed: The engine's seed.
-        block_number: The block's number in its dataset. It only counts where the block repeats a row: copies are
-            interchangeable, so it does not matter which copy gets which key, only that all get different ones.
-    """
-    copies = Counter(digests)
-    seen: Counter[bytes] = Counter()
-    keys = []
-    for digest in digests:
-        occurrence = seen[digest] + ((block_number + 1) << 32 if copies[digest] > 1 else 0)
-        seen[digest] += 1
-        keys.append(sampling_key(job_seed, digest, occurrence))
-    return keys
 
 
 def _plain(value: object) -> object:

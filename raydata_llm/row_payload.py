@@ -5,8 +5,8 @@ struct would fill in other rows' keys with None and turn `top_k=5` into `5.0`. T
 slices. Knows no model and no Ray Data. Invariant: a table never loses or reorders a row here.
 
     input columns                                     -> prepare
-    input columns | request | carried                 -> replica
-    input columns |           carried | output        -> finish
+    input columns | request | ticket | carried          -> dispatcher
+    input columns | request |          carried | output -> finish
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from raydata_llm.engine.request import RequestOutput, TokenArray
 REQUEST_COLUMN = "__raydata_llm_request"
 CARRIED_COLUMN = "__raydata_llm_carried"
 OUTPUT_COLUMN = "__raydata_llm_output"
+TICKET_COLUMN = "__raydata_llm_ticket"
 BLOCK_COLUMN = "__raydata_llm_block"
 RESUME_COLUMN = "__raydata_llm_resume"
-RESERVED_COLUMNS = (REQUEST_COLUMN, CARRIED_COLUMN, OUTPUT_COLUMN, BLOCK_COLUMN, RESUME_COLUMN)
+RESERVED_COLUMNS = (REQUEST_COLUMN, TICKET_COLUMN, CARRIED_COLUMN, OUTPUT_COLUMN, BLOCK_COLUMN, RESUME_COLUMN)
 ERROR_COLUMN = "__inference_error__"
 
 _ROW_TEXT_LIMIT = 500
 
 
 class RowRequest(NamedTuple):
-    """What a replica needs to know of a row; `error` says why it has no request."""
+    """What a replica needs to know of a row; `digest` tells rows apart, `error` says why there is no request."""
 
     prompt_token_ids: TokenArray | None
     sampling_params: Any
-    key: int
+    digest: bytes
     error: str | None = None
 
 
@@ -48,7 +49,10 @@ class Carried(NamedTuple):
 
 
 class RowOutput(NamedTuple):
-    """What a replica says of a row; `sampling_params` is JSON, and `error` says why it has no output."""
+    """What a replica says of a row; `sampling_params` is JSON, and `error` says why it has no output.
+
+    The output's prompt is left out where it is the request's own.
+    """
 
     output: RequestOutput | None
     sampling_params: str
@@ -121,14 +125,14 @@ def append_packed(table: pa.Table, name: str, values: Iterable[object]) -> pa.Ta
     return append_cells(table, name, [pack(value) for value in values])
 
 
-def append_cells(table: pa.Table, name: str, cells: Sequence[bytes]) -> pa.Table:
+def append_cells(table: pa.Table, name: str, cells: Sequence[bytes | None]) -> pa.Table:
     """The table with one more column of packed values."""
     return table.append_column(name, pa.array(cells, type=pa.large_binary()))
 
 
 def unpack_column(table: pa.Table, name: str) -> list[Any]:
-    """The values of a column made by `append_packed`."""
-    return [unpack(cell) for cell in table.column(name).to_pylist()]
+    """The values of a column made by `append_packed`; None where there is no cell."""
+    return [None if cell is None else unpack(cell) for cell in table.column(name).to_pylist()]
 
 
 def seal_block(table: pa.Table, limit: int | None) -> pa.Table:

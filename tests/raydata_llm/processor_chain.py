@@ -14,8 +14,8 @@ from raydata_llm.row_payload import (
     CARRIED_COLUMN,
     OUTPUT_COLUMN,
     REQUEST_COLUMN,
+    TICKET_COLUMN,
     Carried,
-    RowOutput,
     RowRequest,
     append_cells,
     pack,
@@ -28,7 +28,7 @@ from tests.raydata_llm.processor_fakes import start_echo_engine
 def prepared(table: pa.Table, model_source: str, **plan: Any) -> tuple[list[RowRequest], list[Carried]]:
     """What the first operator makes of a table."""
     result = prepare(table, PreparePlan(model_source=model_source, **plan))
-    assert result.drop_columns([REQUEST_COLUMN, CARRIED_COLUMN]).equals(table)
+    assert result.drop_columns([REQUEST_COLUMN, TICKET_COLUMN, CARRIED_COLUMN]).equals(table)
     return unpack_column(result, REQUEST_COLUMN), unpack_column(result, CARRIED_COLUMN)
 
 
@@ -56,19 +56,17 @@ def replied(table: pa.Table, engine_factory: EngineFactory, *, keep_going: bool)
     replica = Replica("m", {}, engine_factory)
     replica.start()
     requests: list[RowRequest] = unpack_column(table, REQUEST_COLUMN)
-    outputs = {
-        number: pack(RowOutput(None, "", -1, 0.0, request.error))
-        for number, request in enumerate(requests)
-        if request.error is not None
+    outputs: dict[int, bytes | None] = {
+        number: None for number, request in enumerate(requests) if request.error is not None
     }
-    replica.feed([(number, pack(request)) for number, request in enumerate(requests) if number not in outputs])
+    replica.feed([(number, (77, pack(request))) for number, request in enumerate(requests) if number not in outputs])
     while len(outputs) < len(requests):
         for outcome in replica.collect(1.0).outcomes:
             if outcome.error is not None and not keep_going:
                 raise row_error(table.slice(outcome.row_id, 1).to_pylist()[0], outcome.error)
             outputs[outcome.row_id] = outcome.cell
     cells = [outputs[number] for number in range(len(requests))]
-    return append_cells(table.drop_columns([REQUEST_COLUMN]), OUTPUT_COLUMN, cells)
+    return append_cells(table.drop_columns([TICKET_COLUMN]), OUTPUT_COLUMN, cells)
 
 
 def params_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -85,6 +86,26 @@ def test_a_cheap_row_is_not_overtaken_for_ever() -> None:
     assert overtakers == 9, "those that came in the 90 steps that they cost more"
 
 
+def test_rows_of_one_prefix_go_to_one_replica() -> None:
+    book = joined(0, 1, num_slots=64, limit=96)
+    prefixes = [number // 4 + 1 for number in range(64)]
+    order = [(7 * number) % 64 for number in range(64)]
+    book.put(
+        [cells(64)[number] for number in order], [1 + number % 4 for number in order], [prefixes[n] for n in order]
+    )
+    where = {int(cell): replica for _ in range(6) for replica in (0, 1) for _, cell in taken(book, replica)}
+    assert len(where) == 64 and set(where.values()) == {0, 1}
+    for prefix in set(prefixes):
+        assert len({where[row] for row in range(64) if prefixes[row] == prefix}) == 1
+    assert book.num_waiting == 0
+
+
+def test_a_prefix_that_most_rows_share_keeps_no_replica_idle() -> None:
+    book = joined(0, 1, num_slots=64, limit=96)
+    book.put(cells(100), [1] * 100, [9] * 100)
+    assert [len(taken(book, replica)) for replica in (0, 1, 0, 1)] == [8] * 4
+
+
 def test_rows_of_a_lost_process_run_again_among_others() -> None:
     book = joined(0, 1)
     block = book.put(cells(2), [1, 1])
@@ -158,6 +179,10 @@ def test_a_failure_reaches_every_waiting_caller_and_later_ones() -> None:
         book.put(cells(1), [1])
 
 
+def draw(choice: Any) -> tuple[list[int], list[int]]:
+    return [choice([1, 50]) for _ in range(5)], [choice([0, 1, 2, 3]) for _ in range(5)]
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from(["put", "take", "give", "lose", "die", "join"]), max_size=60), st.randoms())
 def test_whatever_happens_every_row_is_done_once(events: list[str], random: object) -> None:
@@ -167,7 +192,7 @@ def test_whatever_happens_every_row_is_done_once(events: list[str], random: obje
     number = 0
     for event in [*events, "join"]:
         if event == "put":
-            blocks.append((count, book.put(cells(5, count), [choice([1, 50]) for _ in range(5)])))
+            blocks.append((count, book.put(cells(5, count), *draw(choice))))
             count += 5
         elif event == "join":
             book.join(number, 4, 6)

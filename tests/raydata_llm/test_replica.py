@@ -17,7 +17,7 @@ from tests.raydata_llm.processor_fakes import EchoEngine, serve, start_echo_engi
 
 
 def request(*token_ids: int, **params: Any) -> bytes:
-    return pack(RowRequest(np.array(token_ids, np.int32), params, 77))
+    return pack(RowRequest(np.array(token_ids, np.int32), params, b"d" * 16))
 
 
 def started(factory: EngineFactory = start_echo_engine) -> Replica:
@@ -27,7 +27,7 @@ def started(factory: EngineFactory = start_echo_engine) -> Replica:
 
 
 def outputs_of(replica: Replica, cells: Sequence[bytes]) -> dict[int, RowOutput]:
-    replica.feed(list(enumerate(cells)))
+    replica.feed([(number, (77, cell)) for number, cell in enumerate(cells)])
     outputs: dict[int, RowOutput] = {}
     while len(outputs) < len(cells):
         for outcome in replica.collect(5.0).outcomes:
@@ -94,10 +94,10 @@ class Mortal(EchoEngine):
 def test_the_engines_death_is_told() -> None:
     replica = started(lambda source, kwargs: (serve(Mortal({})), {}))
     assert len(outputs_of(replica, [request(1)])) == 1
-    replica.feed([(1, request(666)), (2, request(3))])
+    replica.feed([(1, (77, request(666))), (2, (77, request(3)))])
     patience = time.monotonic() + 30
     while (collected := replica.collect(0.1)).death is None and time.monotonic() < patience:
         assert not collected.outcomes
     assert collected.death == "RuntimeError: poison"
-    replica.feed([(3, request(3))])
+    replica.feed([(3, (77, request(3)))])
     assert replica.collect(0.1).outcomes == []

@@ -19,7 +19,7 @@ PLAN = ResumePlan(config=ResumeConfig("out"), about={"model": "m"})
 
 
 def key(row: dict[str, Any], token_ids: list[int], params: Any = None, plan: ResumePlan = PLAN, **made: Any) -> bytes:
-    request = RowRequest(np.array(token_ids, np.int32), params, 0)
+    request = RowRequest(np.array(token_ids, np.int32), params, b"")
     table = plan.admit(pa.table({"x": [0]}), [request], [row], [made])
     return read_carried(table.column(RESUME_COLUMN), "").keys
 
@@ -55,7 +55,7 @@ def test_another_model_version_or_key_column_is_another_space() -> None:
 
 
 def test_error_rows_are_marked() -> None:
-    requests = [RowRequest(np.array([number], np.int32), None, 0) for number in range(3)]
+    requests = [RowRequest(np.array([number], np.int32), None, b"") for number in range(3)]
     table = PLAN.admit(pa.table({"x": range(3)}), requests, [{}] * 3, [{}] * 3)
     column = mark_failed(table.column(RESUME_COLUMN), [False, True, False])
     carried = read_carried(pa.chunked_array([column]), "token")

@@ -1,4 +1,4 @@
-"""Which noise a row draws."""
+"""What tells rows apart."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raydata_llm.engine.request import sampling_key
-from raydata_llm.row_key import row_digest, sampling_keys
+from raydata_llm.row_key import row_digest
 
 ROW = {"id": 7, "text": "héllo\ud800", "none": None, "nested": {"b": [1, 2.5], "a": b"x"}, "array": np.arange(3)}
 
@@ -51,22 +50,3 @@ def test_rows_that_json_cannot_say_have_digests_too() -> None:
     loop.append(loop)
     for row in ({"x": {1: "a", "b": 2}}, {"x": object}, {"x": lambda: None}, {"x": loop}):
         assert len(row_digest(row)) == 16
-
-
-def test_a_row_alone_of_its_kind_has_a_key_of_its_content_alone() -> None:
-    digests = [row_digest({"id": index}) for index in range(3)]
-    keys = sampling_keys(digests, job_seed=5, block_number=0)
-    assert keys == [sampling_key(5, digest) for digest in digests]
-    assert sampling_keys(digests[::-1], job_seed=5, block_number=9) == keys[::-1]
-    assert not set(keys) & set(sampling_keys(digests, job_seed=6, block_number=0))
-
-
-def test_identical_rows_draw_differently_within_and_across_blocks() -> None:
-    digests = [row_digest({"x": 1})] * 40
-    keys = [
-        key
-        for number, size in enumerate((16, 16, 8))
-        for key in sampling_keys(digests[:size], job_seed=0, block_number=number)
-    ]
-    assert len(set(keys)) == 40
-    assert sampling_keys(digests[:16], job_seed=0, block_number=1) == keys[16:32]
