@@ -79,6 +79,9 @@ class EngineProcessorConfig(ProcessorConfig):
             nodes are added on demand.
         should_continue_on_error: Turn a row that fails in any stage into a row with `__inference_error__` set; off,
             the first such row stops the job.
+        max_error_fraction: With `should_continue_on_error`: the share of rows that may fail, such as 0.1; past it the
+            job stops, as one whose template is broken would fail row by row. None: any.
+        preserve_order: Give rows back in the order in which they came, as Ray Data's option does for a whole job.
         resume: Let a job that is run again skip the rows that this package's sinks have written to `resume.path`.
         chat_template_stage: True, False, a dict or a `ChatTemplateStageConfig`.
         tokenize_stage: True, False, a dict or a `TokenizerStageConfig`.
@@ -102,6 +105,8 @@ class EngineProcessorConfig(ProcessorConfig):
     hang_timeout_s: PositiveNumber = 600.0
     placement_timeout_s: PositiveNumber = 30.0
     should_continue_on_error: Flag = False
+    max_error_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    preserve_order: Flag = False
     resume: ResumeConfig | None = None
     chat_template_stage: bool | dict[str, Any] | ChatTemplateStageConfig = True
     tokenize_stage: bool | dict[str, Any] | TokenizerStageConfig = True
@@ -146,6 +151,11 @@ class EngineProcessorConfig(ProcessorConfig):
         for old, new in _OLDER_NAMES.items():
             if getattr(self, old) is not None and new in self.model_fields_set:
                 raise ValueError(f"{old}={getattr(self, old)!r} says the same as {new}: give {new} alone")
+        if self.max_error_fraction is not None and not self.should_continue_on_error:
+            raise ValueError(
+                f"max_error_fraction={self.max_error_fraction} needs should_continue_on_error=True: without it the "
+                "first row that fails stops the job"
+            )
         device = self.engine_config().device
         if device.startswith("cuda:"):
             raise ValueError(

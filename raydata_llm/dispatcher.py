@@ -23,6 +23,7 @@ from raydata_llm.dispatch_plan import DispatchPlan
 from raydata_llm.engine.request import sampling_key
 from raydata_llm.lease_book import LeaseBook, Outcome, Quarantined
 from raydata_llm.occurrences import Occurrences
+from raydata_llm.plain_errors import told_plainly
 from raydata_llm.ray_blocks import block_rows, block_size_limit, task_call
 from raydata_llm.replica_link import ReplicaLink
 from raydata_llm.row_payload import (
@@ -69,7 +70,7 @@ class Dispatcher:
         cells: list[bytes] = table.column(REQUEST_COLUMN).to_pylist()
         keys = self._keys(tickets["digest"])
         chosen = tickets[runnable]
-        with self._room.taken(sum(map(len, cells))):
+        with told_plainly(), self._room.taken(sum(map(len, cells))):
             rows = [(keys[index], cells[index]) for index in runnable]
             block = self._book.put(rows, chosen["cost"].tolist(), chosen["prefix"].tolist())
             outcomes = self._book.wait(block)

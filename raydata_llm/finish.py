@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raydata_llm.block_memory import memory_of
 from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.request import CompletionOutput, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
@@ -24,7 +25,7 @@ from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
 from raydata_llm.output_table import OUTPUT_COLUMNS, OutputRows
 from raydata_llm.prepare import Row, RowFunction
-from raydata_llm.ray_blocks import block_number, block_part, block_rows
+from raydata_llm.ray_blocks import block_number, block_part, block_rows, execution_id
 from raydata_llm.redaction import redact
 from raydata_llm.resume import mark_failed
 from raydata_llm.row_payload import (
@@ -60,6 +61,8 @@ class FinishPlan:
         detokenize: Whether all rows get text; off, `sampling_params.detokenize` decides.
         postprocess: The user's function of a row; None keeps all columns.
         keep_going: Turn failures into error rows instead of raising.
+        max_error_fraction: The share of rows that may fail before the job is stopped.
+        output_schema: The columns and types of the output; None takes those of the first good row.
     """
 
     model_source: str
@@ -67,6 +70,8 @@ class FinishPlan:
     detokenize: bool = True
     postprocess: RowFunction | None = None
     keep_going: bool = False
+    max_error_fraction: float | None = None
+    output_schema: pa.Schema | None = None
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded once per process."""
@@ -84,31 +89,50 @@ def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None =
 
     Raises:
         RowError: for a row that fails, unless `plan.keep_going`.
+        TooManyErrorsError: when more rows failed than may.
     """
     table = open_block(table)
     requests: list[RowRequest] = unpack_column(table, REQUEST_COLUMN)
     outputs: list[RowOutput | None] = unpack_column(table, OUTPUT_COLUMN)
     carried: list[Carried] = unpack_column(table, CARRIED_COLUMN)
     source = table.drop_columns([name for name in RESERVED_COLUMNS if name in table.column_names])
-    rows = OutputRows(source, block_rows(source), keep_all=plan.postprocess is None, with_error=plan.keep_going)
+    memory = memory_of(execution_id())
+    rows = OutputRows(
+        source,
+        block_rows(source),
+        keep_all=plan.postprocess is None,
+        with_error=plan.keep_going,
+        wanted=plan.output_schema,
+        known=memory.schema,
+    )
     block = _Block(plan)
     for row, beside, request, output in zip(rows.inputs, carried, requests, outputs, strict=True):
         beside_row = {name: value for name, value in beside.columns.items() if name not in _CONSUMED}
         columns = {**row, **beside_row}
         try:
-            rows.add(_finish_row(columns, beside, request, output, plan.postprocess, block))
+            _add(rows, _finish_row(columns, beside, request, output, plan.postprocess, block))
         except _Failed as failure:
             if not plan.keep_going:
                 raise row_error(row, str(failure)) from failure.__cause__
             rows.add_error(columns, str(failure))
     _warn_of_errors(rows.errors)
+    memory.count(rows.errors, plan.max_error_fraction)
     if stats_sender is not None:
         stats_sender.count_block((block_number(), block_part()), len(outputs), error_kinds(rows.errors))
     made = rows.to_table()
+    if None in rows.errors:
+        memory.schema = memory.schema or made.schema
     if RESUME_COLUMN not in table.column_names:
         return made
     marks = mark_failed(table.column(RESUME_COLUMN), [error is not None for error in rows.errors])
     return made.append_column(RESUME_COLUMN, marks)
+
+
+def _add(rows: OutputRows, row: Row) -> None:
+    try:
+        rows.add(row)
+    except Exception as error:
+        raise _Failed(describe_failure(error, "output_schema")) from error
 
 
 class _Failed(Exception):

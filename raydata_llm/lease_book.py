@@ -28,6 +28,9 @@ PROCESS_LOST = 1
 ENGINE_DIED = 2
 _SUSPECT_FROM = 2
 _PROVEN_FROM = 2
+# One after the other, with no row done in between. The search for a row that kills engines loses up to
+# log2(rows of a replica) + 2 in a row, and 2 more for each such row beside it; more than that is no row's doing.
+_MOST_LOSSES_IN_VAIN = 24
 
 
 class Outcome(NamedTuple):
@@ -117,6 +120,7 @@ class LeaseBook:
         self._holders: dict[int, _Holder] = {}
         self._blocks: set[Block] = set()
         self._failure: BaseException | None = None
+        self._losses_in_vain = self._most_holders = 0
         self._clock = 0.0
 
     @property
@@ -175,13 +179,16 @@ class LeaseBook:
     def fail(self, error: BaseException) -> None:
         """Give up: every caller of `wait`, present and later, gets the error."""
         with self._lock:
-            self._failure = self._failure or error
-            self._waiting.clear()
-            self._by_prefix.clear()
-            self._num_waiting = 0
-            self._suspects.clear()
-            for block in self._blocks:
-                block.done.set()
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._waiting.clear()
+        self._by_prefix.clear()
+        self._num_waiting = 0
+        self._suspects.clear()
+        for block in self._blocks:
+            block.done.set()
 
     def join(self, replica: int, num_slots: int, limit: int) -> None:
         """A replica is ready to take rows.
@@ -193,6 +200,7 @@ class LeaseBook:
         """
         with self._lock:
             self._holders[replica] = _Holder(num_slots, limit, threading.Condition(self._lock))
+            self._most_holders = max(self._most_holders, len(self._holders))
 
     def take(self, replica: int, timeout: float = 0.0) -> Lease | None:
         """Rows for a replica, costly ones first; empty when there are none in time, None once it was given up."""
@@ -219,6 +227,7 @@ class LeaseBook:
                 if row is not None:
                     row.block.settle(row.index, outcome)
                     counted.append(outcome)
+                    self._losses_in_vain = 0
                     self._clock += outcome.num_tokens / self.num_slots
             if not holder.rows:
                 holder.alone = False
@@ -243,6 +252,11 @@ class LeaseBook:
             for row in rows:
                 row.blame += blame
             quarantined = self._examine(rows, blame, cause) if holder.alone and blame and rows else self._return(rows)
+            self._losses_in_vain += 1
+            if self._losses_in_vain > max(_MOST_LOSSES_IN_VAIN, 4 * self._most_holders):
+                self._fail(
+                    RuntimeError(f"{self._losses_in_vain} replicas were lost and no row was done, last: {cause}")
+                )
             self._notify([*self._holders.values(), holder])
             return Loss(len(rows), quarantined)
 

@@ -68,20 +68,39 @@ class OutputRows:
         inputs: The same, as rows.
         keep_all: Whether there is no `postprocess`, so that every engine column is part of the schema.
         with_error: Whether good rows say that they are (`__inference_error__` is then part of the schema).
+        wanted: The columns and types that the user asked for; None takes what good rows have.
+        known: The schema of an earlier block, for one without a good row.
     """
 
-    def __init__(self, source: pa.Table, inputs: list[Row], *, keep_all: bool, with_error: bool) -> None:
+    def __init__(
+        self,
+        source: pa.Table,
+        inputs: list[Row],
+        *,
+        keep_all: bool,
+        with_error: bool,
+        wanted: pa.Schema | None = None,
+        known: pa.Schema | None = None,
+    ) -> None:
         self.inputs = inputs
         self.errors: list[str | None] = []
         self._source = source
         self._rows: list[Row] = []
         self._keep_all = keep_all
         self._with_error = with_error
+        self._wanted = None if wanted is None else _with_error_column(wanted, with_error)
+        self._known = known
 
     def add(self, row: Row) -> None:
-        """Append a finished row."""
+        """Append a finished row.
+
+        Raises:
+            Exception: when it does not fit the columns that the user asked for.
+        """
         if self._with_error:
             row.setdefault(ERROR_COLUMN, "")
+        if self._wanted is not None:
+            row = _fitted(row, self._wanted)
         self._rows.append(row)
         self.errors.append(None)
 
@@ -92,6 +111,10 @@ class OutputRows:
 
     def to_table(self) -> pa.Table:
         """All rows as one table, error rows in the schema of good ones."""
+        good = None in self.errors
+        schema = self._wanted or (self._known if not good and not self._keep_all else None)
+        if schema is not None:
+            return pa.table([self._of_type(field.name, field.type) for field in schema], schema=schema)
         columns = {name: self._column(name) for name in self._names()}
         return pa.table(columns)
 
@@ -113,8 +136,20 @@ class OutputRows:
             typed = _typed(name, values)
             if typed is not None:
                 return typed
+        good = [value for value, error in zip(values, self.errors, strict=True) if error is None]
+        if 0 < len(good) < len(values):
+            # A failed row has the values of the dataset's columns, which may be of another type than good rows make.
+            kind = columns_to_arrow({name: good}).column(0).type
+            values = [
+                value if error is None or _fits(value, kind) else None
+                for value, error in zip(values, self.errors, strict=True)
+            ]
         made = columns_to_arrow({name: values}).column(0)
         return made if own is None else _alike(made, own.type)
+
+    def _of_type(self, name: str, kind: pa.DataType) -> pa.Array:
+        plain = [_plain_or_same(name, row.get(name)) for row in self._rows]
+        return pa.array([value if _fits(value, kind) else None for value in plain], type=kind)
 
     def _unchanged(self, name: str, values: Sequence[Any], kind: pa.DataType) -> bool:
         if not all(value is row[name] for value, row in zip(values, self.inputs, strict=True)):
@@ -123,6 +158,55 @@ class OutputRows:
         if self._keep_all or not _is_mutable(kind):
             return True
         return not isinstance(kind, pa.BaseExtensionType) and bool(self._source.column(name).to_pylist() == values)
+
+
+def _with_error_column(schema: pa.Schema, with_error: bool) -> pa.Schema:
+    if not with_error or ERROR_COLUMN in schema.names:
+        return schema
+    return schema.append(pa.field(ERROR_COLUMN, pa.string()))
+
+
+def _fitted(row: Row, schema: pa.Schema) -> Row:
+    for name in row:
+        if name not in schema.names:
+            raise ValueError(
+                f"the column {name!r} is not in output_schema, which has {', '.join(schema.names)}: "
+                "add it there, or leave it out of what postprocess returns"
+            )
+    for field in schema:
+        value = _plain_or_same(field.name, row.get(field.name))
+        if not _fits(value, field.type):
+            raise TypeError(f"{field.name}={value!r} does not fit output_schema's {field.type}")
+    return row
+
+
+def _fits(value: object, kind: pa.DataType) -> bool:
+    if value is None:
+        return True
+    if type(value) in (str, int, float, bool) and _SCALARS.get(type(value), _never)(kind):
+        return True
+    try:
+        pa.array([value], type=kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _never(kind: pa.DataType) -> bool:
+    return False
+
+
+# What needs no trial: a microsecond each otherwise.
+_SCALARS = {str: pat.is_string, float: pat.is_float64, bool: pat.is_boolean}
+
+
+def _plain_or_same(name: str, value: Any) -> Any:
+    if value is None or name not in OUTPUT_COLUMNS:
+        return value
+    try:
+        return _plain(name, value)
+    except (TypeError, KeyError, AttributeError):  # `postprocess` put something else under the name
+        return value
 
 
 def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:

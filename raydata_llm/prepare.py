@@ -97,8 +97,11 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
         RowError: for a row that fails, unless `plan.keep_going`.
         ValueError: for columns named like ours, or a tokenizer that cannot be loaded.
     """
-    check_column_names(table.column_names)
-    tokenizer = plan.tokenizer()
+    from raydata_llm.plain_errors import told_plainly  # imports Ray
+
+    with told_plainly():
+        check_column_names(table.column_names)
+        tokenizer = plan.tokenizer()
     drafts = [_Draft(row) for row in block_rows(table)]
     for draft in drafts:
         _attempt(draft, plan, "preprocess", lambda draft: _preprocess(draft, plan.preprocess))

@@ -20,7 +20,7 @@ from raydata_llm.finish import FinishPlan, finish
 from raydata_llm.model_source import check_model
 from raydata_llm.prepare import PreparePlan, RowFunction, prepare
 from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
-from raydata_llm.ray_operators import dispatcher_options, map_blocks, replica_options, task_options
+from raydata_llm.ray_operators import dispatcher_options, map_blocks, replica_options, task_options, with_own_context
 from raydata_llm.replica import EngineFactory, start_engine
 from raydata_llm.replica_pool import Cluster, ReplicaPool
 from raydata_llm.resume import PLAN_SETTING
@@ -29,6 +29,7 @@ from raydata_llm.sink_dataset import refuse_ray_checkpoint, with_setting
 from raydata_llm.stage_config import StageConfig
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from ray.data import Dataset
 
     from raydata_llm.job_report import JobReport
@@ -52,6 +53,7 @@ class Processor:
         preprocess_map_kwargs: Mapping[str, Any] | None = None,
         postprocess_map_kwargs: Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        output_schema: pa.Schema | None = None,
         engine_factory: EngineFactory = start_engine,
     ) -> None:
         self.config = config
@@ -79,6 +81,8 @@ class Processor:
             detokenize=detokenize.enabled,
             postprocess=_bound("postprocess", postprocess, postprocess_map_kwargs),
             keep_going=config.should_continue_on_error,
+            max_error_fraction=config.max_error_fraction,
+            output_schema=_checked_schema(output_schema),
         )
         self._prepare_options = task_options("preprocess_map_kwargs", preprocess_map_kwargs, [chat, tokenize], config)
         self._finish_options = task_options("postprocess_map_kwargs", postprocess_map_kwargs, [detokenize], config)
@@ -96,6 +100,7 @@ class Processor:
         if self._prepare_plan.resume is not None:
             refuse_ray_checkpoint(dataset)
             dataset = with_setting(dataset, PLAN_SETTING, self._prepare_plan.resume)
+        dataset = with_own_context(dataset, preserve_order=self.config.preserve_order)
         pool = ReplicaPool.plan(self.config, Cluster.current())
         # Ray Data hands a small Parquet folder on as one block, which would keep one replica busy; and tiny blocks
         # would be as many tasks. Exact sizes also keep a block's rows the same in every run.
@@ -178,6 +183,8 @@ def build_llm_processor(
     preprocess_map_kwargs: Mapping[str, Any] | None = None,
     postprocess_map_kwargs: Mapping[str, Any] | None = None,
     builder_kwargs: Mapping[str, Any] | None = None,
+    *,
+    output_schema: pa.Schema | None = None,
 ) -> Processor:
     """Build a processor: a lazy `Dataset -> Dataset` that answers each row with a model.
 
@@ -189,6 +196,8 @@ def build_llm_processor(
         preprocess_map_kwargs: Ray options of the tasks that run `preprocess`: num_cpus, memory, concurrency, ...
         postprocess_map_kwargs: The same for `postprocess`.
         builder_kwargs: {"chat_template_kwargs": {...}}, variables of the chat template.
+        output_schema: A `pyarrow.Schema` of the output: its columns in this order, in these types, null where a row has
+            none. A row that does not fit fails. Without it, a block takes the types of its good rows.
 
     Raises:
         ValueError: for what the driver can tell is wrong with the config or the model's files.
@@ -202,6 +211,7 @@ def build_llm_processor(
         preprocess_map_kwargs=preprocess_map_kwargs,
         postprocess_map_kwargs=postprocess_map_kwargs,
         chat_template_kwargs=_chat_template_kwargs(builder_kwargs or {}),
+        output_schema=output_schema,
     )
     check_model(config.model_source, config.engine_config())
     return processor
@@ -221,6 +231,12 @@ def _chat_template_kwargs(builder_kwargs: Mapping[str, Any]) -> Mapping[str, Any
     if not isinstance(kwargs, Mapping):
         raise ValueError(f"builder_kwargs['chat_template_kwargs']={kwargs!r} is not valid: give a dict")
     return kwargs
+
+
+def _checked_schema(schema: Any) -> Any:
+    if schema is not None and not all(hasattr(schema, name) for name in ("names", "types", "field")):
+        raise ValueError(f"output_schema={schema!r} is not valid: give a pyarrow.schema([(name, type), ...])")
+    return schema
 
 
 def _tokenizer_source(config: EngineProcessorConfig, *stages: StageConfig) -> str:

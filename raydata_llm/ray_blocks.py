@@ -39,6 +39,13 @@ def block_part() -> int:
     return part
 
 
+def execution_id() -> str:
+    """A name of this execution of the dataset, the same in all of its tasks; empty outside Ray Data."""
+    from ray.data import DataContext
+
+    return str(getattr(DataContext.get_current(), "dataset_logger_id", None) or "")
+
+
 def block_size_limit() -> int | None:
     """Bytes from which Ray Data may cut a task's output into several blocks; None when it does not."""
     from ray.data import DataContext

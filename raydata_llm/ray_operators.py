@@ -117,6 +117,18 @@ def _this_node() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
+def with_own_context(dataset: Dataset, *, preserve_order: bool) -> Dataset:
+    """The same dataset with settings that hold for it and what is made from it alone."""
+    own: Dataset = type(dataset).copy(dataset, _deep_copy=True)
+    if preserve_order:
+        own.context.execution_options.preserve_order = True
+    # Ray Data stops a job in which no block comes out for half an hour, as happens where rows are long; an engine that
+    # hangs is noticed by our own clock.
+    if hasattr(own.context, "execution_no_progress_timeout_s"):
+        own.context.execution_no_progress_timeout_s = -1
+    return own
+
+
 def map_blocks(dataset: Dataset, function: Any, block_rows: int, **options: Any) -> Dataset:
     """Run a function of a whole block, as an Arrow table, over a dataset."""
     from ray.data import TaskPoolStrategy

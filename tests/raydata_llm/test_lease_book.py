@@ -137,13 +137,25 @@ def search(book: LeaseBook, poison: set[bytes], blame: int, first: int = 0) -> t
 
 
 @pytest.mark.parametrize("blame", [PROCESS_LOST, ENGINE_DIED])
-@pytest.mark.parametrize("poison", [set(), {0}, {7}, {3, 4}, set(range(12))], ids=str)
+@pytest.mark.parametrize("poison", [set(), {0}, {7}, {3, 4}, set(range(5))], ids=str)
 def test_only_rows_that_kill_alone_are_quarantined(poison: set[int], blame: int) -> None:
     book = joined(0, num_slots=64, limit=96)
     block = book.put(cells(12), [1] * 12)
     deaths, _ = search(book, {str(row).encode() for row in poison}, blame)
     assert words(book, block) == ["dead" if row in poison else f"answer {row}" for row in range(12)]
     assert deaths <= 2 + 6 * len(poison)
+
+
+def test_engines_that_die_of_everything_end_the_job() -> None:
+    book = joined(0, num_slots=4000, limit=6000)
+    block = book.put(cells(3000), [1] * 3000)
+    for replica in range(100):
+        if not taken(book, replica):
+            break
+        book.lose(replica, PROCESS_LOST, "the device is broken")
+        book.join(replica + 1, 4000, 6000)
+    with pytest.raises(RuntimeError, match="replicas were lost and no row was done, last: the device is broken"):
+        book.wait(block, timeout=0)
 
 
 def test_other_replicas_go_on_while_one_examines() -> None:
