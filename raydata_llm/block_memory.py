@@ -55,7 +55,11 @@ class BlockMemory:
         )
 
 
-@functools.lru_cache(maxsize=8)
 def memory_of(execution: str) -> BlockMemory:
-    """This process's memory of an execution."""
+    """This process's memory of an execution; an empty name is one of its own each time."""
+    return _remembered(execution) if execution else BlockMemory()
+
+
+@functools.lru_cache(maxsize=8)
+def _remembered(execution: str) -> BlockMemory:
     return BlockMemory()

@@ -40,13 +40,18 @@ def answered(
     *,
     keep_going: bool = False,
     detokenize: bool = True,
+    output_schema: pa.Schema | None = None,
     engine_factory: EngineFactory = start_echo_engine,
     **plan: Any,
 ) -> pa.Table:
     """What all three make of a table."""
     preparing = PreparePlan(model_source=model_source, preprocess=preprocess, keep_going=keep_going, **plan)
     finishing = FinishPlan(
-        model_source=model_source, postprocess=postprocess, keep_going=keep_going, detokenize=detokenize
+        model_source=model_source,
+        postprocess=postprocess,
+        keep_going=keep_going,
+        detokenize=detokenize,
+        output_schema=output_schema,
     )
     return finish(replied(prepare(table, preparing), engine_factory, keep_going=keep_going), finishing)
 

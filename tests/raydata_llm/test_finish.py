@@ -228,6 +228,45 @@ def test_a_block_of_bad_rows_has_its_input_columns_and_the_error(model: str) -> 
     assert table.drop_columns(["__inference_error__"]).equals(source)
 
 
+def test_a_failed_row_is_null_where_good_rows_have_another_type_than_its_input(model: str) -> None:
+    source = pa.table({"answer": [7, 8], "fails": ["engine", "nowhere"]})
+    make = lambda row: {"answer": row["generated_text"], "fails": row["fails"]}  # noqa: E731
+    table = answered(source, model, fail_some, make, keep_going=True)
+    assert pa.types.is_string(table.schema.field("answer").type)
+    assert table.column("answer").to_pylist()[0] is None and table.column("fails").to_pylist()[0] == "engine"
+
+
+WANTED = pa.schema([("length", pa.int16()), ("answer", pa.large_string()), ("id", pa.int32()), ("more", pa.float32())])
+
+
+def test_an_output_schema_types_good_rows_bad_rows_and_blocks_of_bad_rows(model: str) -> None:
+    source = pa.table({"id": pa.array(range(5), pa.int16()), "fails": [*STAGES, "nowhere"]})
+    tables = [
+        answered(part, model, fail_some, post_some, keep_going=True, output_schema=WANTED)
+        for part in (source, source.slice(0, 2), source.slice(4))
+    ]
+    for table in tables:
+        assert table.schema == WANTED.append(pa.field("__inference_error__", pa.string()))
+    assert [row["id"] for row in tables[1].to_pylist()] == [0, 1], "known columns stay"
+    [good] = tables[2].to_pylist()
+    assert good["answer"] and good["more"] is None and good["__inference_error__"] == ""
+    strict = answered(source.slice(4), model, fail_some, post_some, output_schema=WANTED)
+    assert strict.schema == WANTED
+
+
+def test_a_row_that_does_not_fit_the_output_schema_fails_alone(model: str) -> None:
+    source = pa.table({"id": [1, 2, 3], "fails": ["nowhere"] * 3})
+
+    def make(row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": {1: 1, 2: "two", 3: 3}[row["id"]], **({"extra": 1} if row["id"] == 3 else {})}
+
+    table = answered(source, model, fail_some, make, keep_going=True, output_schema=pa.schema([("id", pa.int64())]))
+    errors = table.column("__inference_error__").to_pylist()
+    assert errors[0] == "" and "id='two' does not fit output_schema's int64" in errors[1]
+    assert "the column 'extra' is not in output_schema, which has id" in errors[2]
+    assert table.column("id").to_pylist() == [1, 2, 3], "a failed row has its own values where they fit"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_without_leave_to_go_on_a_bad_row_stops_the_block_by_name(stage: str, model: str) -> None:
     source = pa.table({"id": [70, 71], "fails": ["nowhere", stage]})

@@ -1,0 +1,80 @@
+"""Replicas that die, hang or are killed, as real processes: every row is answered once, whatever happens to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from tests.raydata_llm.faulty_engine import check_rows, faulty_processor, live_actors, pids_of_replicas, with_ids
+from tests.raydata_llm.processor_fakes import ray_session
+from tests.raydata_llm.tiny_tokenizer import save_tokenizer
+
+ROWS = 600
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tokenizer(tmp_path_factory.mktemp("model")))
+
+
+def wait_until_gone() -> list[str]:
+    patience = time.monotonic() + 15
+    while live_actors() and time.monotonic() < patience:
+        time.sleep(0.2)
+    return live_actors()
+
+
+def test_a_replica_killed_in_mid_job_loses_and_repeats_no_row(model: str, tmp_path: Path) -> None:
+    processor = faulty_processor(model, "", tmp_path, concurrency=2)
+    rows: list[dict[str, Any]] = []
+    killed = None
+    for row in processor(with_ids(ROWS, 20)).iter_rows():
+        rows.append(row)
+        if killed is None and len(pids_of_replicas()) == 2:
+            killed = pids_of_replicas()[0]
+            os.kill(killed, signal.SIGKILL)
+    assert killed is not None
+    check_rows(rows, ROWS)
+    assert wait_until_gone() == []
+
+
+@pytest.mark.parametrize("fault", ["die", "hang", pytest.param("kill", marks=pytest.mark.slow)])
+def test_an_engine_that_fails_once_costs_no_row(fault: str, model: str, tmp_path: Path) -> None:
+    processor = faulty_processor(model, fault, tmp_path, hang_timeout_s=1.5)
+    check_rows(processor(with_ids(ROWS, 1)).take_all(), ROWS)
+    assert (tmp_path / "fault").exists(), "it did fail"
+
+
+@pytest.mark.parametrize("fault", ["poison", pytest.param("kill by poison", marks=pytest.mark.slow)])
+def test_only_the_rows_that_kill_engines_alone_are_given_up(fault: str, model: str, tmp_path: Path) -> None:
+    poisoned = (7, 130)
+    processor = faulty_processor(model, fault, tmp_path, poisoned)
+    rows = processor(with_ids(200, 4)).take_all()
+    check_rows(rows, 200, failed=poisoned)
+    errors = [row["__inference_error__"] for row in rows if row["id"] in poisoned]
+    assert all(error.startswith("EngineDeadError: ") and error.endswith("(engine)") for error in errors), errors
+
+
+def test_a_second_job_starts_where_the_first_has_left_nothing(model: str, tmp_path: Path) -> None:
+    from ray.util import placement_group_table
+
+    for _ in range(2):
+        check_rows(faulty_processor(model, "", tmp_path, concurrency=2)(with_ids(60, 2)).take_all(), 60)
+        assert wait_until_gone() == []
+    groups = placement_group_table().values()
+    assert [group for group in groups if group["state"] != "REMOVED"] == []
+    available = ray.available_resources()  # type: ignore[no-untyped-call]
+    assert available["CPU"] == 2
