@@ -101,18 +101,21 @@ class DecodeStep:
         graph.graph.replay()
         return graph.hidden[:num_rows]
 
-    def warm_up(self) -> None:
-        """Run every kernel, and capture the graphs, largest first: the others live in its memory."""
+    def run_kernels(self) -> None:
+        """Launch every kernel that a step may need, on padding."""
         self._buffer.fill(_no_rows(), self._state.num_slots)
         self._plan = None
-        if self._decoder.device.type != "cuda":
-            return
-        buckets = reversed(self._buckets) if self._use_graphs else (self._buckets[0], self._buckets[-1])
-        for bucket in buckets:
+        for bucket in (self._buckets[0], self._buckets[-1]):
             for shared in (False, True) if self._share_prefixes else (False,):
                 self._forward(bucket, shared)
-                if self._use_graphs:
-                    self._graphs[bucket, shared] = self._capture(bucket, shared)
+
+    def warm_up(self) -> None:
+        """Run every kernel, and capture the graphs, largest first: the others live in its memory."""
+        self.run_kernels()
+        for bucket in reversed(self._buckets) if self._use_graphs else ():
+            for shared in (False, True) if self._share_prefixes else (False,):
+                self._forward(bucket, shared)
+                self._graphs[bucket, shared] = self._capture(bucket, shared)
 
     def _forward(self, num_rows: int, shared: bool) -> torch.Tensor:
         slots = self._buffer.slots[:num_rows]

@@ -106,12 +106,20 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile or load every kernel, and capture the graphs, so that no step waits for it."""
-        self._decode.warm_up()
         if self._device.type != "cuda":
             return
+        from raydata_llm.kernels.rehearsal import rehearsal
+
+        with rehearsal(self._device):
+            self._decode.run_kernels()
+            self._run_prefill_and_sampling(self._state.num_slots)
+        self._decode.warm_up()
         warm_up_pinned_memory()
         # The largest step too: the memory it needs, and cuBLAS's kernels for it, are there from now on.
-        for num_rows, num_tokens in ((1, 1), (self._state.num_slots, self._max_num_batched_tokens)):
+        self._run_prefill_and_sampling(self._max_num_batched_tokens)
+
+    def _run_prefill_and_sampling(self, most_tokens: int) -> None:
+        for num_rows, num_tokens in ((1, 1), (self._state.num_slots, most_tokens)):
             hidden = self._decoder.forward(self._trash_prefill(num_rows, num_tokens), self._kv_cache)
             self._decoder.logits(hidden[:num_rows])
             self._sampler.warm_up(num_rows)
