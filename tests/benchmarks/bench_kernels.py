@@ -394,8 +394,8 @@ def main() -> None:
     if options.compile_part is not None:
         compile_ahead(options.compile_part, options.jobs)
         return
+    start = time.perf_counter()
     if not options.chosen:
-        start = time.perf_counter()
         command = [
             sys.executable,
             "-m",
