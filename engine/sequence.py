@@ -13,6 +13,8 @@ A slot's counts, in tokens:
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,8 +105,7 @@ class SequenceTable:
         self.prefix_node = np.zeros(num_slots, dtype=np.int64)
         self.may_stop = np.zeros(num_slots, dtype=bool)
         self.watched = np.zeros(num_slots, dtype=bool)
-        # Zeroed memory is not touched until a row is used, so a long max_model_len costs nothing here.
-        self.token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
+        self.token_ids = _sparse_zeros(num_slots, max_model_len)
         self.block_table = np.full((num_slots, max_blocks), TRASH_BLOCK, dtype=np.int32)
         self.stop_ids = np.full((num_slots, 4), _STOP_PADDING, dtype=np.int32)
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -175,3 +176,16 @@ class SequenceTable:
             self.stop_ids = wider
         self.stop_ids[slot] = _STOP_PADDING
         self.stop_ids[slot, : len(stop_token_ids)] = stop_token_ids
+
+
+def _sparse_zeros(num_rows: int, width: int) -> IntArray:
+    """[num_rows, width] zeros that take memory where they are written, so that a long max_model_len costs nothing.
+
+    Not np.zeros, which asks for huge pages: the first token of each row then clears 2 MiB, while the GPU waits.
+    """
+    memory = mmap.mmap(-1, num_rows * width * np.dtype(np.int32).itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        # Kernels built without huge pages answer that they know no such advice.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.int32).reshape(num_rows, width)
