@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 # EngineConfig's own defaults of max_num_seqs: how deep the queue is decided before the engines tell theirs.
 _SLOTS_ON_GPU, _SLOTS_ON_CPU = 1024, 64
 # Rows of a block go to all replicas, so its size does not bear on how they share the work; but each costs four tasks,
-# at which two cores spend a quarter of a second: blocks of 64 rows fed 256 rows a second.
-_BLOCK_ROWS = 256
+# at which two cores spend a quarter of a second: blocks of 64 rows fed 256 rows a second. A block comes out when its
+# last row is done, so a slow engine's are small.
+_LEAST_BLOCK_ROWS, _MOST_BLOCK_ROWS = 256, 1024
 # Rows in flight. Costly rows can only go first if they are there: with 4096 rows of which every 16th is 20 times longer
 # and 256 slots, 1024 in flight took 18 s and all of them 14.
 _QUEUE_ROWS, _QUEUE_PER_SLOT = 4096, 4
@@ -75,8 +76,10 @@ class ReplicaPool:
         """Work out the pool for a cluster."""
         use_gpu = _uses_gpu(config, cluster)
         min_size, max_size = config.pool_bounds
-        queue = max(_QUEUE_ROWS, _QUEUE_PER_SLOT * _slots(config, use_gpu) * max_size)
-        block_rows = config.batch_size or max(_BLOCK_ROWS, math.ceil(queue / _MOST_BLOCKS))
+        slots = _slots(config, use_gpu)
+        queue = max(_QUEUE_ROWS, _QUEUE_PER_SLOT * slots * max_size)
+        usual = min(max(slots, _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS)
+        block_rows = config.batch_size or max(usual, math.ceil(queue / _MOST_BLOCKS))
         asked = config.max_tasks_in_flight_per_actor or config.max_concurrent_batches
         return cls(
             min_size=min_size,

@@ -39,12 +39,14 @@ class SlotEngineSettings:
         max_num_seqs: Slots.
         token_seconds: Time of a step, in which each row writes a token; 0 answers at once.
         random_lengths: Draw each row's length anew, up to its max_tokens, in every process.
+        start_seconds: Time that an engine takes to start, as loading weights does.
         log: A folder for a file a process with [time, running, started] a line.
     """
 
     max_num_seqs: int = 256
     token_seconds: float = 0.02
     random_lengths: bool = False
+    start_seconds: float = 0.0
     log: Path | None = None
 
 
@@ -117,7 +119,7 @@ def start_slot_engine(settings: SlotEngineSettings, ranks: Path | None = None, *
         import dataclasses
 
         rank = _draw_rank(ranks) if ranks is not None else 0
-        time.sleep(of_rank.get("late", {}).get(rank, 0.0))
+        time.sleep(settings.start_seconds + of_rank.get("late", {}).get(rank, 0.0))
         factor = of_rank.get("slow", {}).get(rank, 1.0)
         engine: Any = SlotEngine(dataclasses.replace(settings, token_seconds=settings.token_seconds * factor))
         return cast(RunningEngine, EngineThread(engine)), {}

@@ -1,0 +1,135 @@
+"""What a pipeline costs beside its engine: ours and Ray Data LLM's, on the same chats, with engines that take no time.
+
+    python -m tests.benchmarks.bench_pipeline --peer ../shared/bench/ray_peer [--peer-python PYTHON] [--rounds 3]
+
+Each runs as a process of its own on a Ray of its own, taking turns. Printed per run, as JSON: seconds in all from the
+dataset's making to the last row, seconds to the first row, and rows a second between the 10th and the 90th per cent of
+the rows; then the medians and their ratios. `--peer` is a folder with a `fake` package that stands in for vLLM (it
+answers at once) and a tokenizer in `model`; `--peer-python` has Ray Data LLM's needs and no torch. The peer is given 12
+logical CPUs, as its actors wait for ever with 2; the machine has what it has. Without `--peer` ours runs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROWS, BLOCKS = 10_000, 40
+
+
+def ask(row: dict[str, Any]) -> dict[str, Any]:
+    """A short chat."""
+    return {
+        "messages": [{"role": "user", "content": f"{row['id']} ** 3 = ?"}],
+        "sampling_params": {"temperature": 0.3, "max_tokens": 16, "detokenize": False},
+    }
+
+
+def answer(row: dict[str, Any]) -> dict[str, Any]:
+    """What is kept."""
+    return {"id": row["id"], "t": row["time_taken_llm"]}
+
+
+def start(num_cpus: int, num_gpus: int = 0) -> Any:
+    """A Ray of this process; returns `ray`."""
+    import ray
+
+    # Workers inherit this process's environment; a runtime_env would cost each of them a second more to start.
+    ray.init(num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray
+
+
+def run_ours(model: str) -> dict[str, float]:
+    """This package's pipeline."""
+    ray = start(2)
+    from raydata_llm import EngineProcessorConfig
+    from raydata_llm.processor import Processor
+    from tests.raydata_llm.slot_engine import SlotEngineSettings, start_slot_engine
+
+    factory = start_slot_engine(SlotEngineSettings(max_num_seqs=1024, token_seconds=0))
+    config = EngineProcessorConfig(model_source=model, engine_kwargs={"max_num_seqs": 1024, "device": "cpu"})
+    return timed(ray, Processor(config, ask, answer, engine_factory=factory))
+
+
+def run_peer(model: str) -> dict[str, float]:
+    """Ray Data LLM's, with its defaults."""
+    ray = start(12, num_gpus=1)  # its engine asks for one
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    config = vLLMEngineProcessorConfig(model_source=model, concurrency=1)
+    return timed(ray, build_processor(config, preprocess=ask, postprocess=answer))
+
+
+def timed(ray: Any, processor: Any) -> dict[str, float]:
+    """Run the rows through."""
+    began = time.perf_counter()
+    times, ids = [], set()
+    for row in processor(ray.data.range(ROWS, override_num_blocks=BLOCKS)).iter_rows():
+        times.append(time.perf_counter() - began)
+        ids.add(row["id"])
+    assert ids == set(range(ROWS)) and len(times) == ROWS
+    span = times[ROWS * 9 // 10] - times[ROWS // 10]
+    return {
+        "seconds": round(times[-1], 2),
+        "first": round(times[0], 2),
+        "rows_per_second": round(0.8 * ROWS / span),
+    }
+
+
+def measure(kind: str, python: str, model: str, path: str) -> dict[str, float]:
+    """One run in a process of its own."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "F_LOG": os.devnull,  # of the peer's fake engine
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    command = [python, __file__, "--run", kind, "--model", model]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps({"pipeline": kind, **figures, "load": os.getloadavg()[0]}), flush=True)
+    return figures
+
+
+def main() -> None:
+    """Measure, taking turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path)
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps({"ours": run_ours, "peer": run_peer}[arguments.run](arguments.model)))
+        return
+    root = str(Path(__file__).parents[2])
+    model = str((arguments.peer / "model").resolve()) if arguments.peer else arguments.model
+    runs: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    for _ in range(arguments.rounds):
+        runs["ours"].append(measure("ours", sys.executable, model, root))
+        if arguments.peer:
+            fake = str((arguments.peer / "fake").resolve())
+            runs["peer"].append(measure("peer", arguments.peer_python, model, fake))
+    medians = {
+        kind: {name: statistics.median(run[name] for run in of) for name in of[0]} for kind, of in runs.items() if of
+    }
+    ratios = {name: round(value / medians["peer"][name], 2) for name, value in medians["ours"].items() if runs["peer"]}
+    print(json.dumps({"medians": medians, "ours / peer": ratios}))
+
+
+if __name__ == "__main__":
+    main()
