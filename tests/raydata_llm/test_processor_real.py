@@ -136,6 +136,6 @@ def test_kv_memory_that_is_too_small_is_one_clear_error(s3: Any, model_folder: P
         model_source=str(model_folder), engine_kwargs={"kv_cache_memory_bytes": 1000, "max_model_len": 256}
     )
     processor = build_llm_processor(config, preprocess=ask)
-    with pytest.raises(ValueError, match="max_model_len=256 .*kv_cache_memory_bytes=1000") as error:
+    with pytest.raises(ValueError, match=r"max_model_len=256 .*kv_cache_memory_bytes=1000") as error:
         processor(ray.data.from_arrow(questions().slice(0, 4))).materialize()
     assert isinstance(error.value, UserCodeException)
