@@ -2,15 +2,13 @@
 
 Memory is one bit a key and what the operating system caches of the file: keys are spread over buckets by their first
 byte as they come, each bucket is sorted by itself, and lookups bisect the mapped file. Knows no store and no Ray.
-Invariant: a committed key is taken as often as it was committed, never more.
+Invariants: a committed key is taken as often as it was committed, never more; of a key's copies the first are taken.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -21,26 +19,23 @@ _BUCKETS = 256
 
 Keys = np.ndarray[Any, np.dtype[np.bytes_]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Places = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 class KeyIndex:
     """Built from chunks of concatenated keys, in any order; a key may be there several times."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
+        # Files without a name: nothing is left behind, however this process ends.
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="raydata_llm-keys-")  # noqa: SIM115 (lives as long)
-        folder = Path(tempfile.mkdtemp(prefix="raydata_llm-buckets-"))
-        try:
-            self._sort_into_file(_spread(chunks, folder), folder)
-        finally:
-            shutil.rmtree(folder)
+        for bucket in _spread(chunks):
+            _sort_into(self._file, bucket)
         self.size = self._file.tell() // KEY_BYTES
         self._keys: Keys = np.empty(0, _KEY)
         if self.size:
             self._file.flush()
             self._keys = np.memmap(self._file, _KEY, mode="r", shape=(self.size,))
         self._taken = np.zeros(self.size // 8 + 1, np.uint8)
-        # Where the next free copy of a key is, for keys of which some copies are taken.
-        self._next_free: dict[int, int] = {}
 
     def take(self, keys: bytes) -> Mask:
         """Take a committed copy for each key that has one left.
@@ -56,40 +51,53 @@ class KeyIndex:
             return np.zeros(wanted.size, np.bool_)
         places = np.searchsorted(self._keys, wanted)
         found: Mask = self._keys[np.minimum(places, self.size - 1)] == wanted
-        places = places[found]
-        if np.unique(places).size == places.size and not (self._taken[places >> 3] >> (places & 7) & 1).any():
-            np.bitwise_or.at(self._taken, places >> 3, (1 << (places & 7)).astype(np.uint8))
-            return found
-        found[found] = [self._take_copy(int(place)) for place in places]
+        found[found] = self._take_at(places[found])
         return found
 
-    def _take_copy(self, first: int) -> bool:
-        place = self._next_free.get(first, first)
-        while place < self.size and self._keys[place] == self._keys[first]:
-            is_taken = self._taken[place >> 3] >> (place & 7) & 1
-            self._next_free[first] = place + 1
-            if not is_taken:
-                self._taken[place >> 3] |= 1 << (place & 7)
-                return True
-            place += 1
-        return False
+    def _take_at(self, places: Places) -> Mask:
+        """Take a copy of each key, by the place of its first copy."""
+        _, firsts = np.unique(places, return_index=True)
+        taken = np.zeros(places.size, np.bool_)
+        taken[firsts] = True
+        taken &= ~self._is_taken(places)
+        self._mark(places[taken])
+        for index in np.flatnonzero(~taken):
+            taken[index] = self._take_further_copy(int(places[index]))
+        return taken
 
-    def _sort_into_file(self, buckets: int, folder: Path) -> None:
-        for bucket in range(buckets):
-            keys: Keys = np.fromfile(folder / str(bucket), _KEY)
-            keys.sort()
-            keys.tofile(self._file)
+    def _take_further_copy(self, first: int) -> bool:
+        low, end = first, int(np.searchsorted(self._keys, self._keys[first], "right"))
+        high = end
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._is_taken(np.array(middle)) else (low, middle)
+        if low < end:
+            self._mark(np.array([low]))
+        return low < end
+
+    def _is_taken(self, places: Places) -> Mask:
+        taken: Mask = (self._taken[places >> 3] >> (places & 7) & 1).astype(np.bool_)
+        return taken
+
+    def _mark(self, places: Places) -> None:
+        np.bitwise_or.at(self._taken, places >> 3, (1 << (places & 7)).astype(np.uint8))
 
 
-def _spread(chunks: Iterable[bytes], folder: Path) -> int:
+def _spread(chunks: Iterable[bytes]) -> list[IO[bytes]]:
     """Write each key to the file of its first byte."""
-    files = [(folder / str(bucket)).open("wb", buffering=1 << 14) for bucket in range(_BUCKETS)]
+    files: list[IO[bytes]] = [tempfile.TemporaryFile(buffering=1 << 14) for _ in range(_BUCKETS)]  # noqa: SIM115 (closed when sorted)
     for chunk in chunks:
         first_bytes = np.frombuffer(chunk, np.uint8)[::KEY_BYTES]
         keys: Keys = np.frombuffer(chunk, _KEY)[np.argsort(first_bytes, kind="stable")]
         ends = np.cumsum(np.bincount(first_bytes, minlength=_BUCKETS))
-        for bucket, (start, end) in enumerate(zip(np.append(0, ends[:-1]), ends, strict=True)):
-            files[bucket].write(keys[start:end].tobytes())
-    for file in files:
-        file.close()
-    return _BUCKETS
+        for file, start, end in zip(files, np.append(0, ends[:-1]), ends, strict=True):
+            file.write(keys[start:end].tobytes())
+    return files
+
+
+def _sort_into(target: IO[bytes], bucket: IO[bytes]) -> None:
+    with bucket:
+        bucket.seek(0)
+        keys: Keys = np.frombuffer(bytearray(bucket.read()), _KEY)
+    keys.sort()
+    target.write(keys.data)

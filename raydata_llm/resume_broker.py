@@ -8,15 +8,20 @@ Ray runs again skips the same rows. Owns the counts and the check that anything 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from raydata_llm.ledger import Entry, Ledger
+from raydata_llm.ledger import Ledger
 from raydata_llm.ledger_index import KEY_BYTES, KeyIndex, Mask
+from raydata_llm.ledger_layout import Entry
 from raydata_llm.ray_blocks import task_call
+
+logger = logging.getLogger(__name__)
 
 # A task finds the broker of the run that it belongs to under this name in its DataContext.
 BROKER_SETTING = "raydata_llm.resume_broker"
@@ -44,18 +49,28 @@ class Counts(NamedTuple):
 
 
 class ResumeBroker:
-    """The actor's class.
+    """The actor's class; `load` comes first.
 
     Args:
         ledger: Of the run.
-        entries: The files that count.
     """
 
-    def __init__(self, ledger: Ledger, entries: Iterable[Entry]) -> None:
-        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            self._index = KeyIndex(pool.map(ledger.read_keys, entries))
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._index = KeyIndex([])
         self._answers: dict[Claimant, bytes] = {}
         self._asked = self._found = 0
+
+    def load(self, entries: Sequence[Entry]) -> int:
+        """Read the keys of the files that count; returns how many there are."""
+        self._index = KeyIndex(self._read(entries))
+        return self._index.size
+
+    def _read(self, entries: Sequence[Entry]) -> Iterator[bytes]:
+        # A few at a time: a pool's `map` would hold what it has read ahead, which may be all.
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            for start in range(0, len(entries), _READS_AT_ONCE):
+                yield from pool.map(self._ledger.read_keys, entries[start : start + _READS_AT_ONCE])
 
     def counts(self) -> Counts:
         """How many keys were committed, asked for and found so far."""
@@ -112,18 +127,31 @@ class BrokerHandle:
         return bits.astype(np.bool_)
 
 
-def start_broker(ledger: Ledger, entries: list[Entry]) -> tuple[str, Any]:
-    """Start a run's broker on this node; returns its name and the actor."""
+def start_broker(ledger: Ledger, entries: Sequence[Entry]) -> tuple[str, Any]:
+    """Start a run's broker on this node; returns its name and the actor.
+
+    Raises:
+        OSError: when the keys cannot be read, or kept on this node's disk.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    name = f"resume-broker-{ledger.token}"
+    name = f"resume-broker-{ledger.run.token}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = (
+    actor: Any = (
         ray.remote(ResumeBroker)
         .options(name=name, namespace=_NAMESPACE, num_cpus=0, max_restarts=0, scheduling_strategy=here)
-        .remote(ledger, entries)
+        .remote(ledger)
     )
+    started = time.monotonic()
+    try:
+        count = ray.get(actor.load.remote(entries))
+    except ray.exceptions.RayTaskError as error:
+        ray.kill(actor)
+        raise error.cause from None
+    if count:
+        seconds = time.monotonic() - started
+        logger.info("%d rows in %d files are committed (keys read in %.1f s)", count, len(entries), seconds)
     return name, actor
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from raydata_llm.ledger import FOLDER, Entry, Ledger
+from raydata_llm.ledger import Ledger
+from raydata_llm.ledger_layout import Entry, current_space
 from raydata_llm.redaction import redact
 from raydata_llm.resume import PLAN_SETTING, ResumePlan
 from raydata_llm.resume_broker import BROKER_SETTING, start_broker
@@ -203,7 +204,7 @@ def _writable(path: str | os.PathLike[str], filesystem: Any) -> Storage:
 
 
 def _check_folder(storage: Storage, mode: str) -> None:
-    if storage.size(f"{FOLDER}/current.json") is not None:
+    if current_space(storage) is not None:
         raise ValueError(
             f"path={storage.label!r} holds the files of a job that can be resumed: give another folder, or the "
             "processor a ResumeConfig of this one"

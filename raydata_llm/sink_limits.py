@@ -39,7 +39,7 @@ class FileLimits:
             raise ValueError(f"file_seconds={self.file_seconds!r} is not valid: give more than 0 seconds")
 
     def block_bytes(self, written: Sequence[WrittenFile]) -> float:
-        """Bytes of blocks that fill a file, by how far rows shrank in the files so far."""
+        """Bytes of blocks that fill a file, by how far rows shrank in files so far."""
         import ray
 
         store: float = ray.cluster_resources().get("object_store_memory", float("inf"))  # type: ignore[no-untyped-call]

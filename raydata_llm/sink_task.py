@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydata_llm.ledger import Entry, Ledger, file_name, is_error_file
+from raydata_llm.ledger import Ledger
+from raydata_llm.ledger_layout import file_name, is_error_file
 from raydata_llm.resume import Carried, read_carried
 from raydata_llm.resume_broker import BrokerHandle, Claimant
 from raydata_llm.row_payload import ERROR_COLUMN, RESERVED_COLUMNS, RESUME_COLUMN
@@ -79,26 +80,29 @@ def write_file(
         table, carried = table.filter(pa.array(~done)), carried.keep(~done)
     failed = _failed(table, carried) if plan.letters is not None else np.zeros(table.num_rows, np.bool_)
     table = table.drop_columns([name for name in RESERVED_COLUMNS if name in table.column_names])
+    answers, letters = (file_name(plan.token, number, plan.format.suffix, errors=errors) for errors in (False, True))
+    if plan.letters is not None:
+        # An attempt before this one may have left files, and seen other rows fail if its blocks were lost and made
+        # again. In this order no row is in both at any moment.
+        _withdraw(plan, letters)
     written = []
-    for errors in (False, True):
-        chosen = failed if errors else ~failed
+    for name, chosen in ((answers, ~failed), (letters, failed)):
         if chosen.any():
-            name = file_name(plan.token, number, plan.format.suffix, errors=errors)
             part = table if chosen.all() else table.filter(pa.array(chosen))
             written.append(_write_part(plan, name, part, schema, None if carried is None else carried.keep(chosen)))
+        elif name == answers:
+            _withdraw(plan, name)
     return written
 
 
 def rewrite_file(plan: WritePlan, file: WrittenFile, schema: pa.Schema) -> None:
     """Bring a Parquet file that counts to another schema."""
-    source = (
-        plan.ledger.open_file(file.name) if plan.ledger is not None else _folder(plan, file.name).open_file(file.name)
-    )
+    source = _folder(plan, file.name).open_file(file.name) if plan.ledger is None else plan.ledger.open_file(file.name)
     with source:
         table = pq.read_table(source)
     content = plan.format.encode(conform(table, schema))
     if plan.ledger is not None:
-        plan.ledger.replace(Entry(file.name, file.size), content)
+        plan.ledger.replace(file.name, content)
     else:
         _folder(plan, file.name).put(file.name, content)
 
@@ -111,12 +115,9 @@ def _write_part(
         table = conform(table, schema)
     else:
         schema = None
-    size = plan.ledger.committed_size(name) if plan.ledger is not None else None
-    if size is None:  # else an earlier attempt of this task came through
-        content = plan.format.encode(table)
-        size = content.size
-        _put(plan, name, content, carried)
-    return WrittenFile(name, table.num_rows, size, table.nbytes, schema, is_error_file(name))
+    content = plan.format.encode(table)
+    _put(plan, name, content, carried)
+    return WrittenFile(name, table.num_rows, content.size, table.nbytes, schema, is_error_file(name))
 
 
 def _put(plan: WritePlan, name: str, content: pa.Buffer, carried: Carried | None) -> None:
@@ -125,6 +126,13 @@ def _put(plan: WritePlan, name: str, content: pa.Buffer, carried: Carried | None
         plan.ledger.commit(name, content, carried.keys)
         return
     _folder(plan, name).put(name, content)
+
+
+def _withdraw(plan: WritePlan, name: str) -> None:
+    if plan.ledger is not None:
+        plan.ledger.withdraw(name)
+    elif _folder(plan, name).size(name) is not None:
+        _folder(plan, name).delete(name)
 
 
 def _folder(plan: WritePlan, name: str) -> Storage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import sys
 import time
@@ -29,15 +30,23 @@ cloudpickle.register_pickle_by_value(sys.modules["tests.raydata_llm.processor_fa
 
 
 class DrawnEngine(EchoEngine):
-    """Takes as long as it likes and says what it likes."""
+    """Each row takes as long as it likes and says what it likes."""
+
+    max_num_seqs = 8
 
     def __init__(self, engine_kwargs: Mapping[str, Any]) -> None:
         super().__init__(engine_kwargs)
         self._draw = random.SystemRandom()
+        self._ends: dict[str, float] = {}
 
     def step(self) -> list[RequestOutput]:
-        time.sleep(self._draw.uniform(0.02, 0.2))
-        return super().step()
+        time.sleep(0.01)
+        now = time.monotonic()
+        for request in self._running[: self.max_num_seqs]:
+            self._ends.setdefault(request.request_id, now + self._draw.uniform(0.05, 0.4))
+        done = [request for request in self._running if self._ends.get(request.request_id, math.inf) <= now]
+        self._running = [request for request in self._running if self._ends.get(request.request_id, math.inf) > now]
+        return [self._answer(request) for request in done]
 
     def _answer(self, request: Request) -> RequestOutput:
         prompt = [int(token_id) for token_id in request.prompt_token_ids]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raydata_llm.ledger import Entry, Ledger, RunSupersededError, file_name
+from raydata_llm.ledger import Ledger, RunSupersededError
+from raydata_llm.ledger_layout import Entry, file_name, read_runs
 from raydata_llm.sink_storage import Storage
 
 KEYS = b"0123456789abcdef"
@@ -37,8 +38,6 @@ def test_what_one_run_committed_counts_in_the_next(tmp_path: Path) -> None:
     ledger, entries = begin_with_entries(tmp_path, "bbbbbbbb")
     assert entries == [Entry(part("aaaaaaaa"), 7)]
     assert ledger.read_keys(entries[0]) == KEYS
-    assert ledger.committed_size(part("aaaaaaaa")) == 7
-    assert ledger.committed_size(part("aaaaaaaa", 1)) is None
     assert visible(tmp_path) == {part("aaaaaaaa")}
 
 
@@ -76,22 +75,108 @@ def test_a_run_stops_when_a_later_one_has_begun(tmp_path: Path) -> None:
     assert visible(tmp_path) == {part("bbbbbbbb")}
 
 
+def test_a_later_run_that_began_during_an_upload_gets_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = begin(tmp_path, "aaaaaaaa")
+    put = Storage.put
+
+    def slowly(self: Storage, name: str, content: object) -> None:
+        if name == part("aaaaaaaa"):
+            with monkeypatch.context() as patch:
+                patch.setattr(Storage, "put", put)
+                assert begin_with_entries(tmp_path, "bbbbbbbb")[1] == []
+        put(self, name, content)
+
+    monkeypatch.setattr(Storage, "put", slowly)
+    with pytest.raises(RunSupersededError):
+        first.commit(part("aaaaaaaa"), b"content", KEYS)
+    assert visible(tmp_path) == set(), "the later run does these rows"
+
+
+def test_a_later_run_that_counted_a_file_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = begin(tmp_path, "aaaaaaaa")
+    put = Storage.put
+
+    def begin_after(self: Storage, name: str, content: object) -> None:
+        put(self, name, content)
+        if name == part("aaaaaaaa"):
+            assert begin_with_entries(tmp_path, "bbbbbbbb")[1] == [Entry(name, 7)]
+
+    monkeypatch.setattr(Storage, "put", begin_after)
+    with pytest.raises(RunSupersededError):
+        first.commit(part("aaaaaaaa"), b"content", KEYS)
+    assert visible(tmp_path) == {part("aaaaaaaa")}
+
+
+def test_of_two_runs_that_begin_at_once_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path, "aaaaaaaa")
+    earlier = read_runs(Storage.open(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("raydata_llm.ledger.read_runs", lambda storage: earlier)
+        runs = [begin(tmp_path, token) for token in ("cccccccc", "bbbbbbbb")]
+    assert runs[0].run.number == runs[1].run.number
+    runs[0].commit(part("cccccccc"), b"content", KEYS)
+    with pytest.raises(RunSupersededError):
+        runs[1].commit(part("bbbbbbbb"), b"content", KEYS)
+    with pytest.raises(RunSupersededError):
+        runs[1].finish({})
+    runs[0].finish({})
+    assert visible(tmp_path) == {part("cccccccc")}
+
+
+def test_a_run_of_another_space_ends_one_that_is_under_way(tmp_path: Path) -> None:
+    first = begin(tmp_path, "aaaaaaaa")
+    first.commit(part("aaaaaaaa"), b"old", KEYS)
+    second = begin(tmp_path, "bbbbbbbb", space="other")
+    second.commit(part("bbbbbbbb"), b"new", KEYS)
+    second.finish({})
+    with pytest.raises(RunSupersededError):
+        first.commit(part("aaaaaaaa", 1), b"old", KEYS)
+    assert visible(tmp_path) == {part("bbbbbbbb")}
+
+
 def test_a_write_that_came_through_after_a_later_run_began_is_dropped_at_its_end(tmp_path: Path) -> None:
     begin(tmp_path, "aaaaaaaa")
     ledger = begin(tmp_path, "bbbbbbbb")
     ledger.commit(part("bbbbbbbb"), b"content", KEYS)
     (tmp_path / part("aaaaaaaa")).write_bytes(b"same rows")
+    (tmp_path / part("cccccccc")).write_bytes(b"of a later run, whose entry is not seen yet")
     ledger.finish({})
-    assert visible(tmp_path) == {part("bbbbbbbb")}
+    assert visible(tmp_path) == {part("bbbbbbbb"), part("cccccccc")}
+
+
+def test_error_rows_of_other_jobs_in_the_same_folder_stay(tmp_path: Path) -> None:
+    letters = tmp_path / "letters"
+    for job, token in (("one", "aaaaaaaa"), ("two", "bbbbbbbb")):
+        ledger = begin(tmp_path / job, token, letters=letters)
+        ledger.commit(part(token, errors=True), b"bad", KEYS)
+        ledger.finish({})
+    begin(tmp_path / "two", "cccccccc", letters=letters)
+    assert visible(letters) == {part("aaaaaaaa", errors=True)}
+
+
+def test_error_rows_move_with_their_folder_or_run_again(tmp_path: Path) -> None:
+    out, letters = tmp_path / "out", tmp_path / "letters"
+    begin(out, "aaaaaaaa").commit(part("aaaaaaaa", errors=True), b"bad", KEYS)
+    assert begin_with_entries(out, "bbbbbbbb", letters=letters, retry=False)[1] == []
+    assert visible(out) == set(), "the same rows will be in the other folder"
 
 
 def test_another_spaces_files_take_the_place_at_the_end_at_once(tmp_path: Path) -> None:
+    letters = tmp_path / "letters"
+    for space, token in (("space", "aaaaaaaa"), ("other", "bbbbbbbb")):
+        ledger = begin(tmp_path, token, space=space, letters=letters)
+        ledger.commit(part(token), b"content", KEYS)
+        ledger.commit(part(token, 1, errors=True), b"bad", KEYS)
+        assert visible(tmp_path) == {part("aaaaaaaa")} and visible(letters) == {part("aaaaaaaa", 1, errors=True)}
+    ledger.finish({})
+    assert visible(tmp_path) == {part("bbbbbbbb")} and visible(letters) == {part("bbbbbbbb", 1, errors=True)}
+
+
+def test_what_is_staged_counts_in_a_further_run(tmp_path: Path) -> None:
     begin(tmp_path, "aaaaaaaa").commit(part("aaaaaaaa"), b"old", KEYS)
-    ledger = begin(tmp_path, "bbbbbbbb", space="other")
-    ledger.commit(part("bbbbbbbb"), b"new", KEYS)
-    assert visible(tmp_path) == {part("aaaaaaaa")}
+    begin(tmp_path, "bbbbbbbb", space="other").commit(part("bbbbbbbb"), b"new", KEYS)
     ledger, entries = begin_with_entries(tmp_path, "cccccccc", space="other")
-    assert [entry.name for entry in entries] == [part("bbbbbbbb")], "what was staged counts in a further run"
+    assert [entry.name for entry in entries] == [part("bbbbbbbb")]
     ledger.finish({"model": "n"})
     assert visible(tmp_path) == {part("bbbbbbbb")}
     current = json.loads((tmp_path / "_raydata_llm" / "current.json").read_text())
@@ -136,7 +221,8 @@ def test_taking_the_place_goes_on_where_it_was_cut(
 def test_a_file_can_be_written_anew(tmp_path: Path) -> None:
     ledger = begin(tmp_path, "aaaaaaaa")
     ledger.commit(part("aaaaaaaa"), b"content", KEYS)
-    assert ledger.replace(Entry(part("aaaaaaaa"), 7), b"longer content") == Entry(part("aaaaaaaa"), 14)
+    for _ in range(2):  # as in a retry
+        ledger.replace(part("aaaaaaaa"), b"longer content")
     assert begin_with_entries(tmp_path, "bbbbbbbb")[1] == [Entry(part("aaaaaaaa"), 14)]
 
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from raydata_llm import EngineProcessorConfig, ResumeConfig
-from raydata_llm.ledger import Entry
 from raydata_llm.ledger_index import KEY_BYTES
+from raydata_llm.ledger_layout import Entry
 from raydata_llm.resume import ResumePlan, mark_failed, read_carried
 from raydata_llm.resume_broker import Claimant, ResumeBroker
 from raydata_llm.row_payload import RESUME_COLUMN, RowRequest
@@ -96,7 +96,9 @@ class KeptKeys:
 
 def broker(*files: bytes) -> ResumeBroker:
     ledger: Any = KeptKeys(*files)
-    return ResumeBroker(ledger, [Entry("", number) for number in range(len(files))])
+    made = ResumeBroker(ledger)
+    made.load([Entry("", number) for number in range(len(files))])
+    return made
 
 
 def digits(*numbers: int) -> bytes:
