@@ -73,7 +73,7 @@ def keep(progress: str | None, row: dict[str, Any]) -> dict[str, Any]:
 def run(job: Mapping[str, Any]) -> WriteSummary:
     """Run the job on the Ray that this process is connected to."""
     config = EngineProcessorConfig(
-        model_source=job["model"], batch_size=4, max_concurrent_batches=4, resume=ResumeConfig(job["out"])
+        model_source=job["model"], batch_size=8, max_concurrent_batches=4, resume=ResumeConfig(job["out"])
     )
     postprocess = functools.partial(keep, job.get("progress"))
     processor = Processor(config, ask, postprocess, engine_factory=start_drawn)

@@ -118,12 +118,17 @@ def check_whole(folder: Path) -> None:
     assert len(schemas) == 1
 
 
+def count_of(folder: Path) -> int:
+    return len(list(folder.glob("[!.]*")))
+
+
 def kill_and_resume(start: Start, folder: Path, kills: int) -> None:
     moments = []
+    runs = Path(folder, "_raydata_llm", "runs")
     for _ in range(kills):
+        known = count_of(runs)
         job = start()
-        known = set(folder.rglob("run-*"))
-        wait_for(lambda known=known: set(folder.rglob("run-*")) - known, job)  # type: ignore[misc]
+        wait_for(lambda known=known: count_of(runs) > known, job)  # type: ignore[misc]
         moments.append(random.uniform(0.0, 4.0))
         time.sleep(moments[-1])
         job.kill()
