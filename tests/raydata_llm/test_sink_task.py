@@ -24,7 +24,7 @@ IDS = list(range(6))
 def block(failed: list[int]) -> pa.Table:
     """What the processor's last operator gives for the rows when some fail."""
     rows = pa.table({"id": IDS, ERROR_COLUMN: ["bad" if number in failed else "" for number in IDS]})
-    requests = [RowRequest(np.array([number], np.int32), None, 0) for number in IDS]
+    requests = [RowRequest(np.array([number], np.int32), None, b"") for number in IDS]
     plan = ResumePlan(config=ResumeConfig("out"), about={})
     admitted = plan.admit(rows, requests, [{"id": number} for number in IDS], [{}] * len(IDS))
     marks = mark_failed(admitted.column(RESUME_COLUMN), [number in failed for number in IDS])
