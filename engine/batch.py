@@ -9,7 +9,7 @@ their prefill).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ class ScheduledBatch:
         block_slots, block_columns, blocks: [U] block table entries that are new in this step.
         released: slots given up since the last step.
         admitted: sequences that got a slot in this step.
+        prompt_logprob_chunks: number and sequence of the chunks whose tokens' log-probabilities are asked for.
     """
 
     decode_plan: DecodePlan
@@ -51,6 +52,7 @@ class ScheduledBatch:
     blocks: IntArray
     released: list[int]
     admitted: list[tuple[int, Sequence]]
+    prompt_logprob_chunks: list[tuple[int, Sequence]] = field(default_factory=list)
 
     @property
     def num_decodes(self) -> int:

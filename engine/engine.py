@@ -23,10 +23,12 @@ from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.kv_budget import check_sizes, check_weights_fit, num_kv_blocks
+from raydata_llm.engine.logprobs import position_maps
 from raydata_llm.engine.model_files import ModelFiles
-from raydata_llm.engine.model_runner import HostLogprobs, LaunchedStep, ModelRunner
+from raydata_llm.engine.model_runner import LaunchedStep, ModelRunner
 from raydata_llm.engine.phases import announce
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
+from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.scheduler import Scheduler, SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, Sequence
 from raydata_llm.engine.weights import load_weights
@@ -159,6 +161,8 @@ class Engine:
                 max_tokens=min(room, self.max_model_len),
                 stop_token_ids=tuple(dict.fromkeys((*eos, *params.stop_token_ids))),
             )
+            if params.prompt_logprobs is not None and index == 0:
+                sequence.prompt_logprobs = [None]
             if params.stop and self._tokenizer is not None:
                 sequence.stop_watch = StopStringWatch(self._tokenizer, params)
             self._next_seq_id += 1
@@ -239,19 +243,15 @@ class Engine:
             self._add_logprobs(batch, token_ids.tolist(), logprobs)
         return self._collect(self._scheduler.update(batch, token_ids))
 
-    def _add_logprobs(self, batch: ScheduledBatch, token_ids: list[int], logprobs: HostLogprobs) -> None:
+    def _add_logprobs(self, batch: ScheduledBatch, token_ids: list[int], logprobs: SampledLogprobs) -> None:
         table = self._scheduler.table
-        for entry, row in enumerate(logprobs.rows.tolist()):
-            slot = int(batch.sample_slots[row])
-            sequence = table.sequences[slot]
-            if sequence is None or sequence.seq_id != batch.sample_seq_ids[row]:
-                continue
-            count = sequence.request.sampling_params.logprobs or 0
-            chosen = Logprob(float(logprobs.chosen[entry]), int(logprobs.ranks[entry]))
-            sequence.cumulative_logprob += chosen.logprob
-            top = zip(logprobs.top_ids[entry, :count].tolist(), logprobs.top_logprobs[entry].tolist(), strict=False)
-            ranked = {token_id: Logprob(value, rank) for rank, (token_id, value) in enumerate(top, start=1)}
-            sequence.logprobs.append({token_ids[row]: chosen} | ranked)
+        drawn = [token_ids[row] for row in logprobs.rows.tolist()]
+        maps = position_maps(logprobs.values, drawn, logprobs.wanted)
+        for row, token_id, position in zip(logprobs.rows.tolist(), drawn, maps, strict=True):
+            sequence = table.sequences[int(batch.sample_slots[row])]
+            if sequence is not None and sequence.seq_id == batch.sample_seq_ids[row]:
+                sequence.cumulative_logprob += position[token_id].logprob
+                sequence.logprobs.append(position)
 
     def _collect(self, finished: list[FinishedSequence]) -> list[RequestOutput]:
         """Put ended sequences into their requests; returns the requests of which all have ended."""
@@ -298,6 +298,7 @@ class Engine:
             "stop_token_ids": params.stop_token_ids,
             "allowed_token_ids": params.allowed_token_ids or (),
             "logit_bias": tuple(params.logit_bias or ()),
+            "logprob_token_ids": params.logprob_token_ids or (),
         }
         for name, token_ids in named.items():
             bad = [token_id for token_id in token_ids if token_id >= vocab_size]
@@ -311,6 +312,7 @@ class _UnfinishedRequest:
     prompt: TokenArray
     outputs: list[CompletionOutput | None]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def num_missing(self) -> int:
@@ -318,7 +320,9 @@ class _UnfinishedRequest:
 
     def take(self, ended: FinishedSequence) -> None:
         sequence = ended.sequence
-        asked = self.request.sampling_params.logprobs is not None
+        params = self.request.sampling_params
+        asked = params.logprobs is not None or params.logprob_token_ids is not None
+        self.prompt_logprobs = self.prompt_logprobs or sequence.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, sequence.num_cached_tokens)
         self.outputs[sequence.index] = CompletionOutput(
             index=sequence.index,
@@ -335,4 +339,5 @@ class _UnfinishedRequest:
             prompt_token_ids=self.prompt.tolist(),
             outputs=[output for output in self.outputs if output is not None],
             num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=self.prompt_logprobs,
         )

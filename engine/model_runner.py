@@ -10,7 +10,7 @@ Shapes as in batch.py; S slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 
 import numpy as np
 import numpy.typing as npt
@@ -19,52 +19,33 @@ import torch
 from raydata_llm.engine.batch import ForwardBatch, PrefillRows, SampledRows, ScheduledBatch
 from raydata_llm.engine.decode_step import DecodeStep, SlotState
 from raydata_llm.engine.decoder import Decoder, KVCache
+from raydata_llm.engine.logprobs import PromptPiece, prompt_pieces
 from raydata_llm.engine.sampler import SampledLogprobs, Sampler
 from raydata_llm.engine.sequence import IntArray
 from raydata_llm.engine.upload import to_host, upload, warm_up_pinned_memory
 
 
-@dataclass(frozen=True)
-class HostLogprobs:
-    """`SampledLogprobs` on the host."""
-
-    rows: npt.NDArray[np.int64]
-    chosen: npt.NDArray[np.float32]
-    ranks: npt.NDArray[np.int64]
-    top_ids: npt.NDArray[np.int64]
-    top_logprobs: npt.NDArray[np.float32]
-
-
 class LaunchedStep:
     """A step under way; `read` is the loop's one wait for the device."""
 
-    def __init__(self, tokens: torch.Tensor, logprobs: SampledLogprobs | None) -> None:
+    def __init__(
+        self, tokens: torch.Tensor, logprobs: SampledLogprobs | None, prompt_pieces: list[PromptPiece]
+    ) -> None:
         self._tokens = to_host(tokens)
-        self._logprobs = logprobs and SampledLogprobs(
-            rows=logprobs.rows,
-            chosen=to_host(logprobs.chosen),
-            ranks=to_host(logprobs.ranks),
-            top_ids=to_host(logprobs.top_ids),
-            top_logprobs=to_host(logprobs.top_logprobs),
-        )
+        self._logprobs = logprobs and dataclasses.replace(logprobs, values=logprobs.values.to_host())
+        self._prompt_pieces = prompt_pieces
         self._done = torch.cuda.Event() if tokens.is_cuda else None
         if self._done is not None:
             self._done.record()
 
-    def read(self) -> tuple[IntArray, HostLogprobs | None]:
-        """Wait for the step and return its sampled tokens, [N], and log-probabilities."""
+    def read(self) -> tuple[IntArray, SampledLogprobs | None]:
+        """Wait for the step; returns its sampled tokens, [N], and log-probabilities, those of prompts in place."""
         if self._done is not None:
             self._done.synchronize()
         tokens: IntArray = self._tokens.numpy().astype(np.int32)
-        if self._logprobs is None:
-            return tokens, None
-        return tokens, HostLogprobs(
-            rows=self._logprobs.rows,
-            chosen=self._logprobs.chosen.numpy(),
-            ranks=self._logprobs.ranks.numpy(),
-            top_ids=self._logprobs.top_ids.numpy(),
-            top_logprobs=self._logprobs.top_logprobs.numpy(),
-        )
+        for piece in self._prompt_pieces:
+            piece.deliver()
+        return tokens, self._logprobs
 
 
 class ModelRunner:
@@ -147,16 +128,23 @@ class ModelRunner:
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         """Start a step; steps run in launch order."""
         self._apply_updates(batch)
+        pieces: list[PromptPiece] = []
         if len(batch.prefill_slots):
             slots, forward_batch = self._forward_batch(batch)
-            hidden = self._decoder.forward(forward_batch, self._kv_cache)
+            sampled = forward_batch.sampled
+            if batch.prompt_logprob_chunks and sampled is not None:
+                hidden = self._decoder.forward(dataclasses.replace(forward_batch, sampled=None), self._kv_cache)
+                pieces = prompt_pieces(self._decoder, hidden, batch)
+                hidden = hidden[sampled.tokens]
+            else:
+                hidden = self._decoder.forward(forward_batch, self._kv_cache)
         else:
             slots, hidden = self._decode.slots, self._decode.run()
         # A sampled token's position is the number of tokens before it.
         positions = self._state.num_computed[slots]
         tokens, logprobs = self._sampler.sample(self._decoder.logits(hidden), batch, slots, positions)
         self._state.last_token[slots] = tokens
-        return LaunchedStep(tokens, logprobs)
+        return LaunchedStep(tokens, logprobs, pieces)
 
     def _apply_updates(self, batch: ScheduledBatch) -> None:
         self._sampler.release(batch.released)

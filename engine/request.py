@@ -40,10 +40,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Logprob:
-    """Log-probability of one token at one position; `rank` is 1 for the likeliest."""
+    """Log-probability of one token at one position; `rank` is 1 for the likeliest, None where it is not known."""
 
     logprob: float
-    rank: int
+    rank: int | None
     decoded_token: str | None = None
 
 
@@ -81,6 +81,7 @@ class RequestOutput:
         error: Why the request could not be run, as `Type: message`.
         prompt: The prompt's text where a front end knows it.
         num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
+        prompt_logprobs: A prompt position's {token id: Logprob}, when asked; None for the first position.
     """
 
     request_id: str
@@ -89,6 +90,7 @@ class RequestOutput:
     error: str | None = None
     prompt: str | None = None
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from raydata_llm.engine.batch import ScheduledBatch
+from raydata_llm.engine.logprobs import RowLogprobs, Wanted, row_logprobs, wanted_of_outputs
 from raydata_llm.engine.sequence import IntArray, Sequence
 from raydata_llm.engine.upload import upload
 from raydata_llm.kernels.sampling import greedy, penalise_, sample
@@ -25,19 +26,17 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SampledLogprobs:
-    """Log-probabilities of the rows that asked.
+    """Log-probabilities of the M rows that asked.
 
     Args:
         rows: [M] their numbers among the step's sampled rows.
-        chosen, ranks: [M] of the drawn token; the likeliest has rank 1.
-        top_ids, top_logprobs: [M, k] of the k likeliest tokens, k the most that a row asked for.
+        wanted: [M] what each asked for.
+        values: [M] of the drawn tokens.
     """
 
     rows: Rows
-    chosen: torch.Tensor
-    ranks: torch.Tensor
-    top_ids: torch.Tensor
-    top_logprobs: torch.Tensor
+    wanted: list[Wanted]
+    values: RowLogprobs
 
 
 class Sampler:
@@ -66,7 +65,7 @@ class Sampler:
         self._random = np.zeros(num_slots, dtype=bool)
         self._truncated = np.zeros(num_slots, dtype=bool)
         self._adjusted = np.zeros(num_slots, dtype=bool)
-        self._num_logprobs = np.full(num_slots, -1, dtype=np.int64)
+        self._has_logprobs = np.zeros(num_slots, dtype=bool)
         self._sequences: list[Sequence | None] = [None] * num_slots
 
     def release(self, slots: list[int]) -> None:
@@ -98,7 +97,7 @@ class Sampler:
             self._random[slot] = not p.greedy
             self._truncated[slot] = not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
             self._adjusted[slot] = bool(p.logit_bias or p.min_tokens) or p.allowed_token_ids is not None
-            self._num_logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+            self._has_logprobs[slot] = wanted_of_outputs(p, self._vocab_size) is not None
             self._sequences[slot] = sequence
             self._penalties.admit(slot, sequence)
 
@@ -115,8 +114,8 @@ class Sampler:
             The tokens, [N] int64, and what rows with `logprobs` asked for, taken from the logits as they came.
         """
         slots = batch.sample_slots
-        logprob_rows = np.flatnonzero(self._num_logprobs[slots] >= 0)
-        raw = logits[self._index(logprob_rows)].float().log_softmax(dim=-1) if len(logprob_rows) else None
+        logprob_rows = np.flatnonzero(self._has_logprobs[slots])
+        raw = logits[self._index(logprob_rows)] if len(logprob_rows) else None
         if self._adjusted[slots].any() or self._penalties.any(slots):
             logits = logits.float()
         self._adjust_(logits, slots, batch.sample_positions)
@@ -174,11 +173,10 @@ class Sampler:
                 logits[row].index_fill_(0, self._index(np.array(sequence.stop_token_ids)), float("-inf"))
 
     def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, rows: Rows, slots: IntArray) -> SampledLogprobs:
-        chosen = raw.gather(1, tokens[self._index(rows)][:, None])
-        width = int(self._num_logprobs[slots[rows]].max())
-        top = raw.topk(min(width, self._vocab_size), dim=-1)
-        ranks = (raw > chosen).sum(dim=-1) + 1
-        return SampledLogprobs(rows, chosen[:, 0], ranks, top.indices, top.values)
+        sequences = [self._sequences[slot] for slot in slots[rows].tolist()]
+        asked = [wanted_of_outputs(one.request.sampling_params, self._vocab_size) for one in sequences if one]
+        wanted = [one for one in asked if one is not None]
+        return SampledLogprobs(rows, wanted, row_logprobs(raw, tokens[self._index(rows)], wanted))
 
     def _index(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
         return upload(self._device, numbers.astype(np.int64))[0]

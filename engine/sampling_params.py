@@ -31,7 +31,9 @@ class SamplingParams:
         ignore_eos: Go on after the model's end-of-sequence tokens.
         max_tokens: Output tokens at most; None means up to the model's length.
         min_tokens: Output tokens before any end is allowed.
-        logprobs: How many likeliest tokens' log-probabilities to return a position, besides the drawn one's.
+        logprobs: How many likeliest tokens' log-probabilities to return a position, besides the drawn one's; -1 is all.
+        prompt_logprobs: The same for the prompt's positions, besides the prompt's own tokens.
+        logprob_token_ids: Return the log-probabilities of these tokens (128 at most) instead of the likeliest.
         detokenize: Turn output tokens into text (a front end's matter; `stop` needs it).
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces between special tokens in the text.
@@ -59,6 +61,8 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -76,8 +80,9 @@ class SamplingParams:
             _flag(name, getattr(self, name))
         _set(self, "stop", _strings("stop", self.stop))
         _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
-        if self.allowed_token_ids is not None:
-            _set(self, "allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+        for name in _OPTIONAL_TOKEN_IDS:
+            if getattr(self, name) is not None:
+                _set(self, name, _token_ids(name, getattr(self, name)))
         if self.logit_bias is not None:
             _set(self, "logit_bias", _bias(self.logit_bias))
         if self.top_k == -1:
@@ -94,9 +99,12 @@ class SamplingParams:
         if self.max_tokens is not None:
             remedy = f"it may not exceed max_tokens={self.max_tokens}"
             _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, remedy)
-        _require(
-            self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "use None, or a count from 0 on"
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _require(count is None or count >= -1, name, count, "use None, -1 for all, or a count from 0 on")
+        named = self.logprob_token_ids
+        remedy = f"name 1 to {_MOST_LOGPROB_TOKEN_IDS} tokens; logprobs=-1 returns all"
+        _require(named is None or 0 < len(named) <= _MOST_LOGPROB_TOKEN_IDS, "logprob_token_ids", named, remedy)
         keep = self.truncate_prompt_tokens
         _require(keep is None or keep == -1 or keep >= 1, "truncate_prompt_tokens", keep, "use -1, or 1 or more")
         if self.stop:
@@ -147,8 +155,10 @@ class SamplingParams:
 
 
 _FIELD_NAMES = {field.name for field in fields(SamplingParams)}
-_INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "truncate_prompt_tokens")
-_OPTIONAL_INTEGERS = {"seed", "max_tokens", "logprobs", "truncate_prompt_tokens"}
+_OPTIONAL_INTEGERS = ("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
+_INTEGERS = ("n", "top_k", "min_tokens", *_OPTIONAL_INTEGERS)
+_OPTIONAL_TOKEN_IDS = ("allowed_token_ids", "logprob_token_ids")
+_MOST_LOGPROB_TOKEN_IDS = 128
 _FLAGS = (
     "ignore_eos",
     "detokenize",

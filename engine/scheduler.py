@@ -324,6 +324,8 @@ class Scheduler:
             sequence.token_bytes = sequence.token_ids.tobytes()
         # The last known token is always computed: its hidden state is sampled from.
         limit = (len(sequence.token_ids) - 1) // self.limits.block_size
+        if sequence.lacks_prompt_logprobs:
+            limit = 0
         return self.blocks.match(sequence.token_bytes, self._block_bytes, limit)
 
     def _occupy(self, sequence: Sequence, cached: BlockArray, node: int) -> int:
@@ -391,7 +393,12 @@ class Scheduler:
             blocks=blocks,
             released=released,
             admitted=admitted,
+            prompt_logprob_chunks=self._prompt_logprob_chunks(slots),
         )
+
+    def _prompt_logprob_chunks(self, slots: IntArray) -> list[tuple[int, Sequence]]:
+        sequences = (self._sequence(slot) for slot in slots.tolist())
+        return [(chunk, sequence) for chunk, sequence in enumerate(sequences) if sequence.lacks_prompt_logprobs]
 
     def _block_updates(
         self, grown: tuple[IntArray, IntArray, IntArray], admitted: list[tuple[int, Sequence]]

@@ -41,6 +41,7 @@ class Sequence:
         max_tokens: Prompt plus output tokens at which it ends by length.
         stop_token_ids: All token ids that end it.
         token_bytes: `token_ids` as the prefix cache compares them, made at the first admission attempt.
+        prompt_logprobs: None unless it is asked for them; else those that are known, None for the first position.
     """
 
     seq_id: int
@@ -55,8 +56,14 @@ class Sequence:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     cumulative_logprob: float = 0.0
     aborted: bool = False
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether its prompt is to be computed from the start for its log-probabilities."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
 
     @property
     def may_stop(self) -> bool:

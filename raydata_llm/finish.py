@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from raydata_llm.block_memory import memory_of
 from raydata_llm.engine.detokenizer import output_text
-from raydata_llm.engine.request import CompletionOutput, RequestOutput
+from raydata_llm.engine.request import CompletionOutput, Logprob, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.error_kinds import error_kinds
 from raydata_llm.job_link import StatsSender
@@ -209,7 +209,7 @@ def _engine_columns(row: RowOutput, output: RequestOutput, request: RowRequest, 
         "stop_reason": first["stop_reason"],
         "cumulative_logprob": first["cumulative_logprob"],
         "logprobs": first["logprobs"],
-        "prompt_logprobs": None,
+        "prompt_logprobs": _logprobs(output.prompt_logprobs, params, block),
         "embeddings": None,
         "metrics": None,
         "request_id": row.request_id,
@@ -236,15 +236,19 @@ def _choice(output: CompletionOutput, params: SamplingParams, block: _Block) -> 
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
         "cumulative_logprob": output.cumulative_logprob,
-        "logprobs": _logprobs(output, params, block),
+        "logprobs": _logprobs(output.logprobs, params, block),
     }
 
 
-def _logprobs(output: CompletionOutput, params: SamplingParams, block: _Block) -> list[dict[int, Row]] | None:
-    if output.logprobs is None:
+def _logprobs(
+    positions: Sequence[dict[int, Logprob] | None] | None, params: SamplingParams, block: _Block
+) -> list[dict[int, Row] | None] | None:
+    if positions is None:
         return None
     return [
-        {
+        None
+        if position is None
+        else {
             token_id: {
                 "logprob": entry.logprob,
                 "rank": entry.rank,
@@ -252,7 +256,7 @@ def _logprobs(output: CompletionOutput, params: SamplingParams, block: _Block) -
             }
             for token_id, entry in position.items()
         }
-        for position in output.logprobs
+        for position in positions
     ]
 
 

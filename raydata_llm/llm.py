@@ -210,6 +210,8 @@ class LLM:
     def _fill_text(self, output: RequestOutput, prompt: Prompt) -> None:
         if self._tokenizer is None or prompt.params is None or not prompt.params.detokenize:
             return
+        if output.prompt_logprobs is not None:
+            output.prompt_logprobs = [position and self._name_tokens(position) for position in output.prompt_logprobs]
         for one in output.outputs:
             one.text = output_text(self._tokenizer, one.token_ids, prompt.params, one.stop_reason, one.finish_reason)
             if one.logprobs is not None:

@@ -230,8 +230,11 @@ def _plain(name: str, value: Any) -> Any:
     """A stop token's id as text, and what is keyed by token id as a list: Arrow has one type a column."""
     if name == "stop_reason":
         return str(value)
-    if name == "logprobs":
-        return [[{"token_id": token_id, **entry} for token_id, entry in position.items()] for position in value]
+    if name in ("logprobs", "prompt_logprobs"):
+        return [
+            None if position is None else [{"token_id": token_id, **entry} for token_id, entry in position.items()]
+            for position in value
+        ]
     if name == "outputs":
         return [
             {**choice, **{key: _plain(key, choice[key]) for key in _KEYED if choice[key] is not None}}

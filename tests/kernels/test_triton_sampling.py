@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from raydata_llm.kernels.logprobs import token_logprobs_ref
 from raydata_llm.kernels.sampling import penalise_, sample, truncate_ref
 
 VOCAB = 5003
@@ -295,3 +296,17 @@ def test_penalties(pooled: bool, triton_device: torch.device) -> None:
     torch.testing.assert_close(result.cpu(), expected)
     if pooled:
         assert torch.equal(result[1].cpu(), logits[1])
+
+
+def test_logprobs_and_ranks(triton_dtype: torch.dtype, triton_device: torch.device) -> None:
+    from raydata_llm.kernels.logprobs_triton import launch_token_logprobs
+
+    logits = logits_of(21).to(triton_dtype)
+    logits[1, ::2] = float("-inf")
+    logits[2] = 4.0
+    token_ids = torch.tensor([0, 1, 17, 5002, 4000, 2048])
+    expected = token_logprobs_ref(logits, token_ids)
+    found = launch_token_logprobs(logits.to(triton_device), token_ids.to(triton_device))
+    assert found.ranks.tolist() == expected.ranks.tolist()
+    torch.testing.assert_close(found.logprobs.cpu(), expected.logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.log_sums.cpu(), expected.log_sums, atol=1e-4, rtol=0)

@@ -85,7 +85,10 @@ class EchoEngine:
             CompletionOutput(index, token_ids, "length", f"process {os.getpid()}", "", -1.5, logprobs)
             for index in range(params.n)
         ]
-        return RequestOutput(request.request_id, prompt, outputs)
+        output = RequestOutput(request.request_id, prompt, outputs)
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None, *({token_id: Logprob(-0.25, 1)} for token_id in prompt[1:])]
+        return output
 
 
 def serve(engine: Any) -> RunningEngine:

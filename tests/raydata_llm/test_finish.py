@@ -169,6 +169,16 @@ def test_logprobs_are_keyed_by_token_for_postprocess_and_lists_in_tables(model: 
     assert likeliest == {"token_id": token_id, **entry} and other["token_id"] == 7
 
 
+def test_prompt_logprobs_begin_with_none(model: str) -> None:
+    asking = lambda row: {"prompt": "hello you", "sampling_params": {"prompt_logprobs": 0}}  # noqa: E731
+    table = answered(pa.table({"id": [0]}), model, asking)
+    [prompt_token_ids] = table.column("prompt_token_ids").to_pylist()
+    [[first, *others]] = table.column("prompt_logprobs").to_pylist()
+    assert first is None
+    assert [[entry["token_id"] for entry in position] for position in others] == [[one] for one in prompt_token_ids[1:]]
+    assert others[0][0]["decoded_token"] == load_tokenizer(model).decode(prompt_token_ids[1:2])
+
+
 def test_detokenising_can_be_left_out_altogether(model: str) -> None:
     off = lambda row: {"prompt": "hello", "sampling_params": {"detokenize": False}}  # noqa: E731
     texts = [
