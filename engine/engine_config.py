@@ -35,6 +35,7 @@ class EngineConfig:
         seed: Of the noise of rows without a seed, and of dummy weights.
         load_format: "auto", "safetensors", "pt" (torch's weights-only loader), "gguf" or "dummy" (seeded normal).
         trust_remote_code: Run code that comes with the tokenizer or config.
+        skip_tokenizer_init: Token ids in, token ids out: whoever holds the engine loads no tokenizer for it.
         enforce_eager: No CUDA graphs.
         disable_cascade_attn: Let each row read a prefix that it shares with others for itself.
         steps_ahead: Steps launched before the oldest one's tokens are read; None: 0 on a CPU, 1 on a GPU.
@@ -64,6 +65,7 @@ class EngineConfig:
     seed: int = 0
     load_format: str = "auto"
     trust_remote_code: bool = False
+    skip_tokenizer_init: bool = False
     enforce_eager: bool = False
     disable_cascade_attn: bool = False
     steps_ahead: int | None = None
@@ -124,6 +126,7 @@ _FLAGS = (
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "trust_remote_code",
+    "skip_tokenizer_init",
     "enforce_eager",
     "disable_cascade_attn",
 )

@@ -57,6 +57,7 @@ class FinishPlan:
 
     Args:
         model_source: Where the tokenizer comes from.
+        skip_tokenizer: There is none: no row gets text.
         trust_remote_code: Run code that comes with the tokenizer.
         detokenize: Whether all rows get text; off, `sampling_params.detokenize` decides.
         postprocess: The user's function of a row; None keeps all columns.
@@ -66,6 +67,7 @@ class FinishPlan:
     """
 
     model_source: str
+    skip_tokenizer: bool = False
     trust_remote_code: bool = False
     detokenize: bool = True
     postprocess: RowFunction | None = None
@@ -175,16 +177,19 @@ class _Block:
         self._tokens: dict[int, str] = {}
 
     def of_output(self, output: CompletionOutput, params: SamplingParams) -> str:
-        if not (self._plan.detokenize or params.detokenize):
+        if not self._wants_text(params):
             return ""
         return output_text(self._load(), output.token_ids, params, output.stop_reason, output.finish_reason)
 
     def of_token(self, token_id: int, params: SamplingParams) -> str | None:
-        if not (self._plan.detokenize or params.detokenize):
+        if not self._wants_text(params):
             return None
         if token_id not in self._tokens:
             self._tokens[token_id] = str(self._load().decode([token_id]))
         return self._tokens[token_id]
+
+    def _wants_text(self, params: SamplingParams) -> bool:
+        return not self._plan.skip_tokenizer and (self._plan.detokenize or params.detokenize)
 
     def _load(self) -> Any:
         if self._tokenizer is None:

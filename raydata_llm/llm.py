@@ -20,6 +20,7 @@ from raydata_llm.engine.request import Logprob, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.generation import Encode, Generation
 from raydata_llm.model_source import resolve_model
+from raydata_llm.openmp import wait_passively
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import ParamsLike, Prompt, list_conversations, list_prompts, pair_params, read_prompt
 from raydata_llm.tokenizer import check_chat_template, encode_chat, encode_texts, load_tokenizer
@@ -51,11 +52,13 @@ class LLM:
         trust_remote_code: bool = False,
         **engine_kwargs: Any,
     ) -> None:
-        config = EngineConfig.from_mapping(model, {**engine_kwargs, "trust_remote_code": trust_remote_code})
+        own = {"skip_tokenizer_init": skip_tokenizer_init, "trust_remote_code": trust_remote_code}
+        config = EngineConfig.from_mapping(model, {**engine_kwargs, **own})
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"tokenizer={tokenizer!r} is not valid with skip_tokenizer_init=True: give one of them")
         path = resolve_model(model, load_format=config.load_format)
         self._tokenizer = None if skip_tokenizer_init else _find_tokenizer(tokenizer, path, trust_remote_code)
+        wait_passively()
         # Imported here: it imports torch, which whoever only imports this class need not wait for.
         from raydata_llm.engine.engine import Engine
 

@@ -43,6 +43,7 @@ class PreparePlan:
 
     Args:
         model_source: Where the tokenizer comes from.
+        skip_tokenizer: There is none: rows bring `tokenized_prompt`.
         trust_remote_code: Run code that comes with the tokenizer.
         preprocess: The user's function of a row; None leaves rows as they are.
         apply_chat_template: Whether `messages` are taken.
@@ -54,6 +55,7 @@ class PreparePlan:
     """
 
     model_source: str
+    skip_tokenizer: bool = False
     trust_remote_code: bool = False
     preprocess: RowFunction | None = None
     apply_chat_template: bool = True
@@ -64,7 +66,9 @@ class PreparePlan:
     resume: ResumePlan | None = None
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer, loaded once per process."""
+        """The model's tokenizer, loaded once per process; None if there is none."""
+        if self.skip_tokenizer:
+            return None
         path = resolve_model(self.model_source, weights=False)
         return load_tokenizer(path, trust_remote_code=self.trust_remote_code)
 
@@ -146,9 +150,12 @@ def _preprocess(draft: _Draft, preprocess: RowFunction | None) -> None:
 def _choose_prompt(draft: _Draft, plan: PreparePlan, tokenizer: Any) -> None:
     columns = draft.columns
     given = {name for name in ("messages", "prompt", "tokenized_prompt") if columns.get(name) is not None}
-    if "tokenized_prompt" in given and (not plan.tokenize or given == {"tokenized_prompt"}):
+    prefer_ids = not plan.tokenize or plan.skip_tokenizer or given == {"tokenized_prompt"}
+    if "tokenized_prompt" in given and prefer_ids:
         draft.token_ids = _token_array(columns["tokenized_prompt"])
         draft.prompt = columns.get("prompt")
+    elif given and plan.skip_tokenizer:
+        raise KeyError("the row has text, but skip_tokenizer_init=True leaves the tokenizer out: give tokenized_prompt")
     elif "messages" in given and plan.apply_chat_template:
         draft.templated = True
         draft.prompt = render_chat(

@@ -64,9 +64,11 @@ class Processor:
         self._engine_factory = engine_factory
         self._job: Job | None = None
         chat, tokenize, detokenize = config.chat_template_options, config.tokenize_options, config.detokenize_options
+        engine = config.engine_config()
         self._prepare_plan = PreparePlan(
             model_source=_tokenizer_source(config, chat, tokenize),
-            trust_remote_code=config.engine_config().trust_remote_code,
+            skip_tokenizer=engine.skip_tokenizer_init,
+            trust_remote_code=engine.trust_remote_code,
             preprocess=_bound("preprocess", preprocess, preprocess_map_kwargs),
             apply_chat_template=chat.enabled,
             chat_template=chat.chat_template,
@@ -77,7 +79,8 @@ class Processor:
         )
         self._finish_plan = FinishPlan(
             model_source=detokenize.model_source or config.model_source,
-            trust_remote_code=config.engine_config().trust_remote_code,
+            skip_tokenizer=engine.skip_tokenizer_init,
+            trust_remote_code=engine.trust_remote_code,
             detokenize=detokenize.enabled,
             postprocess=_bound("postprocess", postprocess, postprocess_map_kwargs),
             keep_going=config.should_continue_on_error,

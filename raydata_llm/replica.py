@@ -20,6 +20,7 @@ from raydata_llm.engine.request import Request, RequestOutput, seeded_key
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.job_link import StatsSender
 from raydata_llm.lease_book import Outcome
+from raydata_llm.openmp import wait_passively
 from raydata_llm.replica_sampler import ReplicaSampler
 from raydata_llm.row_payload import RowOutput, RowRequest, describe_failure, pack, unpack
 
@@ -66,9 +67,7 @@ def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[R
     Raises:
         ValueError: when the model or the device cannot meet the settings.
     """
-    # Read by OpenMP when torch is imported. Its threads spin while they wait, and on a CPU that the feeding tasks share
-    # a spinning thread keeps the one it waits for from running: a step of 64 rows took 10 to 50 s instead of 1 to 4.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_passively()
     announce("importing torch")
     from raydata_llm.engine.engine import Engine
     from raydata_llm.engine.engine_config import EngineConfig
@@ -80,8 +79,10 @@ def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[R
     announce("fetching the model")
     path = resolve_model(model_source, load_format=load_format)
     config = EngineConfig.from_mapping(path, engine_kwargs)
-    announce("loading the tokenizer")
-    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        announce("loading the tokenizer")
+        tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     engine = Engine(config, tokenizer)
     return EngineThread(engine), engine.default_sampling_params
 

@@ -70,8 +70,8 @@ _LEFT_OUT_FOR = {
         guided_decoding_backend guided_decoding_disable_additional_properties
         guided_decoding_disable_any_whitespace guided_decoding_disable_fallback
         intial_incremental_detokenization_offset logits_processor_pattern max_logprobs reasoning_config
-        reasoning_parser reasoning_parser_plugin renderer_num_workers skip_tokenizer_init
-        structured_outputs_config tokenizer_pool_extra_config tokenizer_pool_size tokenizer_pool_type
+        reasoning_parser reasoning_parser_plugin renderer_num_workers structured_outputs_config
+        tokenizer_pool_extra_config tokenizer_pool_size tokenizer_pool_type
         tokens_only
     """,
     "parts of models that are not run here: images, adapters, state spaces, pooling": """

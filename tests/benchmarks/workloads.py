@@ -95,11 +95,12 @@ def _token_ids(rng: np.random.Generator, count: int, vocab_size: int) -> list[in
     return drawn
 
 
-def mixed(vocab_size: int) -> Work:
+def mixed(vocab_size: int, num_rows: int = 1024) -> Work:
     """Chat-like: 1024 rows, prompts and outputs of 100..1024 tokens, uniform."""
     rng = np.random.default_rng(0)
     return [
-        (_token_ids(rng, int(rng.integers(100, 1025)), vocab_size), int(rng.integers(100, 1025))) for _ in range(1024)
+        (_token_ids(rng, int(rng.integers(100, 1025)), vocab_size), int(rng.integers(100, 1025)))
+        for _ in range(num_rows)
     ]
 
 

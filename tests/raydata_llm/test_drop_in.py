@@ -128,6 +128,7 @@ ENGINE_KWARGS: list[tuple[str, Any, Any]] = [
     ("trust_remote_code", True, True),
     ("load_format", "dummy", "dummy"),
     ("seed", 3, 3),
+    ("skip_tokenizer_init", True, True),
     ("distributed_executor_backend", "ray", ...),
     ("enable_lora", False, None),
     ("max_lora_rank", 32, ...),

@@ -47,6 +47,13 @@ def test_a_datasets_own_column_needs_no_preprocess(model: str, tokenizer: Any) -
     assert only(pa.table({"tokenized_prompt": [[5, 6, 7]]}), model) == ([5, 6, 7], None)
 
 
+def test_rows_of_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    table = pa.table({"tokenized_prompt": [[5, 6, 7]], "prompt": ["five six seven"]})
+    assert only(table, str(tmp_path), skip_tokenizer=True) == ([5, 6, 7], "five six seven")
+    [request], _ = prepared(pa.table({"prompt": ["hello"]}), str(tmp_path), skip_tokenizer=True, keep_going=True)
+    assert request.error is not None and "skip_tokenizer_init=True" in request.error
+
+
 def test_the_template_and_its_variables_can_be_given(model: str, tokenizer: Any) -> None:
     table = pa.table({"messages": [USER]})
     assert (
