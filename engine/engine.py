@@ -21,6 +21,7 @@ from raydata_llm.engine.detokenizer import StopStringWatch, Tokenizer
 from raydata_llm.engine.device import choose_device, choose_dtype
 from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.guides import Bitmask, Guides
 from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.kv_budget import check_sizes, check_weights_fit, num_kv_blocks
 from raydata_llm.engine.logprobs import position_maps
@@ -132,6 +133,7 @@ class Engine:
         self._num_prompt_tokens = self._num_output_tokens = self._num_steps = self._num_decode_rows = 0
         self._num_computed_tokens = self._num_sampled_tokens = 0
         self._idle_clock = IdleClock()
+        self._guides = Guides(tokenizer, self.model_config.vocab_size, self._eos_token_ids, device=device)
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -151,6 +153,7 @@ class Engine:
         self._unfinished[request.request_id] = _UnfinishedRequest(request, prompt, [None] * params.n)
         room = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         eos = () if params.ignore_eos else self._eos_token_ids
+        sequences = []
         for index in range(params.n):
             sequence = Sequence(
                 seq_id=self._next_seq_id,
@@ -166,6 +169,11 @@ class Engine:
             if params.stop and self._tokenizer is not None:
                 sequence.stop_watch = StopStringWatch(self._tokenizer, params)
             self._next_seq_id += 1
+            sequences.append(sequence)
+        if params.structured_outputs is not None:
+            self._guides.hold(sequences)
+            return
+        for sequence in sequences:
             self._scheduler.add(sequence)
 
     def has_unfinished(self) -> bool:
@@ -174,22 +182,44 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests."""
+        finished = self._take_ready() if self._guides.any_waiting else []
         batch = self._scheduler.schedule(len(self._in_flight))
         if batch is not None:
             self._idle_clock.step_launched()
+
+            def bitmask() -> Bitmask | None:
+                while self._in_flight:
+                    finished.extend(self._read_oldest())
+                return self._guides.bitmask(batch, self._scheduler.table)
+
+            has_guided = bool(self._scheduler.table.guided[batch.sample_slots].any())
             with explained(f"launching a step of {batch.num_tokens} tokens", _STEP_REMEDY):
-                self._in_flight.append((batch, self._live_runner().launch(batch)))
+                launched = self._live_runner().launch(batch, bitmask if has_guided else None)
+            self._in_flight.append((batch, launched))
             self._num_steps += 1
             self._num_decode_rows += batch.num_decodes
             self._num_computed_tokens += batch.num_tokens
             self._num_sampled_tokens += len(batch.sample_slots)
             if len(self._in_flight) <= self._steps_ahead:
-                return []
-        return self._read_oldest() if self._in_flight else []
+                return finished
+        return [*finished, *self._read_oldest()] if self._in_flight else finished
+
+    def _take_ready(self) -> list[RequestOutput]:
+        """Hand sequences whose grammar is compiled to the scheduler; returns the requests whose grammar failed."""
+        idle = not self._in_flight and not self._scheduler.has_unfinished()
+        failed = []
+        for sequence in self._guides.release(may_wait=idle):
+            if sequence.error is None:
+                self._scheduler.add(sequence)
+            else:
+                failed.append(FinishedSequence(sequence, [], "error", None))
+        return self._collect(failed)
 
     def abort(self, request_ids: set[str]) -> list[RequestOutput]:
         """End these requests now; their outputs hold what was read so far."""
-        return self._collect(self._scheduler.abort(request_ids & self._unfinished.keys()))
+        known = request_ids & self._unfinished.keys()
+        waiting = [FinishedSequence(sequence, [], "abort", None) for sequence in self._guides.abort(known)]
+        return self._collect([*waiting, *self._scheduler.abort(known)])
 
     def abort_all(self) -> list[RequestOutput]:
         """End every request."""
@@ -226,6 +256,7 @@ class Engine:
         """Abort everything and free the device; the engine cannot be used after."""
         self.abort_all()
         self._in_flight.clear()
+        self._guides.shutdown()
         self._runner = None
 
     def _live_runner(self) -> ModelRunner:
@@ -313,6 +344,7 @@ class _UnfinishedRequest:
     outputs: list[CompletionOutput | None]
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: str | None = None
 
     @property
     def num_missing(self) -> int:
@@ -323,6 +355,7 @@ class _UnfinishedRequest:
         params = self.request.sampling_params
         asked = params.logprobs is not None or params.logprob_token_ids is not None
         self.prompt_logprobs = self.prompt_logprobs or sequence.prompt_logprobs
+        self.error = self.error or sequence.error
         self.num_cached_tokens = max(self.num_cached_tokens, sequence.num_cached_tokens)
         self.outputs[sequence.index] = CompletionOutput(
             index=sequence.index,
@@ -337,7 +370,8 @@ class _UnfinishedRequest:
         return RequestOutput(
             request_id=self.request.request_id,
             prompt_token_ids=self.prompt.tolist(),
-            outputs=[output for output in self.outputs if output is not None],
+            outputs=[output for output in self.outputs if output is not None and self.error is None],
+            error=self.error,
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=self.prompt_logprobs,
         )

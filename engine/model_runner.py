@@ -11,6 +11,7 @@ Shapes as in batch.py; S slots.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import torch
 from raydata_llm.engine.batch import ForwardBatch, PrefillRows, SampledRows, ScheduledBatch
 from raydata_llm.engine.decode_step import DecodeStep, SlotState
 from raydata_llm.engine.decoder import Decoder, KVCache
+from raydata_llm.engine.guides import Bitmask
 from raydata_llm.engine.logprobs import PromptPiece, prompt_pieces
 from raydata_llm.engine.sampler import SampledLogprobs, Sampler
 from raydata_llm.engine.sequence import IntArray
@@ -125,8 +127,12 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
-        """Start a step; steps run in launch order."""
+    def launch(self, batch: ScheduledBatch, bitmask: Callable[[], Bitmask | None] | None = None) -> LaunchedStep:
+        """Start a step; steps run in launch order.
+
+        Args:
+            bitmask: For a step with guided rows: called while the forward pass runs, it says what they may draw.
+        """
         self._apply_updates(batch)
         pieces: list[PromptPiece] = []
         if len(batch.prefill_slots):
@@ -142,7 +148,9 @@ class ModelRunner:
             slots, hidden = self._decode.slots, self._decode.run()
         # A sampled token's position is the number of tokens before it.
         positions = self._state.num_computed[slots]
-        tokens, logprobs = self._sampler.sample(self._decoder.logits(hidden), batch, slots, positions)
+        tokens, logprobs = self._sampler.sample(
+            self._decoder.logits(hidden), batch, slots, positions, bitmask() if bitmask else None
+        )
         self._state.last_token[slots] = tokens
         return LaunchedStep(tokens, logprobs, pieces)
 

@@ -16,9 +16,12 @@ import numpy.typing as npt
 import torch
 
 from raydata_llm.engine.batch import ScheduledBatch
+from raydata_llm.engine.guides import Bitmask
 from raydata_llm.engine.logprobs import RowLogprobs, Wanted, row_logprobs, wanted_of_outputs
 from raydata_llm.engine.sequence import IntArray, Sequence
 from raydata_llm.engine.upload import upload
+from raydata_llm.kernels.bitmask import apply_bitmask_
+from raydata_llm.kernels.logprobs import token_logprobs
 from raydata_llm.kernels.sampling import greedy, penalise_, sample
 
 Rows = npt.NDArray[np.int64]
@@ -96,19 +99,25 @@ class Sampler:
         for (slot, sequence), p in zip(admitted, params, strict=True):
             self._random[slot] = not p.greedy
             self._truncated[slot] = not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
-            self._adjusted[slot] = bool(p.logit_bias or p.min_tokens) or p.allowed_token_ids is not None
+            self._adjusted[slot] = bool(p.logit_bias or self._bans_end(sequence)) or p.allowed_token_ids is not None
             self._has_logprobs[slot] = wanted_of_outputs(p, self._vocab_size) is not None
             self._sequences[slot] = sequence
             self._penalties.admit(slot, sequence)
 
     def sample(
-        self, logits: torch.Tensor, batch: ScheduledBatch, slots_on_device: torch.Tensor, positions: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        batch: ScheduledBatch,
+        slots_on_device: torch.Tensor,
+        positions: torch.Tensor,
+        bitmask: Bitmask | None = None,
     ) -> tuple[torch.Tensor, SampledLogprobs | None]:
         """Draw a token a row.
 
         Args:
             logits: [N, V] in the model's dtype; may be changed in place.
             slots_on_device, positions: [N]; the rows' slots and the positions of the tokens to be drawn.
+            bitmask: What guided rows may draw.
 
         Returns:
             The tokens, [N] int64, and what rows with `logprobs` asked for, taken from the logits as they came.
@@ -120,6 +129,8 @@ class Sampler:
             logits = logits.float()
         self._adjust_(logits, slots, batch.sample_positions)
         self._penalties.apply_(logits, slots)
+        if bitmask is not None:
+            apply_bitmask_(logits, bitmask.words.to(self._device, non_blocking=True), self._index(bitmask.rows))
         tokens = self._draw(logits, slots, slots_on_device, positions)
         self._penalties.count(slots, tokens)
         return tokens, None if raw is None else self._logprobs(raw, tokens, logprob_rows, slots)
@@ -129,6 +140,9 @@ class Sampler:
         logits = torch.zeros((num_rows, self._vocab_size), dtype=self._dtype, device=self._device)
         slots = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
         greedy(logits)
+        token_logprobs(logits, slots.long())
+        words = torch.full((num_rows, -(-self._vocab_size // 32)), -1, dtype=torch.int32, device=self._device)
+        apply_bitmask_(logits, words, torch.arange(num_rows, device=self._device))
         for any_truncated in (False, True):
             self._sample(logits, slots, slots, any_truncated=any_truncated)
 
@@ -169,8 +183,12 @@ class Sampler:
                 )
                 biased, by = upload(self._device, token_ids, bias)
                 logits[row, biased] += by
-            if positions[row] + 1 < sequence.num_prompt + params.min_tokens and sequence.stop_token_ids:
+            if self._bans_end(sequence) and positions[row] + 1 < sequence.num_prompt + params.min_tokens:
                 logits[row].index_fill_(0, self._index(np.array(sequence.stop_token_ids)), float("-inf"))
+
+    def _bans_end(self, sequence: Sequence) -> bool:
+        """Whether the end tokens are banned at first, and not by the bitmask."""
+        return bool(sequence.request.sampling_params.min_tokens and sequence.stop_token_ids and not sequence.guides)
 
     def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, rows: Rows, slots: IntArray) -> SampledLogprobs:
         sequences = [self._sequences[slot] for slot in slots[rows].tolist()]

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from raydata_llm.engine.structured_outputs import StructuredOutputsParams
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -40,6 +42,8 @@ class SamplingParams:
         include_stop_str_in_output: Keep the stop string in the text.
         logit_bias: Token id -> value added to its logit.
         allowed_token_ids: Only these tokens may be drawn.
+        structured_outputs: The form of the output: `StructuredOutputsParams`, or a dict of its fields.
+        guided_decoding: The same by its older name.
         truncate_prompt_tokens: Keep the last this many prompt tokens; -1 keeps what the model's length allows.
 
     Raises:
@@ -69,6 +73,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_decoding: StructuredOutputsParams | None = None
     truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -85,6 +91,7 @@ class SamplingParams:
                 _set(self, name, _token_ids(name, getattr(self, name)))
         if self.logit_bias is not None:
             _set(self, "logit_bias", _bias(self.logit_bias))
+        self._read_structured_outputs()
         if self.top_k == -1:
             _set(self, "top_k", 0)
         self._check()
@@ -113,6 +120,16 @@ class SamplingParams:
             _require(
                 len(self.allowed_token_ids) > 0, "allowed_token_ids", self.allowed_token_ids, "name at least one token"
             )
+
+    def _read_structured_outputs(self) -> None:
+        given = self.structured_outputs
+        if self.guided_decoding is not None:
+            remedy = "it is the older name of structured_outputs: give one of them"
+            _require(given is None, "guided_decoding", self.guided_decoding, remedy)
+            given = self.guided_decoding
+        if given is not None:
+            _set(self, "structured_outputs", StructuredOutputsParams.from_value(given))
+            _set(self, "guided_decoding", None)
 
     @property
     def greedy(self) -> bool:
@@ -151,7 +168,7 @@ class SamplingParams:
     def to_mapping(self) -> dict[str, Any]:
         """The fields that differ from the defaults, as plain JSON values (`from_mapping` undoes it)."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+        return {name: _plain(value) for name, value in changed.items()}
 
 
 _FIELD_NAMES = {field.name for field in fields(SamplingParams)}
@@ -174,6 +191,12 @@ _RANGES = {
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
 }
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, StructuredOutputsParams):
+        return value.to_mapping()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _require(holds: bool, name: str, value: object, remedy: str) -> None:

@@ -180,10 +180,13 @@ class Scheduler:
         finished = []
         for row in np.flatnonzero(ended | table.watched[slots]).tolist():
             slot = int(slots[row])
+            guide_end = None if stopped[row] else self._advance_guides(slot, int(tokens[row]))
             text_end = None if stopped[row] else self._stop_string(slot)
-            if text_end is not None:
+            if guide_end == "error":
+                finished.append(self._finish(slot, "error", None))
+            elif text_end is not None:
                 finished.append(self._finish(slot, "stop", text_end))
-            elif stopped[row]:
+            elif stopped[row] or guide_end:
                 finished.append(self._finish(slot, "stop", self._stop_token(slot, int(tokens[row]))))
             elif ended[row]:
                 finished.append(self._finish(slot, "length", None))
@@ -415,7 +418,7 @@ class Scheduler:
     def _finish(self, slot: int, reason: FinishReason, stop_reason: int | str | None) -> FinishedSequence:
         outputs = self.table.output_token_ids(slot)
         sequence = self._release(slot)
-        if reason != "abort" and sequence.may_stop:
+        if reason in ("stop", "length") and sequence.may_stop:
             self.lengths.observe(len(outputs), sequence.max_tokens - sequence.num_prompt)
         return FinishedSequence(sequence, outputs, reason, stop_reason)
 
@@ -426,6 +429,18 @@ class Scheduler:
         self._num_penalty_seqs -= _uses_penalties(sequence)
         self._num_released += 1
         return sequence
+
+    def _advance_guides(self, slot: int, token: int) -> FinishReason | None:
+        """Let the slot's guides take in a token; returns how that ended the sequence, if it did."""
+        sequence = self._sequence(slot)
+        for guide in sequence.guides:
+            guide.advance(token)
+            if guide.error is not None:
+                sequence.error = guide.error
+                return "error"
+            if guide.ended:
+                return "stop"
+        return None
 
     def _stop_token(self, slot: int, token: int) -> int | None:
         """The token as a stop reason; None where it is the model's own end of sequence."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ import numpy.typing as npt
 from raydata_llm.engine.block_manager import TRASH_BLOCK, BlockArray
 from raydata_llm.engine.detokenizer import StopStringWatch
 from raydata_llm.engine.request import FinishReason, Logprob, Request, TokenArray
+
+if TYPE_CHECKING:
+    from raydata_llm.engine.guides import Guide
 
 IntArray = npt.NDArray[np.int32]
 NO_SEQUENCE = -1
@@ -41,6 +45,8 @@ class Sequence:
         max_tokens: Prompt plus output tokens at which it ends by length.
         stop_token_ids: All token ids that end it.
         token_bytes: `token_ids` as the prefix cache compares them, made at the first admission attempt.
+        guides: What says which tokens may follow its outputs.
+        error: Why it cannot go on, as `Type: message`.
         prompt_logprobs: None unless it is asked for them; else those that are known, None for the first position.
     """
 
@@ -57,6 +63,8 @@ class Sequence:
     num_preemptions: int = 0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    guides: list[Guide] = field(default_factory=list)
+    error: str | None = None
     cumulative_logprob: float = 0.0
     aborted: bool = False
 
@@ -112,6 +120,7 @@ class SequenceTable:
         self.prefix_node = np.zeros(num_slots, dtype=np.int64)
         self.may_stop = np.zeros(num_slots, dtype=bool)
         self.watched = np.zeros(num_slots, dtype=bool)
+        self.guided = np.zeros(num_slots, dtype=bool)
         self.token_ids = _sparse_zeros(num_slots, max_model_len)
         self.block_table = np.full((num_slots, max_blocks), TRASH_BLOCK, dtype=np.int32)
         self.stop_ids = np.full((num_slots, 4), _STOP_PADDING, dtype=np.int32)
@@ -155,7 +164,8 @@ class SequenceTable:
         self.num_shared_blocks[slot] = self.num_registered_blocks[slot] = num_shared
         self.prefix_node[slot] = node
         self.may_stop[slot] = sequence.may_stop
-        self.watched[slot] = sequence.stop_watch is not None
+        self.watched[slot] = sequence.stop_watch is not None or bool(sequence.guides)
+        self.guided[slot] = bool(sequence.guides)
         self.token_ids[slot, :known] = sequence.token_ids
         self.block_table[slot, : len(blocks)] = blocks
         self._set_stop_ids(slot, sequence.stop_token_ids)

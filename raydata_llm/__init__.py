@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raydata_llm.config import EngineProcessorConfig, ProcessorConfig, vLLMEngineProcessorConfig
     from raydata_llm.engine.sampling_params import SamplingParams
+    from raydata_llm.engine.structured_outputs import StructuredOutputsParams
     from raydata_llm.job_report import JobReport
     from raydata_llm.job_run import report_of
     from raydata_llm.llm import LLM
@@ -38,6 +39,7 @@ __all__ = [
     "ProcessorConfig",
     "ResumeConfig",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenizerStageConfig",
     "WriteSummary",
     "__version__",
@@ -54,6 +56,7 @@ _MODULES = {
     "LLM": "raydata_llm.llm",
     "report_of": "raydata_llm.job_run",
     "SamplingParams": "raydata_llm.engine.sampling_params",
+    "StructuredOutputsParams": "raydata_llm.engine.structured_outputs",
     "Processor": "raydata_llm.processor",
     "build_llm_processor": "raydata_llm.processor",
     "build_processor": "raydata_llm.processor",

@@ -189,6 +189,7 @@ def test_prefill_attention_in_float32(compiler: Compiler) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sampling(dtype: torch.dtype, compiler: Compiler) -> None:
+    from raydata_llm.kernels.bitmask_triton import launch_apply_bitmask
     from raydata_llm.kernels.draw_triton import launch_draw, launch_greedy
     from raydata_llm.kernels.logprobs_triton import launch_token_logprobs
     from raydata_llm.kernels.penalise_triton import launch_penalise
@@ -200,6 +201,7 @@ def test_sampling(dtype: torch.dtype, compiler: Compiler) -> None:
     cut = launch_cut(logits, number, whole, number, number, whole, whole)
     launch_draw(logits, number, whole, whole)
     launch_token_logprobs(logits, whole)
+    launch_apply_bitmask(logits, torch.zeros((2, vocab // 32), dtype=torch.int32), whole)
     launch_draw(logits, number, whole, whole, cut)
     launch_truncate(logits, whole, number, number)
     in_prompt, counts = torch.zeros((2, vocab), dtype=torch.bool), torch.zeros((2, vocab), dtype=torch.int32)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from raydata_llm.kernels.bitmask import apply_bitmask_ref_
 from raydata_llm.kernels.logprobs import token_logprobs_ref
 from raydata_llm.kernels.sampling import penalise_, sample, truncate_ref
 
@@ -310,3 +311,24 @@ def test_logprobs_and_ranks(triton_dtype: torch.dtype, triton_device: torch.devi
     assert found.ranks.tolist() == expected.ranks.tolist()
     torch.testing.assert_close(found.logprobs.cpu(), expected.logprobs, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.log_sums.cpu(), expected.log_sums, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 4096, 31], ids=str)
+def test_bitmask(vocab: int, triton_dtype: torch.dtype, triton_device: torch.device) -> None:
+    from raydata_llm.kernels.bitmask_triton import launch_apply_bitmask
+
+    logits = logits_of(22, vocab=vocab).to(triton_dtype)
+    # Fewer words than the vocabulary is long, where it has more than one.
+    num_words = max(1, vocab // 32 - 1)
+    words = torch.randint(-(2**31), 2**31, (3, num_words), generator=torch.Generator().manual_seed(1)).int()
+    words[1] = -1
+    words[2] = 0
+    rows = torch.tensor([4, 0, 2])
+    expected = logits.clone()
+    for mask, row in zip(words.tolist(), rows.tolist(), strict=True):
+        for token in range(vocab):
+            if token >= 32 * num_words or not mask[token // 32] >> (token % 32) & 1:
+                expected[row, token] = float("-inf")
+    assert torch.equal(apply_bitmask_ref_(logits.clone(), words, rows), expected)
+    found = launch_apply_bitmask(logits.to(triton_device), words.to(triton_device), rows.to(triton_device))
+    assert torch.equal(found.cpu(), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,36 @@ def test_rows_go_from_s3_to_s3_through_two_replicas(s3: Any, model_folder: Path)
             assert row["__inference_error__"] == "" and row["finish_reason"] in ("stop", "length")
             assert 1 <= len(row["tokens"]) <= (4 if row["id"] % 2 else 2)
             assert ('"top_k": 5' in row["params"]) == (row["id"] % 2 == 0)
+
+
+def ask_for_form(row: dict[str, Any]) -> dict[str, Any]:
+    number = row["id"]
+    schema = {"type": "object", "properties": {f"k{number}": {"enum": [number, None]}}, "required": [f"k{number}"]}
+    structured = {"json": schema | {"additionalProperties": False}, "disable_any_whitespace": True}
+    if number == 3:
+        structured = {"regex": "("}
+    params = {"max_tokens": 60, "prompt_logprobs": 0, "structured_outputs": structured}
+    return {"prompt": f"hello {number}", "sampling_params": params}
+
+
+def test_each_row_has_its_own_schema(s3: Any, model_folder: Path) -> None:
+    config = vLLMEngineProcessorConfig(
+        model_source=str(model_folder),
+        engine_kwargs={"max_model_len": 128, "max_num_seqs": 8, "dtype": "float32"},
+        should_continue_on_error=True,
+    )
+    rows = build_llm_processor(config, preprocess=ask_for_form)(ray.data.range(12)).take_all()
+    assert len(rows) == 12
+    for row in rows:
+        if row["id"] == 3:
+            assert "structured_outputs: regex cannot be compiled" in row["__inference_error__"]
+            continue
+        assert row["__inference_error__"] == ""
+        assert row["finish_reason"] == "stop"
+        assert json.loads(row["generated_text"]) in ({f"k{row['id']}": row["id"]}, {f"k{row['id']}": None})
+        first, *others = row["prompt_logprobs"]
+        assert first is None
+        assert [one[0]["token_id"] for one in others] == list(row["prompt_token_ids"][1:])
 
 
 def test_kv_memory_that_is_too_small_is_one_clear_error(s3: Any, model_folder: Path) -> None:

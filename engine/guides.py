@@ -1,0 +1,176 @@
+"""Outputs whose next token depends on those before it: what may be drawn is settled on the host.
+
+Owns the requests that wait for their grammar, outside the scheduler, and each step's bitmask of allowed tokens.
+
+A guided row needs its last token on the host before its next draw, not before its next forward pass. So a step with
+guided rows is launched in two parts: the forward pass, at once; and, while the device runs it, the step before is read,
+guides take in its tokens, threads fill the masks, and then the draw is launched. Rows without a guide are in every step
+as ever: what they may wait for is a host that takes longer for the masks than the device for the forward pass. Steps
+without guided rows are launched whole, as far ahead as is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raydata_llm.engine.batch import ScheduledBatch
+from raydata_llm.engine.grammar import GrammarCompiler, GrammarGuide, Words
+from raydata_llm.engine.sequence import Sequence, SequenceTable
+
+# How long a step waits for a grammar when there is nothing else to do.
+_WAIT_SECONDS = 0.05
+
+
+class Guide(Protocol):
+    """Follows one output and says what may come next."""
+
+    ended: bool
+    error: str | None
+
+    def advance(self, token_id: int) -> None:
+        """Take in a drawn token."""
+        ...
+
+    def forbid(self, words: Words, token_ids: list[int]) -> None:
+        """Clear the bits of tokens that may not follow the output so far, `token_ids`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bitmask:
+    """Which tokens M of a step's sampled rows may draw.
+
+    Args:
+        rows: [M] their numbers.
+        words: [M, W] int32 on the host, a bit a token; pinned where a GPU reads it.
+    """
+
+    rows: npt.NDArray[np.int64]
+    words: torch.Tensor
+
+
+@dataclass
+class _Waiting:
+    sequences: list[Sequence]
+    make_guide: Future[Callable[[], GrammarGuide]]
+
+
+class Guides:
+    """See the module's docstring.
+
+    Args:
+        tokenizer: The model's; None if it was left out.
+    """
+
+    def __init__(
+        self, tokenizer: Any, vocab_size: int, eos_token_ids: tuple[int, ...], *, device: torch.device
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._pinned = device.type == "cuda"
+        self._compiler: GrammarCompiler | None = None
+        self._waiting: list[_Waiting] = []
+
+    @property
+    def any_waiting(self) -> bool:
+        """Whether a request waits for its grammar."""
+        return bool(self._waiting)
+
+    def hold(self, sequences: list[Sequence]) -> None:
+        """Keep a request's sequences until the grammar of its output is compiled."""
+        params = sequences[0].request.sampling_params.structured_outputs
+        assert params is not None
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
+        self._waiting.append(_Waiting(sequences, self._compiler.compile(params)))
+
+    def release(self, *, may_wait: bool) -> list[Sequence]:
+        """The sequences whose grammar is compiled, or failed (then `error` is set).
+
+        Args:
+            may_wait: There is nothing else to do.
+        """
+        if may_wait:
+            wait([one.make_guide for one in self._waiting], _WAIT_SECONDS, FIRST_COMPLETED)
+        ready = [one for one in self._waiting if one.make_guide.done()]
+        if ready:
+            self._waiting = [one for one in self._waiting if one not in ready]
+        return [sequence for one in ready for sequence in _with_guide(one)]
+
+    def abort(self, request_ids: set[str]) -> list[Sequence]:
+        """Forget requests that wait; returns their sequences."""
+        gone = [one for one in self._waiting if one.sequences[0].request.request_id in request_ids]
+        self._waiting = [one for one in self._waiting if one not in gone]
+        return [sequence for one in gone for sequence in one.sequences]
+
+    def bitmask(self, batch: ScheduledBatch, table: SequenceTable) -> Bitmask | None:
+        """What the step's guided rows may draw; all tokens that they have drawn must be known."""
+        slots = batch.sample_slots
+        live = table.guided[slots] & (table.seq_id[slots] == batch.sample_seq_ids)
+        rows = np.flatnonzero(live)
+        if not len(rows):
+            return None
+        tensor = torch.empty((len(rows), -(-self._vocab_size // 32)), dtype=torch.int32, pin_memory=self._pinned)
+        words: Words = tensor.numpy()
+        sequences = [table.sequences[slot] for slot in slots[rows].tolist()]
+        self._fill_grammars(sequences, words)
+        for row, (slot, sequence) in enumerate(zip(slots[rows].tolist(), sequences, strict=True)):
+            assert sequence is not None
+            token_ids = table.output_token_ids(slot)
+            for guide in sequence.guides:
+                guide.forbid(words[row], token_ids)
+            _forbid_early_end(words[row], sequence, len(token_ids))
+        return Bitmask(rows, tensor)
+
+    def shutdown(self) -> None:
+        """Stop the threads."""
+        if self._compiler is not None:
+            self._compiler.shutdown()
+
+    def _fill_grammars(self, sequences: list[Sequence | None], words: Words) -> None:
+        grammars = [
+            (row, guide)
+            for row, sequence in enumerate(sequences)
+            if sequence is not None
+            for guide in sequence.guides
+            if isinstance(guide, GrammarGuide)
+        ]
+        others = np.ones(len(words), dtype=bool)
+        others[[row for row, _ in grammars]] = False
+        words[others] = -1
+        if grammars:
+            assert self._compiler is not None
+            self._compiler.fill(grammars, words)
+
+
+def forbid_tokens(words: Words, token_ids: tuple[int, ...]) -> None:
+    """Clear the bits of some tokens."""
+    ids = np.array(token_ids, dtype=np.int64)
+    np.bitwise_and.at(words.view(np.uint32), ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
+
+
+def _forbid_early_end(words: Words, sequence: Sequence, num_outputs: int) -> None:
+    """No end before `min_tokens`, unless the output is complete: then nothing else is left."""
+    if num_outputs < sequence.request.sampling_params.min_tokens and sequence.stop_token_ids:
+        without = words.copy()
+        forbid_tokens(without, sequence.stop_token_ids)
+        if without.any():
+            words[:] = without
+
+
+def _with_guide(one: _Waiting) -> list[Sequence]:
+    failure = one.make_guide.exception()
+    for sequence in one.sequences:
+        if failure is not None:
+            sequence.error = f"{type(failure).__name__}: {failure}"
+        else:
+            sequence.guides.append(one.make_guide.result()())
+    return one.sequences

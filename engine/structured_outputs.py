@@ -1,0 +1,157 @@
+"""What form a request's output must have: vLLM's names and meanings.
+
+Owns the checks that need no tokenizer, and the translation into llguidance's grammars. Compiling one is `grammar.py`'s.
+Importing this must not import torch or llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+_FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """Exactly one form, and how JSON is written.
+
+    Args:
+        json: A JSON schema: a dict, its text, or a pydantic model.
+        regex: A regular expression that the whole output matches (Rust's syntax: no look-around).
+        choice: The output is one of these.
+        grammar: A grammar in Lark's syntax or in EBNF as llama.cpp's, with the rule `start` or `root`.
+        json_object: Any JSON object.
+        structural_tag: Free text in which tags open parts that follow a schema: `{"structures": [{"begin": ...,
+            "schema": ..., "end": ...}], "triggers": [...]}`, a dict or its text.
+        disable_any_whitespace: No whitespace between JSON's tokens.
+        disable_additional_properties: Objects of the schema have no properties but those named.
+        whitespace_pattern: A regular expression for whitespace between JSON's tokens.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+
+    json: str | Mapping[str, Any] | Any = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.json_object:
+            object.__setattr__(self, "json_object", None)
+        given = [name for name in _FORMS if getattr(self, name) is not None]
+        if len(given) != 1:
+            named = " and ".join(given) or "none"
+            raise ValueError(f"structured_outputs has {named} of {', '.join(_FORMS)}: give exactly one")
+        if hasattr(self.json, "model_json_schema"):
+            object.__setattr__(self, "json", self.json.model_json_schema())
+        for name in ("json", "structural_tag"):
+            object.__setattr__(self, name, _read_object(name, getattr(self, name)))
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise _bad(name, value, "give non-empty text")
+        for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise _bad(name, getattr(self, name), "give True or False")
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
+
+    @classmethod
+    def from_value(cls, value: object) -> StructuredOutputsParams:
+        """Take a ready object, or a mapping of field names to values (None counts as absent)."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"structured_outputs={value!r} is a {type(value).__name__}: "
+                'give StructuredOutputsParams or a dict such as {"json": schema}'
+            )
+        unknown = sorted(set(map(str, value)) - _FIELD_NAMES)
+        if unknown:
+            known = ", ".join(sorted(_FIELD_NAMES))
+            raise ValueError(f"structured_outputs has unknown field(s) {', '.join(unknown)}; known are {known}")
+        return cls(**{name: one for name, one in value.items() if one is not None})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, as plain JSON values."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+    def json_schema(self) -> dict[str, Any] | bool | None:
+        """The schema that the output follows, where it is JSON."""
+        if self.json_object:
+            return {"type": "object"}
+        schema: Any = _closed(self.json) if self.disable_additional_properties else self.json
+        return None if schema is None else dict(schema) if isinstance(schema, Mapping) else bool(schema)
+
+    def tags(self) -> list[dict[str, Any]] | None:
+        """The parts of a structural tag: trigger, begin, schema and end of each."""
+        if self.structural_tag is None:
+            return None
+        tag: Any = self.structural_tag
+        structures, triggers = tag.get("structures"), tag.get("triggers")
+        if not structures or not triggers:
+            remedy = 'give {"structures": [{"begin": ..., "schema": ..., "end": ...}], "triggers": [...]}'
+            raise _bad("structural_tag", tag, remedy)
+        return [_with_trigger(structure, triggers) for structure in structures]
+
+
+_FIELD_NAMES = {field.name for field in fields(StructuredOutputsParams)}
+
+
+def _bad(name: str, value: object, remedy: str) -> ValueError:
+    return ValueError(f"structured_outputs: {name}={value!r} is not valid: {remedy}")
+
+
+def _read_object(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise _bad(name, value, f"it is no JSON ({error})") from error
+    # true and false are schemas too, of anything and of nothing.
+    if value is None or isinstance(value, Mapping) or (name == "json" and isinstance(value, bool)):
+        return value
+    raise _bad(name, value, "give a dict, or the text of a JSON object")
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    remedy = "give a list of non-empty strings"
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise _bad("choice", value, remedy)
+    if not all(isinstance(one, str) and one for one in value):
+        raise _bad("choice", value, remedy)
+    return tuple(value)
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with `additionalProperties: false` wherever it names properties and says nothing of others."""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = {name: value if name in ("const", "enum", "default") else _closed(value) for name, value in schema.items()}
+    if isinstance(schema.get("properties"), Mapping):
+        # A property may have any name, that of a keyword too.
+        closed["properties"] = {name: _closed(value) for name, value in schema["properties"].items()}
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _with_trigger(structure: Any, triggers: Sequence[str]) -> dict[str, Any]:
+    begin = structure.get("begin") if isinstance(structure, Mapping) else None
+    if not isinstance(begin, str) or not begin:
+        raise _bad("structural_tag", structure, "each structure needs begin, schema and end")
+    trigger = next((one for one in triggers if begin.startswith(one)), None)
+    if trigger is None:
+        raise _bad("structural_tag", structure, f"no trigger of {list(triggers)} begins its begin={begin!r}")
+    return {"trigger": trigger, "begin": begin, "schema": structure.get("schema", {}), "end": structure.get("end", "")}
