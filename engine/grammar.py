@@ -88,14 +88,14 @@ class GrammarCompiler:
         """Write each guide's mask into its row of `words`, [M, W], on many threads."""
         from llguidance.numpy import fill_next_token_bitmask_par
 
-        fill_next_token_bitmask_par(self._executor, [(guide.matcher, row) for row, guide in guides], words)
+        fill_next_token_bitmask_par(self._mask_threads, [(guide.matcher, row) for row, guide in guides], words)
 
     def shutdown(self) -> None:
         """Stop the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     @cached_property
-    def _executor(self) -> Any:
+    def _mask_threads(self) -> Any:
         from llguidance import LLExecutor
 
         return LLExecutor()
