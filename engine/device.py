@@ -6,11 +6,20 @@ Owns these two choices and the refusal of impossible ones. Knows no sizes.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.engine.model_config import ModelConfig
+
+
+class HasDtype(Protocol):
+    """A model's config."""
+
+    @property
+    def dtype(self) -> str:
+        """The checkpoint's own."""
+        ...
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -32,7 +41,7 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(config: EngineConfig, model: HasDtype, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations.
 
     "auto" takes the checkpoint's, with two exceptions: a float32 checkpoint runs in bfloat16 on a GPU, and a 16-bit

@@ -43,6 +43,9 @@ class EngineConfig:
         generation_config: "auto" takes the model's generation_config as the default sampling parameters;
             "vllm" leaves the neutral defaults.
         hf_overrides: Values that replace those of the model's config.json.
+        runner: "generate", "pooling" (embeddings, classes, scores), or "auto": what the model's files are made for.
+        convert: "embed" leaves a classifier's head out, "classify" asks for one; "auto" takes what the config names.
+        pooler_config: How a pooling model pools, such as {"pooling_type": "MEAN"}; None: as its files say.
         tensor_parallel_size: GPUs that split each layer.
         pipeline_parallel_size: GPUs that split the stack of layers.
 
@@ -72,6 +75,9 @@ class EngineConfig:
     num_threads: int | None = None
     generation_config: str = "auto"
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    runner: str = "auto"
+    convert: str = "auto"
+    pooler_config: Mapping[str, Any] | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
 
@@ -89,6 +95,13 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization={share!r} is not valid: give a share in (0, 1]")
         _check_choice("load_format", self.load_format, ("auto", "safetensors", "pt", "gguf", "dummy"))
         _check_choice("generation_config", self.generation_config, ("auto", "vllm"))
+        _check_choice("runner", self.runner, ("auto", "generate", "pooling"))
+        _check_choice("convert", self.convert, ("auto", "none", "embed", "classify"))
+        if self.pooler_config is not None and not isinstance(self.pooler_config, Mapping):
+            kind = type(self.pooler_config).__name__
+            raise ValueError(
+                f"pooler_config is a {kind}, which is not valid: give a dict such as {{'pooling_type': 'MEAN'}}"
+            )
         _check_device(self.device)
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) != 1:

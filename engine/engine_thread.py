@@ -13,18 +13,44 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
+from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, PoolingRequestOutput
 from raydata_llm.engine.request import Request, RequestOutput
 
 if TYPE_CHECKING:
-    from raydata_llm.engine.engine import Engine, EngineStats
+    from raydata_llm.engine.engine import EngineStats
 
-Deliver = Callable[[RequestOutput], None]
+AnyRequest = Request | PoolingRequest
+AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
+# The outputs are of the kind that the requests ask for.
+Deliver = Callable[[Any], None]
 
 
 class EngineDeadError(RuntimeError):
     """The engine's loop ended with an exception (its `__cause__`); a new engine is needed."""
+
+
+class DrivenEngine(Protocol):
+    """An engine that one thread drives: `Engine`, or `PoolingEngine` with requests of its own kind."""
+
+    max_num_seqs: int
+
+    def add_request(self, request: Any) -> None:
+        """Queue a request."""
+        ...
+
+    def step(self) -> Sequence[AnyOutput]:
+        """Do some work; returns finished requests."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Counts."""
+        ...
+
+    def shutdown(self) -> None:
+        """Free the device."""
+        ...
 
 
 class EngineThread:
@@ -34,12 +60,12 @@ class EngineThread:
         engine: Driven by this object alone from now on.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: DrivenEngine) -> None:
         self._engine = engine
         self.max_num_seqs = engine.max_num_seqs
         self._wake = threading.Condition()
-        self._inbox: deque[tuple[Request, Deliver]] = deque()
-        self._running: dict[str, tuple[Request, Deliver]] = {}
+        self._inbox: deque[tuple[AnyRequest, Deliver]] = deque()
+        self._running: dict[str, tuple[AnyRequest, Deliver]] = {}
         self._ids = itertools.count()
         self._stopping = False
         self._death: BaseException | None = None
@@ -47,7 +73,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request], deliver: Deliver) -> None:
+    def submit(self, requests: Sequence[AnyRequest], deliver: Deliver) -> None:
         """Run the requests beside all others in the engine.
 
         Args:
@@ -114,17 +140,16 @@ class EngineThread:
             self._add(request, deliver)
         return not self._stopping
 
-    def _add(self, request: Request, deliver: Deliver) -> None:
+    def _add(self, request: AnyRequest, deliver: Deliver) -> None:
         engine_id = str(next(self._ids))
         self._running[engine_id] = (request, deliver)
         try:
             self._engine.add_request(dataclasses.replace(request, request_id=engine_id))
         except ValueError as error:
             del self._running[engine_id]
-            prompt = list(map(int, request.prompt_token_ids))
-            deliver(RequestOutput(request.request_id, prompt, error=f"ValueError: {error}"))
+            deliver(request.refused(f"ValueError: {error}"))
 
-    def _deliver(self, output: RequestOutput) -> None:
+    def _deliver(self, output: AnyOutput) -> None:
         request, deliver = self._running.pop(output.request_id)
         output.request_id = request.request_id
         deliver(output)

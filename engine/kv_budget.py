@@ -15,6 +15,7 @@ import torch
 
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.parameter_check import Parameters
 
 # Share of the memory free at start that KV may take on a CPU, where other processes (and other replicas) live too.
 _CPU_KV_SHARE = 0.25
@@ -64,7 +65,7 @@ def check_sizes(config: EngineConfig, model: ModelConfig, device: torch.device) 
     )
 
 
-def check_weights_fit(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+def check_weights_fit(model: Parameters, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a model whose weights the GPU has no room for, before the first is read.
 
     Raises:

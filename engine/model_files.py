@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from raydata_llm.engine.config_fields import read_token_ids
 from raydata_llm.engine.gguf_file import GgufFile
 from raydata_llm.engine.model_config import ModelConfig
-from raydata_llm.engine.parameter_check import FLOAT_DTYPES, check_parameters
+from raydata_llm.engine.parameter_check import FLOAT_DTYPES, Parameters, check_parameters
 from raydata_llm.engine.safetensors_file import TensorEntry, read_header
 
 _PT_FORMATS = ("auto", "pt")
@@ -72,22 +72,30 @@ class ModelFiles:
         )
 
     def model_config(self) -> ModelConfig:
-        """The model's config; without a dtype of its own it takes that of the first weight.
+        """The model's config.
 
         Raises:
             ValueError: for a model that the engine does not run.
         """
+        return ModelConfig.from_hf(self.typed_config())
+
+    def typed_config(self) -> dict[str, Any]:
+        """The config.json; without a dtype of its own it takes that of the first weight."""
         config = dict(self.hf_config)
         first = next(iter(self.weight_files), None)
         if not (config.get("dtype") or config.get("torch_dtype")) and first and first.suffix == ".safetensors":
             dtypes = (FLOAT_DTYPES.get(entry.dtype) for entry in read_header(first).values())
             config["dtype"] = next((dtype for dtype in dtypes if dtype), None)
-        return ModelConfig.from_hf(config)
+        return config
 
-    def check_weights(self, model_config: ModelConfig) -> None:
+    def check_weights(self, model: Parameters, name_of: Callable[[str], str | None] = str) -> None:
         """Check that the weight files hold every parameter, in full and in the right shape.
 
         Only headers are read; of torch's pickled files only that they are whole.
+
+        Args:
+            model: What has the parameters.
+            name_of: The parameter's name by the file's; None for what is not looked at.
 
         Raises:
             ValueError: naming the first few parameters that are missing, unknown or of another shape.
@@ -95,7 +103,7 @@ class ModelFiles:
         if not self.weight_files:
             return
         if self.kind == "gguf":
-            check_parameters(self.path, GgufFile.open(self.path).entries(), model_config)
+            check_parameters(self.path, _renamed(GgufFile.open(self.path).entries(), name_of), model)
             return
         if self.weight_files[0].suffix != ".safetensors":
             for file in self.weight_files:
@@ -108,7 +116,7 @@ class ModelFiles:
             if twice:
                 raise ValueError(f"{twice[0]} of model={str(self.path)!r} is in two weight files: keep one of them")
             entries |= header
-        check_parameters(self.path, entries, model_config)
+        check_parameters(self.path, _renamed(entries, name_of), model)
 
     def default_sampling_params(self) -> dict[str, Any]:
         """The generation_config's values in SamplingParams' names; do_sample=False means greedy."""
@@ -123,6 +131,11 @@ class ModelFiles:
         """End tokens of config and generation_config together."""
         extra = read_token_ids(self.generation_config, "eos_token_id")
         return tuple(dict.fromkeys(model_config.eos_token_ids + extra))
+
+
+def _renamed(entries: Mapping[str, TensorEntry], name_of: Callable[[str], str | None]) -> dict[str, TensorEntry]:
+    named = ((name_of(stored), entry) for stored, entry in entries.items())
+    return {name: entry for name, entry in named if name is not None}
 
 
 def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,20 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
-from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.safetensors_file import TensorEntry
 
 # Of a safetensors header; the value is what the engine would call the dtype.
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
 
 
-def is_harmless_extra(name: str, model_config: ModelConfig) -> bool:
+class Parameters(Protocol):
+    """What has parameters: a model's config."""
+
+    @property
+    def architecture(self) -> str:
+        """Its class name in transformers."""
+        ...
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the language model's head is no parameter of its own."""
+        ...
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """All of them."""
+        ...
+
+
+class DrawnParameters(Parameters, Protocol):
+    """Parameters that dummy weights can be drawn for."""
+
+    @property
+    def initializer_range(self) -> float:
+        """Their standard deviation."""
+        ...
+
+
+def is_harmless_extra(name: str, model_config: Parameters) -> bool:
     """Whether a tensor that is no parameter may lie in a checkpoint: old RoPE buffers, the copy of a tied head."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model_config.tie_word_embeddings)
 
 
-def check_parameters(path: Path, entries: Mapping[str, TensorEntry], model_config: ModelConfig) -> None:
+def check_parameters(path: Path, entries: Mapping[str, TensorEntry], model_config: Parameters) -> None:
     """Compare the tensors of weight files with the config's parameters.
 
     Raises:

@@ -37,6 +37,10 @@ class Request:
     sampling_params: SamplingParams
     key: int = 0
 
+    def refused(self, error: str) -> RequestOutput:
+        """The result of a request that cannot be run."""
+        return RequestOutput(self.request_id, [int(token_id) for token_id in self.prompt_token_ids], error=error)
+
 
 @dataclass(frozen=True)
 class Logprob:

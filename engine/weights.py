@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -17,9 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from raydata_llm.engine.gguf_file import GgufFile
-from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles, check_torch_file
-from raydata_llm.engine.parameter_check import is_harmless_extra
+from raydata_llm.engine.parameter_check import DrawnParameters, Parameters, is_harmless_extra
 from raydata_llm.engine.safetensors_file import StoredTensor, read_header
 from raydata_llm.engine.tensor_reader import read_tensors
 
@@ -50,12 +49,13 @@ DTYPES = {
 
 def load_weights(
     files: ModelFiles,
-    config: ModelConfig,
+    config: DrawnParameters,
     *,
     dtype: torch.dtype,
     device: torch.device,
     load_format: str = "auto",
     seed: int = 0,
+    name_of: Callable[[str], str | None] = str,
 ) -> Iterator[NamedTensor]:
     """Yield every parameter of `config.parameter_shapes()` once, in any order, as `dtype` on `device`.
 
@@ -68,6 +68,7 @@ def load_weights(
         device: Where they are put.
         load_format: "dummy" draws the weights; any other takes those of `files`.
         seed: Of the dummy weights.
+        name_of: The parameter's name by the file's; None for what is left out.
 
     Raises:
         ValueError: for missing, unknown or wrongly shaped parameters, and for damaged or unsafe files.
@@ -76,14 +77,16 @@ def load_weights(
         yield from _draw_weights(config, dtype=dtype, device=device, seed=seed)
         return
     with closing(_read_weights(files, config, device)) as weights:
-        yield from _fitting(weights, files, config, dtype=dtype, device=device)
+        named = ((name_of(stored), tensor) for stored, tensor in weights)
+        kept = ((name, tensor) for name, tensor in named if name is not None)
+        yield from _fitting(kept, files, config, dtype=dtype, device=device)
     if device.type == "cuda":
         # What tensors on their way took: the KV cache is sized by what is free on the device.
         torch.cuda.empty_cache()
 
 
 def _fitting(
-    weights: Iterable[NamedTensor], files: ModelFiles, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+    weights: Iterable[NamedTensor], files: ModelFiles, config: Parameters, *, dtype: torch.dtype, device: torch.device
 ) -> Iterator[NamedTensor]:
     shapes = config.parameter_shapes()
     pending = set(shapes)
@@ -106,7 +109,7 @@ def _misfit(files: ModelFiles, name: str, problem: str) -> ValueError:
     return ValueError(f"parameter {name!r} of model={str(files.path)!r} {problem}")
 
 
-def _read_weights(files: ModelFiles, config: ModelConfig, device: torch.device) -> Generator[NamedTensor, None, None]:
+def _read_weights(files: ModelFiles, config: Parameters, device: torch.device) -> Generator[NamedTensor, None, None]:
     is_stored = all(path.suffix == ".safetensors" for path in files.weight_files)
     if is_stored and device.type == "cuda":
         yield from read_tensors(stored_tensors(files.weight_files, config), device)
@@ -123,7 +126,7 @@ def _read_file(path: Path) -> Iterator[NamedTensor]:
     return _map_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
-def stored_tensors(paths: Iterable[Path], config: ModelConfig) -> Iterator[tuple[str, StoredTensor, torch.dtype]]:
+def stored_tensors(paths: Iterable[Path], config: Parameters) -> Iterator[tuple[str, StoredTensor, torch.dtype]]:
     """What `read_tensors` is to read: the parameters of safetensors files in the order in which they lie there."""
     for path in paths:
         header = read_header(path)
@@ -170,12 +173,14 @@ def _read_pickle(path: Path) -> Iterator[NamedTensor]:
     yield from state.items()
 
 
-def _draw_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[NamedTensor]:
+def _draw_weights(
+    config: DrawnParameters, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> Iterator[NamedTensor]:
     for name, shape in config.parameter_shapes().items():
         generator = torch.Generator(device).manual_seed(_name_seed(seed, name))
         weight = torch.empty(shape, dtype=torch.float32, device=device)
         weight.normal_(0.0, config.initializer_range, generator=generator)
-        if name.endswith("norm.weight"):
+        if name.lower().endswith("norm.weight"):
             weight += 1.0
         yield name, weight.to(dtype)
 

@@ -1,0 +1,118 @@
+"""From hidden states to results: pooling, the head, activation, normalisation.
+
+Owns these formulas, in float32 whatever the backbone's dtype. Knows no queue: packed rows and their parameters in,
+groups of results out.
+
+Shapes: R rows, T tokens, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from raydata_llm.engine.encoder import take_linear
+from raydata_llm.engine.packed_rows import PackedRows
+from raydata_llm.engine.pooling_model import Activation, PoolingModel, PoolingType
+from raydata_llm.engine.pooling_params import EMBED_TASKS, PoolingParams
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "identity": lambda logits: logits,
+}
+
+
+@dataclass(frozen=True)
+class PooledGroup:
+    """Results of the rows that asked alike.
+
+    Args:
+        rows: Which rows of the batch.
+        values: float32 [rows, values], or the rows' tokens one after the other, [tokens, values].
+        lens: Tokens of each row, where there is a result a token.
+    """
+
+    rows: list[int]
+    values: torch.Tensor
+    lens: list[int] | None
+
+
+class Pooler:
+    """A model's pooling and head.
+
+    Args:
+        model: What it is.
+        parameters: The head's, of `model.head_shapes()`.
+    """
+
+    def __init__(self, model: PoolingModel, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._model = model
+        self._parameters = {name: parameters[name].float() for name in model.head_shapes()}
+
+    def pool(self, hidden: torch.Tensor, rows: PackedRows, params: Sequence[PoolingParams]) -> list[PooledGroup]:
+        """Results of all rows.
+
+        Args:
+            hidden: [T, hidden] of the backbone.
+            rows: Whose they are.
+            params: Of each row, complete with a task.
+        """
+        asked: dict[PoolingParams, list[int]] = {}
+        for row, one in enumerate(params):
+            asked.setdefault(one, []).append(row)
+        return [self._pool_alike(hidden, rows, indexes, one) for one, indexes in asked.items()]
+
+    def _pool_alike(
+        self, hidden: torch.Tensor, rows: PackedRows, indexes: list[int], params: PoolingParams
+    ) -> PooledGroup:
+        assert params.task is not None, "the engine fills it in"
+        by_token = params.task in ("token_embed", "token_classify")
+        states = self._states_of(hidden, rows, indexes) if by_token else self._pooled(hidden, rows, indexes)
+        if params.task in EMBED_TASKS:
+            values = _embedding(states, params)
+        else:
+            values = self._logits(states)
+            if params.activates:
+                values = _ACTIVATIONS[self._model.activations[params.task]](values)
+        lens = rows.lens
+        return PooledGroup(indexes, values, [lens[row] for row in indexes] if by_token else None)
+
+    def _pooled(self, hidden: torch.Tensor, rows: PackedRows, indexes: list[int]) -> torch.Tensor:
+        pooled = pooled_states(hidden, rows, self._model.pooling)
+        return pooled if len(indexes) == rows.num_rows else pooled[indexes]
+
+    def _states_of(self, hidden: torch.Tensor, rows: PackedRows, indexes: list[int]) -> torch.Tensor:
+        if len(indexes) == rows.num_rows:
+            return hidden.float()
+        return torch.cat([hidden[rows.starts[row] : rows.starts[row + 1]] for row in indexes]).float()
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        head = self._model.head
+        if head == "bert":
+            states = torch.tanh(take_linear(self._parameters, "pooler.dense")(states))
+        elif head == "roberta":
+            states = torch.tanh(take_linear(self._parameters, "classifier.dense")(states))
+        elif head == "distilbert":
+            states = F.relu(take_linear(self._parameters, "pre_classifier")(states))
+        last = next(name for name in reversed(self._parameters) if name.endswith(".weight"))
+        return take_linear(self._parameters, last.removesuffix(".weight"))(states)
+
+
+def pooled_states(hidden: torch.Tensor, rows: PackedRows, pooling: PoolingType) -> torch.Tensor:
+    """One state a row, float32 [R, hidden]: the first token's, the last's, or the mean of all."""
+    if pooling == "mean":
+        lens = torch.tensor(rows.lens, device=hidden.device, dtype=torch.float32)
+        sums = torch.zeros(rows.num_rows, hidden.shape[1], device=hidden.device)
+        return sums.index_add_(0, rows.row_of, hidden.float()) / lens[:, None]
+    places = rows.starts[:-1] if pooling == "cls" else [end - 1 for end in rows.starts[1:]]
+    return hidden[torch.tensor(places, device=hidden.device)].float()
+
+
+def _embedding(states: torch.Tensor, params: PoolingParams) -> torch.Tensor:
+    # A matryoshka embedding is cut before it is scaled: what is left has length 1.
+    states = states if params.dimensions is None else states[..., : params.dimensions]
+    return F.normalize(states, dim=-1) if params.normalizes else states

@@ -1,0 +1,298 @@
+"""What a pooling model is: its backbone, how its hidden states are pooled, and the head on top, if any.
+
+Owns the reading of config.json and of sentence-transformers' files for that, and which runner a model is for. Knows no
+tensors (importing it must not import torch), so a driver can check a model before any device is taken.
+Invariant: a PoolingModel describes a model that `PoolingEngine` runs; everything else was refused with a ValueError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from raydata_llm.engine.config_fields import bad_field
+from raydata_llm.engine.encoder_config import ENCODER_FAMILIES, EncoderConfig, linear_shapes
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.families import FAMILIES
+from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.model_files import ModelFiles
+from raydata_llm.engine.pooling_params import PoolingTask
+
+PoolingType = Literal["cls", "last", "mean"]
+Head = Literal["none", "bert", "roberta", "distilbert", "linear", "score"]
+Activation = Literal["softmax", "sigmoid", "identity"]
+
+_POOLING_MODES: dict[str, PoolingType] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+_OTHER_MODES = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
+_MODULES = ("Transformer", "Pooling", "Normalize")
+# Of checkpoints that hold more than is asked for: other heads, and buffers.
+_ENCODER_EXTRAS: tuple[str, ...] = (
+    "cls.",
+    "lm_head.",
+    "pooler.",
+    "classifier.",
+    "pre_classifier.",
+    "qa_outputs.",
+    "vocab_",
+)
+_DECODER_EXTRAS: tuple[str, ...] = ("lm_head.", "score.", "classifier.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingModel:
+    """One pooling model.
+
+    Args:
+        architecture: As config.json names it.
+        backbone: What computes the hidden states.
+        pooling: Which hidden state stands for the prompt.
+        head: What makes class logits of it. "bert": dense, tanh, linear on [CLS]; "roberta" the same under other names;
+            "distilbert": dense, ReLU, linear; "score": a linear without a bias on the pooled state; "linear": a linear
+            on every token's state.
+        num_labels: Of the head; 0 without one.
+        activations: What classify and score put over the logits.
+        normalize: Whether embeddings are scaled to length 1 where a request does not say.
+        matryoshka_dimensions: What `dimensions` may be; () for anything, None where it may not be given.
+        max_seq_length: Sentence-transformers' limit of a prompt.
+    """
+
+    architecture: str
+    backbone: EncoderConfig | ModelConfig
+    pooling: PoolingType
+    head: Head
+    num_labels: int
+    activations: Mapping[PoolingTask, Activation]
+    normalize: bool
+    matryoshka_dimensions: tuple[int, ...] | None
+    max_seq_length: int | None
+
+    @classmethod
+    def open(cls, files: ModelFiles, config: EngineConfig) -> PoolingModel:
+        """What the files and the settings say.
+
+        Raises:
+            ValueError: for a model that the pooling engine does not run.
+        """
+        hf_config = files.typed_config()
+        architecture = _architecture(hf_config)
+        backbone = _backbone(hf_config)
+        head = _head(architecture, backbone, config.convert)
+        folder = files.path if files.kind == "folder" else None
+        settings = _pooler_settings(config.pooler_config)
+        default: PoolingType = "cls" if isinstance(backbone, EncoderConfig) else "last"
+        return cls(
+            architecture=architecture,
+            backbone=backbone,
+            pooling=settings.get("pooling_type") or _sentence_pooling(folder) or default,
+            head=head,
+            num_labels=0 if head == "none" else _num_labels(hf_config),
+            activations=_activations(hf_config),
+            normalize=settings.get("normalize", True),
+            matryoshka_dimensions=_matryoshka(hf_config),
+            max_seq_length=_max_seq_length(folder),
+        )
+
+    @property
+    def tasks(self) -> tuple[PoolingTask, ...]:
+        """What may be asked of it."""
+        if self.head == "none":
+            return ("embed", "token_embed")
+        if self.head == "linear":
+            return ("token_classify",)
+        if self.head == "score":
+            return ("classify", "score", "token_classify") if self.num_labels == 1 else ("classify", "token_classify")
+        return ("classify", "score") if self.num_labels == 1 else ("classify",)
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """There is no language model's head."""
+        return True
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a row may have; sentence-transformers' own limit only where nothing else is asked for."""
+        return self.backbone.context_length
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of dummy weights."""
+        return self.backbone.initializer_range
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """All parameters' shapes, the head's included."""
+        return self.backbone.parameter_shapes() | self.head_shapes()
+
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The head's own parameters."""
+        hidden, labels = self.backbone.hidden_size, self.num_labels
+        if self.head == "none":
+            return {}
+        if self.head == "score":
+            return {"score.weight": (labels, hidden)}
+        dense = {"bert": "pooler.dense", "roberta": "classifier.dense", "distilbert": "pre_classifier"}.get(self.head)
+        last = "classifier.out_proj" if self.head == "roberta" else "classifier"
+        if self.head == "linear" and isinstance(self.backbone, ModelConfig):
+            last = "score"
+        return ({} if dense is None else linear_shapes(dense, hidden, hidden)) | linear_shapes(last, labels, hidden)
+
+    def parameter_name(self, stored: str) -> str | None:
+        """Our name of a checkpoint's tensor; None of one that is not needed here."""
+        if isinstance(self.backbone, EncoderConfig):
+            name, extras = self.backbone.parameter_name(stored), _ENCODER_EXTRAS
+        else:
+            own = stored.startswith(("model.", *_DECODER_EXTRAS))
+            name, extras = stored if own else f"model.{stored}", _DECODER_EXTRAS
+        if name in self.head_shapes():
+            return name
+        is_buffer = name.endswith((".position_ids", ".token_type_ids", "rotary_emb.inv_freq"))
+        return None if is_buffer or name.startswith(extras) else name
+
+
+def choose_runner(config: EngineConfig, files: ModelFiles) -> Literal["generate", "pooling"]:
+    """What a model is for: what the settings say, else what its files are made for."""
+    if config.runner != "auto":
+        return "pooling" if config.runner == "pooling" else "generate"
+    if config.convert in ("embed", "classify") or files.hf_config.get("model_type") in ENCODER_FAMILIES:
+        return "pooling"
+    if files.kind == "folder" and (files.path / "modules.json").is_file():
+        return "pooling"
+    architectures = files.hf_config.get("architectures") or []
+    return "pooling" if any(_is_pooling(str(name)) for name in architectures) else "generate"
+
+
+def _is_pooling(architecture: str) -> bool:
+    return architecture.endswith(("ForSequenceClassification", "ForTokenClassification", "Model"))
+
+
+def _architecture(hf_config: Mapping[str, Any]) -> str:
+    architectures = hf_config.get("architectures") or []
+    return str(architectures[0]) if architectures else str(hf_config.get("model_type"))
+
+
+def _backbone(hf_config: Mapping[str, Any]) -> EncoderConfig | ModelConfig:
+    model_type = hf_config.get("model_type")
+    if model_type in ENCODER_FAMILIES:
+        return EncoderConfig.from_hf(hf_config)
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted((*FAMILIES, *ENCODER_FAMILIES)))
+        raise ValueError(
+            f"model_type={model_type!r} in the model's config is not supported for pooling: choose {known}"
+        )
+    if hf_config.get("is_causal") is False or hf_config.get("use_bidirectional_attention"):
+        name = "is_causal" if hf_config.get("is_causal") is False else "use_bidirectional_attention"
+        raise bad_field(name, hf_config[name], "decoders that attend both ways are not run; choose another model")
+    causal = {**hf_config, "architectures": [FAMILIES[model_type].architecture]}
+    return dataclasses.replace(ModelConfig.from_hf(causal), tie_word_embeddings=True)
+
+
+def _head(architecture: str, backbone: EncoderConfig | ModelConfig, convert: str) -> Head:
+    if convert == "embed":
+        return "none"
+    if architecture.endswith("ForTokenClassification"):
+        return "linear"
+    if architecture.endswith("ForSequenceClassification") or convert == "classify":
+        if isinstance(backbone, ModelConfig):
+            return "score"
+        heads: dict[str, Head] = {"bert": "bert", "distilbert": "distilbert"}
+        return heads.get(backbone.family.model_type, "roberta")
+    return "none"
+
+
+def _num_labels(hf_config: Mapping[str, Any]) -> int:
+    labels = hf_config.get("num_labels") or len(hf_config.get("id2label") or ()) or 2
+    if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
+        raise bad_field("num_labels", labels, "it must be a whole number from 1 on")
+    return labels
+
+
+def _activations(hf_config: Mapping[str, Any]) -> dict[PoolingTask, Activation]:
+    """By vLLM's rules: classes follow `problem_type`, pairs follow sentence-transformers' word for cross-encoders."""
+    default: Activation = "sigmoid" if _num_labels(hf_config) == 1 else "softmax"
+    by_problem: dict[Any, Activation] = {"regression": "identity", "multi_label_classification": "sigmoid"}
+    classes = by_problem.get(hf_config.get("problem_type"), default)
+    nested = hf_config.get("sentence_transformers")
+    named = nested.get("activation_fn") if isinstance(nested, Mapping) else None
+    named = named or hf_config.get("sbert_ce_default_activation_function")
+    return {"classify": classes, "token_classify": classes, "score": _named_activation(named, default)}
+
+
+def _named_activation(name: Any, default: Activation) -> Activation:
+    if name is None:
+        return default
+    known: dict[str, Activation] = {"Identity": "identity", "Sigmoid": "sigmoid", "Softmax": "softmax"}
+    activation = known.get(str(name).rpartition(".")[2])
+    if activation is None:
+        raise bad_field("activation_fn", name, f"the engine runs torch's {', '.join(known)}")
+    return activation
+
+
+def _matryoshka(hf_config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    dimensions = hf_config.get("matryoshka_dimensions")
+    if dimensions:
+        return tuple(int(one) for one in dimensions)
+    return () if hf_config.get("is_matryoshka") else None
+
+
+def _pooler_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`pooler_config` with vLLM's names, checked."""
+    settings: dict[str, Any] = {}
+    for name, value in (given or {}).items():
+        if value is None:
+            continue
+        if name in ("pooling_type", "seq_pooling_type"):
+            kind = str(value).lower()
+            if kind not in ("cls", "last", "mean"):
+                raise ValueError(f"pooler_config[{name!r}]={value!r} is not valid: choose CLS, LAST or MEAN")
+            settings["pooling_type"] = kind
+        elif name in ("normalize", "use_activation"):
+            settings["normalize"] = bool(value)
+        elif not (name == "tok_pooling_type" and str(value).upper() == "ALL"):
+            known = "pooling_type, seq_pooling_type, normalize, use_activation"
+            raise ValueError(f"pooler_config[{name!r}]={value!r} is not a setting here: known are {known}")
+    return settings
+
+
+def _sentence_pooling(folder: Path | None) -> PoolingType | None:
+    """What sentence-transformers' files say; None without such files."""
+    modules = _read_list(folder, "modules.json")
+    for module in modules:
+        kind = str(module.get("type")).rpartition(".")[2]
+        if kind not in _MODULES:
+            known = ", ".join(_MODULES)
+            raise ValueError(f"modules.json of the model has a {kind}: only models of {known} are run; choose another")
+    at = next((module["path"] for module in modules if str(module.get("type")).endswith("Pooling")), None)
+    if folder is None or at is None or not (folder / at / "config.json").is_file():
+        return None
+    config = json.loads((folder / at / "config.json").read_text())
+    named = str(config.get("pooling_mode") or "")
+    kinds = [kind for mode, kind in _POOLING_MODES.items() if config.get(mode)]
+    kinds += [kind for mode, kind in _POOLING_MODES.items() if named and mode.split("_")[2].startswith(named)]
+    if len(kinds) != 1 or any(config.get(mode) for mode in _OTHER_MODES):
+        raise ValueError(
+            f"{at}/config.json of the model asks for {config}: one of cls, mean and last token is run; set "
+            "pooler_config={'pooling_type': ...} with a model without this file"
+        )
+    return kinds[0]
+
+
+def _max_seq_length(folder: Path | None) -> int | None:
+    path = None if folder is None else folder / "sentence_bert_config.json"
+    if path is None or not path.is_file():
+        return None
+    length = json.loads(path.read_text()).get("max_seq_length")
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _read_list(folder: Path | None, name: str) -> list[Mapping[str, Any]]:
+    if folder is None or not (folder / name).is_file():
+        return []
+    content = json.loads((folder / name).read_text())
+    return [module for module in content if isinstance(module, Mapping)] if isinstance(content, list) else []

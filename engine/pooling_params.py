@@ -1,0 +1,117 @@
+"""How hidden states become a result: pooling parameters with vLLM's names and meanings.
+
+Knows no tensors (importing it must not import torch).
+Invariant: a PoolingParams is valid on its own; what depends on the model is checked by its engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+PoolingTask = Literal["embed", "classify", "score", "token_embed", "token_classify"]
+POOLING_TASKS: tuple[PoolingTask, ...] = get_args(PoolingTask)
+EMBED_TASKS: tuple[PoolingTask, ...] = ("embed", "token_embed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingParams:
+    """Parameters of one request of a pooling model.
+
+    Args:
+        truncate_prompt_tokens: Cut longer prompts to so many tokens; -1: to what the model takes.
+        dimensions: Keep the first so many values of an embedding (matryoshka models only), before normalisation.
+        normalize: Scale an embedding to length 1; None: yes.
+        use_activation: Put softmax or sigmoid, as the model says, over class logits; None: yes. Of an embedding it
+            is another name for `normalize`.
+        softmax, activation: Older names for `use_activation`.
+        task: "embed", "classify", "score", "token_embed" or "token_classify"; None: what the method is for.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+
+    truncate_prompt_tokens: int | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+    use_activation: bool | None = None
+    softmax: bool | None = None
+    activation: bool | None = None
+    task: PoolingTask | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("truncate_prompt_tokens", -1), ("dimensions", 1)):
+            object.__setattr__(self, name, _integer(name, getattr(self, name), least))
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens=0 is not valid: use -1, or 1 or more")
+        for name in ("normalize", "use_activation", *_OLDER):
+            if getattr(self, name) not in (None, True, False):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not valid: give True, False or None")
+        for name in _OLDER:
+            if getattr(self, name) is not None and self.use_activation is None:
+                object.__setattr__(self, "use_activation", getattr(self, name))
+        if self.task is not None and self.task not in POOLING_TASKS:
+            raise ValueError(f"task={self.task!r} is not valid: choose one of {', '.join(POOLING_TASKS)}")
+
+    @classmethod
+    def from_mapping(cls, params: Mapping[str, Any] | PoolingParams | None) -> PoolingParams:
+        """Build from a row's `pooling_params`; None values count as absent.
+
+        Raises:
+            ValueError: for an unknown field or a bad value.
+        """
+        if isinstance(params, PoolingParams):
+            return params
+        if params is not None and not isinstance(params, Mapping):
+            kind = type(params).__name__
+            raise ValueError(f'pooling_params={params!r} is a {kind}: give a dict such as {{"dimensions": 256}}')
+        given = {name: value for name, value in (params or {}).items() if value is not None}
+        unknown = sorted(set(map(str, given)) - _FIELD_NAMES)
+        if unknown:
+            known = ", ".join(sorted(_FIELD_NAMES))
+            raise ValueError(f"pooling_params has unknown field(s) {', '.join(unknown)}; known are {known}")
+        return cls(**given)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The fields that are set, as plain JSON values (`from_mapping` undoes it)."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether an embedding is scaled to length 1."""
+        given = self.use_activation if self.normalize is None else self.normalize
+        return given is None or given
+
+    @property
+    def activates(self) -> bool:
+        """Whether class logits go through the model's activation."""
+        return self.use_activation is None or self.use_activation
+
+
+_FIELD_NAMES = {field.name for field in fields(PoolingParams)}
+_OLDER = ("softmax", "activation")
+
+
+def as_task(name: Any) -> PoolingTask:
+    """A task's name, checked.
+
+    Raises:
+        ValueError: for any other.
+    """
+    if name not in POOLING_TASKS:
+        raise ValueError(f"pooling_task={name!r} is not valid: choose one of {', '.join(POOLING_TASKS)}")
+    task: PoolingTask = name
+    return task
+
+
+def _integer(name: str, value: Any, least: int) -> int | None:
+    # Arrow and JSON hand integers over as 5.0 or numpy scalars; a whole number is taken for what it means.
+    if value is None:
+        return None
+    is_whole = not isinstance(value, bool) and (
+        hasattr(value, "__index__") or (isinstance(value, float) and value.is_integer())
+    )
+    if not is_whole or value < least:
+        raise ValueError(f"{name}={value!r} is not valid: give a whole number from {least} on, or None")
+    return int(value)
