@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from raydata_llm.engine.pooler_config import PoolerConfig
+
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPE_ALIASES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -77,7 +79,7 @@ class EngineConfig:
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     runner: str = "auto"
     convert: str = "auto"
-    pooler_config: Mapping[str, Any] | None = None
+    pooler_config: PoolerConfig | Mapping[str, Any] | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
 
@@ -97,11 +99,7 @@ class EngineConfig:
         _check_choice("generation_config", self.generation_config, ("auto", "vllm"))
         _check_choice("runner", self.runner, ("auto", "generate", "pooling"))
         _check_choice("convert", self.convert, ("auto", "none", "embed", "classify"))
-        if self.pooler_config is not None and not isinstance(self.pooler_config, Mapping):
-            kind = type(self.pooler_config).__name__
-            raise ValueError(
-                f"pooler_config is a {kind}, which is not valid: give a dict such as {{'pooling_type': 'MEAN'}}"
-            )
+        object.__setattr__(self, "pooler_config", PoolerConfig.from_mapping(self.pooler_config))
         _check_device(self.device)
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) != 1:

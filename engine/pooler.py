@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from raydata_llm.engine.encoder import take_linear
 from raydata_llm.engine.packed_rows import PackedRows
-from raydata_llm.engine.pooling_model import Activation, PoolingModel, PoolingType
+from raydata_llm.engine.pooler_config import PoolingType
+from raydata_llm.engine.pooling_model import Activation, PoolingModel
 from raydata_llm.engine.pooling_params import EMBED_TASKS, PoolingParams
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {

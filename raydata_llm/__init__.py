@@ -11,6 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raydata_llm.config import EngineProcessorConfig, ProcessorConfig, vLLMEngineProcessorConfig
+    from raydata_llm.engine.pooler_config import PoolerConfig
+    from raydata_llm.engine.pooling_params import PoolingParams
+    from raydata_llm.engine.pooling_request import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
     from raydata_llm.engine.sampling_params import SamplingParams
     from raydata_llm.engine.structured_outputs import StructuredOutputsParams
     from raydata_llm.job_report import JobReport
@@ -31,14 +43,24 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "ChatTemplateStageConfig",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "DetokenizeStageConfig",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineProcessorConfig",
     "JobReport",
+    "PoolerConfig",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "PrepareMultimodalStageConfig",
     "Processor",
     "ProcessorConfig",
     "ResumeConfig",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
     "TokenizerStageConfig",
     "WriteSummary",
@@ -52,6 +74,16 @@ __all__ = [
 ]
 
 _MODULES = {
+    "PoolerConfig": "raydata_llm.engine.pooler_config",
+    "PoolingParams": "raydata_llm.engine.pooling_params",
+    "ClassificationOutput": "raydata_llm.engine.pooling_request",
+    "ClassificationRequestOutput": "raydata_llm.engine.pooling_request",
+    "EmbeddingOutput": "raydata_llm.engine.pooling_request",
+    "EmbeddingRequestOutput": "raydata_llm.engine.pooling_request",
+    "PoolingOutput": "raydata_llm.engine.pooling_request",
+    "PoolingRequestOutput": "raydata_llm.engine.pooling_request",
+    "ScoringOutput": "raydata_llm.engine.pooling_request",
+    "ScoringRequestOutput": "raydata_llm.engine.pooling_request",
     "JobReport": "raydata_llm.job_report",
     "LLM": "raydata_llm.llm",
     "report_of": "raydata_llm.job_run",

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.pooling_model import runner_of
 from raydata_llm.engine.request import Logprob, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.generation import Encode, Generation
+from raydata_llm.llm_pooling import PoolingMethods, read_older_settings
 from raydata_llm.model_source import resolve_model
 from raydata_llm.openmp import wait_passively
 from raydata_llm.progress import Progress
@@ -27,17 +29,19 @@ from raydata_llm.tokenizer import check_chat_template, encode_chat, encode_texts
 
 if TYPE_CHECKING:
     from raydata_llm.engine.engine import Engine, EngineStats
+    from raydata_llm.engine.pooling_engine import PoolingEngine
 
 
-class LLM:
-    """Loads a model and generates text from lists of prompts.
+class LLM(PoolingMethods):
+    """Loads a model and answers lists of prompts: with text, or with embeddings, classes and scores.
 
     Args:
         model: A local folder, a GGUF file, a Hub id, or a remote folder such as `s3://bucket/folder`.
         tokenizer: Where the tokenizer lies if not with the model, or a ready transformers tokenizer.
         skip_tokenizer_init: Load no tokenizer: token ids in, token ids out.
         trust_remote_code: Run code that comes with the tokenizer.
-        engine_kwargs: Fields of `EngineConfig`, such as `dtype`, `max_model_len` or `seed`.
+        engine_kwargs: Fields of `EngineConfig`, such as `dtype`, `max_model_len`, `seed` or `runner`; and
+            `task="embed"` and the like, as older vLLMs had it.
 
     Raises:
         ValueError: naming the setting, its value and the remedy.
@@ -53,7 +57,7 @@ class LLM:
         **engine_kwargs: Any,
     ) -> None:
         own = {"skip_tokenizer_init": skip_tokenizer_init, "trust_remote_code": trust_remote_code}
-        config = EngineConfig.from_mapping(model, {**engine_kwargs, **own})
+        config = EngineConfig.from_mapping(model, {**read_older_settings(engine_kwargs), **own})
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"tokenizer={tokenizer!r} is not valid with skip_tokenizer_init=True: give one of them")
         path = resolve_model(model, load_format=config.load_format)
@@ -61,8 +65,13 @@ class LLM:
         wait_passively()
         # Imported here: it imports torch, which whoever only imports this class need not wait for.
         from raydata_llm.engine.engine import Engine
+        from raydata_llm.engine.pooling_engine import PoolingEngine
 
-        self._engine: Engine | None = Engine(dataclasses.replace(config, model=path), tokenizer=self._tokenizer)
+        config = dataclasses.replace(config, model=path)
+        is_pooling = runner_of(config) == "pooling"
+        self._engine: Engine | PoolingEngine | None = (
+            PoolingEngine(config) if is_pooling else Engine(config, tokenizer=self._tokenizer)
+        )
         self._seed = config.seed
         self._request_ids = itertools.count()
         self._occurrences: Counter[bytes] = Counter()
@@ -164,7 +173,7 @@ class LLM:
 
     def get_metrics(self) -> EngineStats:
         """The engine's counts."""
-        return self._live_engine().stats()
+        return self._open_engine().stats()
 
     def shutdown(self) -> None:
         """Free the device; the LLM cannot generate after. Done again it does nothing."""
@@ -180,10 +189,31 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def _live_engine(self) -> Engine:
+    def _open_engine(self) -> Engine | PoolingEngine:
         if self._engine is None:
             raise RuntimeError("this LLM was shut down: make a new one")
         return self._engine
+
+    def _live_engine(self) -> Engine:
+        from raydata_llm.engine.engine import Engine
+
+        engine = self._open_engine()
+        if not isinstance(engine, Engine):
+            raise ValueError(
+                f"this LLM runs {engine.model.architecture} as a pooling model: use embed, classify, score or encode, "
+                "or build it with runner='generate' if the model generates text"
+            )
+        return engine
+
+    def _live_pooling_engine(self) -> PoolingEngine:
+        from raydata_llm.engine.pooling_engine import PoolingEngine
+
+        engine = self._open_engine()
+        if not isinstance(engine, PoolingEngine):
+            raise ValueError(
+                "this LLM generates text: build it with runner='pooling' to use its model for embeddings or classes"
+            )
+        return engine
 
     def _run(self, prompts: list[Prompt], encode: Encode, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         generation = Generation(self._live_engine(), self._seed, self._request_ids, self._occurrences)

