@@ -54,11 +54,20 @@ class DecodeStep:
     Args:
         use_graphs: Replay steps from CUDA graphs.
         share_prefixes: Whether plans may have groups.
+        incoming: Where the hidden states of the stage before come to lie; None on the first stage.
     """
 
     def __init__(
-        self, decoder: Decoder, kv_cache: KVCache, state: SlotState, *, use_graphs: bool, share_prefixes: bool
+        self,
+        decoder: Decoder,
+        kv_cache: KVCache,
+        state: SlotState,
+        *,
+        use_graphs: bool,
+        share_prefixes: bool,
+        incoming: torch.Tensor | None = None,
     ) -> None:
+        self._incoming = incoming
         self._decoder = decoder
         self._kv_cache = kv_cache
         self._state = state
@@ -129,7 +138,9 @@ class DecodeStep:
             prefill=None,
             sampled=None,
         )
-        return self._decoder.forward(batch, self._kv_cache)
+        return self._decoder.forward(
+            batch, self._kv_cache, None if self._incoming is None else self._incoming[:num_rows]
+        )
 
     def _capture(self, num_rows: int, shared: bool) -> _Graph:
         # Not torch.cuda.graph(): that waits for the device and collects garbage first.

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 
 from raydata_llm.engine.batch import DecodeRows, ForwardBatch, PrefillRows
 from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.parallel import ParallelState, alone
 from raydata_llm.engine.rope import rope_table
+from raydata_llm.engine.shard import ModelShard
 from raydata_llm.kernels.linear import linear
 from raydata_llm.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
 from raydata_llm.kernels.qkv_to_cache import qkv_to_cache
@@ -76,8 +78,9 @@ class Decoder:
 
     Args:
         config: The model.
-        weights: Every parameter of `config.parameter_shapes()` once, by Hugging Face's names.
+        weights: Every parameter that this rank holds once, by Hugging Face's names.
         max_model_len: Positions that occur.
+        parallel: The other ranks, if there are some; this one then computes its shard.
     """
 
     def __init__(
@@ -88,21 +91,26 @@ class Decoder:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        parallel: ParallelState | None = None,
     ) -> None:
-        self.config = config
+        self.parallel = parallel or alone(device)
+        self.shard = ModelShard(config, self.parallel.place)
+        self.config = self.shard.config
         self.dtype = dtype
         self.device = device
         self._scale = config.head_dim**-0.5
         self._rope_table = rope_table(config.rope, config.head_dim, max_model_len, device)
-        self._load(_FusedParameters(config, dtype, device).fill(weights))
+        self._load(_FusedParameters(self.shard, dtype, device).fill(weights))
 
     def _load(self, parameters: dict[str, torch.Tensor]) -> None:
         take = parameters.get
-        self._embedding = parameters["model.embed_tokens.weight"]
-        self._norm = parameters["model.norm.weight"]
+        # A stage in the middle has neither; nor is it asked for them.
+        nothing = torch.empty(0, device=self.device)
+        self._embedding = parameters.get("model.embed_tokens.weight", nothing)
+        self._norm = parameters.get("model.norm.weight", nothing)
         self._lm_head = parameters.get("lm_head.weight", self._embedding)
         self._layers = []
-        for index, window in enumerate(self.config.sliding_windows):
+        for index, window in zip(self.shard.layers, self.config.sliding_windows, strict=True):
             name = f"model.layers.{index}"
             attn, mlp = f"{name}.self_attn", f"{name}.mlp"
             self._layers.append(
@@ -119,15 +127,21 @@ class Decoder:
                 )
             )
 
-    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> torch.Tensor:
-        """Compute the step's tokens, write their KV, and return the hidden states to sample from: [N, hidden]."""
-        eps = self.config.rms_norm_eps
-        residual = F.embedding(batch.token_ids, self._embedding)
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache, incoming: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the step's tokens, write their KV, and return the hidden states to sample from: [N, hidden].
+
+        Of a stage that is not the last, what the next one takes as `incoming`: [T, hidden].
+
+        Args:
+            incoming: [T, hidden] of the stage before; it may be changed.
+        """
+        eps, place = self.config.rms_norm_eps, self.parallel.place
+        residual = self._embed(batch.token_ids) if incoming is None else incoming
         x = rms_norm(residual, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
             cache, is_last = kv_cache.layers[index], index + 1 == len(self._layers)
             q = self._write_kv(x, layer, batch, cache)
-            if is_last and batch.sampled is not None:
+            if is_last and place.is_last and batch.sampled is not None:
                 # The others' KV is written, and nothing more is asked of them.
                 q, residual = q[batch.sampled.tokens], residual[batch.sampled.tokens]
                 if not len(q):
@@ -135,14 +149,39 @@ class Decoder:
                 attended = self._decode_attention(q, layer, batch.block_table, batch.sampled, cache)
             else:
                 attended = self._attention(q, layer, batch, cache)
-            x, residual = add_rms_norm(layer.o(attended.flatten(1)), residual, layer.post_norm, eps)
+            x = self.parallel.all_reduce(layer.o(attended.flatten(1)))
+            x, residual = add_rms_norm(x, residual, layer.post_norm, eps)
+            x = self.parallel.all_reduce(layer.down(swiglu(layer.gate_up(x))))
+            if is_last and not place.is_last:
+                return x + residual
             next_norm = self._norm if is_last else self._layers[index + 1].input_norm
-            x, residual = add_rms_norm(layer.down(swiglu(layer.gate_up(x))), residual, next_norm, eps)
+            x, residual = add_rms_norm(x, residual, next_norm, eps)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores over the vocabulary, in the model's dtype: [N, vocab_size]."""
+        return self.whole_logits(self.part_logits(hidden))
+
+    def part_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores over this rank's share of the vocabulary: [N, len(shard.tokens)]."""
         return linear(hidden, self._lm_head)
+
+    def whole_logits(self, part: torch.Tensor) -> torch.Tensor:
+        """Scores over the vocabulary from all ranks' parts."""
+        if self.parallel.place.tp_size == 1:
+            return part
+        # The last rank's share may be smaller.
+        padded = F.pad(part, (0, self.shard.tokens_per_rank - part.shape[1]))
+        gathered = self.parallel.all_gather(padded).movedim(0, 1)
+        return gathered.flatten(1)[:, : self.config.vocab_size].contiguous()
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self.parallel.place.tp_size == 1:
+            return F.embedding(token_ids, self._embedding)
+        local = token_ids - self.shard.tokens.start
+        elsewhere = (local < 0) | (local >= len(self.shard.tokens))
+        found = F.embedding(local.masked_fill(elsewhere, 0), self._embedding)
+        return self.parallel.all_reduce(found.masked_fill_(elsewhere[:, None], 0))
 
     def _write_kv(
         self, x: torch.Tensor, layer: Layer, batch: ForwardBatch, cache: tuple[torch.Tensor, torch.Tensor]
@@ -229,9 +268,9 @@ class _FusedParameters:
     Weights are copied into their final place as they come, so loading holds one copy of the model plus one tensor.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shard: ModelShard, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
-        self._shapes = config.parameter_shapes()
+        self._shapes = shard.shapes
         self._places: dict[str, tuple[str, int]] = {}
         self._sizes: dict[str, tuple[int, ...]] = {}
         for name, shape in self._shapes.items():

@@ -16,23 +16,24 @@ import numpy as np
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.block_manager import BlockManager
-from raydata_llm.engine.decoder import Decoder, KVCache
 from raydata_llm.engine.detokenizer import StopStringWatch, Tokenizer
-from raydata_llm.engine.device import choose_device, choose_dtype
+from raydata_llm.engine.device import choose_device
 from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.guides import Bitmask, Guides
 from raydata_llm.engine.idle_clock import IdleClock
-from raydata_llm.engine.kv_budget import check_sizes, check_weights_fit, num_kv_blocks
+from raydata_llm.engine.local_ranks import LocalRanks
 from raydata_llm.engine.logprobs import position_maps
 from raydata_llm.engine.model_files import ModelFiles
-from raydata_llm.engine.model_runner import LaunchedStep, ModelRunner
-from raydata_llm.engine.phases import announce
+from raydata_llm.engine.model_runner import LaunchedStep
+from raydata_llm.engine.parallel import alone
+from raydata_llm.engine.rank_gang import LauncherFactory, RankGang, RemoteStep
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.scheduler import Scheduler, SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, Sequence
-from raydata_llm.engine.weights import load_weights
+from raydata_llm.engine.shard import check_split
+from raydata_llm.engine.worker import MOST_PENALTY_SEQS, Worker
 
 _STEP_REMEDY = "lower gpu_memory_utilization, or max_num_batched_tokens and max_num_seqs"
 
@@ -74,12 +75,18 @@ class Engine:
     Args:
         config: Settings.
         tokenizer: Needed by requests with stop strings only.
+        launch_ranks: Makes what starts the ranks of an engine that has several.
 
     Raises:
         ValueError: for settings that the model or the device cannot meet, with those that would do.
     """
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None = None,
+        launch_ranks: LauncherFactory = LocalRanks,
+    ) -> None:
         self.config = config
         self._tokenizer = tokenizer
         files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
@@ -87,53 +94,39 @@ class Engine:
         layered = config.generation_config == "auto"
         self.default_sampling_params: dict[str, Any] = files.default_sampling_params() if layered else {}
         self._eos_token_ids = files.eos_token_ids(self.model_config)
-        device = choose_device(config)
-        dtype = choose_dtype(config, self.model_config, device)
-        sizes = check_sizes(config, self.model_config, device)
+        # Before anything is loaded; the ranks would each find it as well.
+        check_split(self.model_config, config.tensor_parallel_size, config.pipeline_parallel_size)
+        self._worker: Worker | RankGang | None = None
+        worker = self._worker = self._make_worker(files, launch_ranks)
+        sizes = worker.sizes
         self.max_model_len = sizes.max_model_len
         self.max_num_seqs = sizes.max_num_seqs
-        check_weights_fit(self.model_config, dtype, device)
-        announce("loading the weights")
-        weights = load_weights(
-            files, self.model_config, dtype=dtype, device=device, load_format=config.load_format, seed=config.seed
-        )
-        with explained("loading the weights", "use a smaller model, or a GPU with nothing else on it"):
-            decoder = Decoder(self.model_config, weights, max_model_len=self.max_model_len, dtype=dtype, device=device)
-        announce("making room for the KV cache")
-        self.num_kv_blocks = num_kv_blocks(config, self.model_config, sizes, dtype, device)
+        self.num_kv_blocks = worker.num_kv_blocks()
         limits = SchedulerLimits(
             max_num_seqs=sizes.max_num_seqs,
             max_num_batched_tokens=sizes.max_num_batched_tokens,
             max_model_len=sizes.max_model_len,
             block_size=sizes.block_size,
-            max_penalty_seqs=min(sizes.max_num_seqs, 256),
+            max_penalty_seqs=min(sizes.max_num_seqs, MOST_PENALTY_SEQS),
             enable_chunked_prefill=config.enable_chunked_prefill,
             enable_prefix_caching=config.enable_prefix_caching,
-            share_prefixes=config.enable_prefix_caching and not config.disable_cascade_attn,
+            share_prefixes=config.shares_prefixes,
+            num_lanes=min(config.pipeline_parallel_size, sizes.max_num_seqs),
         )
         self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks))
-        self._runner: ModelRunner | None = ModelRunner(
-            decoder,
-            KVCache.allocate(self.model_config, self.num_kv_blocks, sizes.block_size, dtype, device),
-            num_slots=sizes.max_num_seqs,
-            max_blocks=self._scheduler.table.block_table.shape[1],
-            block_size=sizes.block_size,
-            max_num_batched_tokens=sizes.max_num_batched_tokens,
-            num_penalty_rows=limits.max_penalty_seqs,
-            use_graphs=device.type == "cuda" and not config.enforce_eager,
-            share_prefixes=limits.share_prefixes,
-        )
-        announce("warming up")
-        with explained("capturing CUDA graphs", "set enforce_eager=True, or lower gpu_memory_utilization"):
-            self._runner.warm_up()
-        self._steps_ahead = config.steps_ahead if config.steps_ahead is not None else int(device.type == "cuda")
-        self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep]] = deque()
+        worker.start(self.num_kv_blocks)
+        ahead = config.steps_ahead if config.steps_ahead is not None else int(worker.device_type == "cuda")
+        # As many steps in flight as stages, and those that hide the host's work.
+        self._steps_ahead = ahead + config.pipeline_parallel_size - 1
+        self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep | RemoteStep]] = deque()
         self._unfinished: dict[str, _UnfinishedRequest] = {}
         self._next_seq_id = 0
         self._num_prompt_tokens = self._num_output_tokens = self._num_steps = self._num_decode_rows = 0
         self._num_computed_tokens = self._num_sampled_tokens = 0
         self._idle_clock = IdleClock()
-        self._guides = Guides(tokenizer, self.model_config.vocab_size, self._eos_token_ids, device=device)
+        self._guides = Guides(
+            tokenizer, self.model_config.vocab_size, self._eos_token_ids, pinned=worker.device_type == "cuda"
+        )
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -194,7 +187,8 @@ class Engine:
 
             has_guided = bool(self._scheduler.table.guided[batch.sample_slots].any())
             with explained(f"launching a step of {batch.num_tokens} tokens", _STEP_REMEDY):
-                launched = self._live_runner().launch(batch, bitmask if has_guided else None)
+                launched = self._live_worker().launch(batch, bitmask if has_guided else None)
+            assert launched is not None, "a worker alone samples"
             self._in_flight.append((batch, launched))
             self._num_steps += 1
             self._num_decode_rows += batch.num_decodes
@@ -257,12 +251,19 @@ class Engine:
         self.abort_all()
         self._in_flight.clear()
         self._guides.shutdown()
-        self._runner = None
+        if isinstance(self._worker, RankGang):
+            self._worker.shutdown()
+        self._worker = None
 
-    def _live_runner(self) -> ModelRunner:
-        if self._runner is None:
+    def _make_worker(self, files: ModelFiles, launch_ranks: LauncherFactory) -> Worker | RankGang:
+        if self.config.num_ranks > 1:
+            return RankGang(self.config, launch_ranks(self.config), self.model_config.vocab_size)
+        return Worker(self.config, files, self.model_config, alone(choose_device(self.config)))
+
+    def _live_worker(self) -> Worker | RankGang:
+        if self._worker is None:
             raise RuntimeError("the engine was shut down")
-        return self._runner
+        return self._worker
 
     def _read_oldest(self) -> list[RequestOutput]:
         batch, launched = self._in_flight.popleft()

@@ -44,6 +44,7 @@ class EngineConfig:
         num_threads: CPU threads of the engine; None leaves torch's setting.
         generation_config: "auto" takes the model's generation_config as the default sampling parameters;
             "vllm" leaves the neutral defaults.
+        disable_custom_all_reduce: Sum small tensors over GPUs by NCCL too, not through memory that they all map.
         hf_overrides: Values that replace those of the model's config.json.
         runner: "generate", "pooling" (embeddings, classes, scores), or "auto": what the model's files are made for.
         convert: "embed" leaves a classifier's head out, "classify" asks for one; "auto" takes what the config names.
@@ -80,6 +81,7 @@ class EngineConfig:
     runner: str = "auto"
     convert: str = "auto"
     pooler_config: PoolerConfig | Mapping[str, Any] | None = None
+    disable_custom_all_reduce: bool = False
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
 
@@ -101,9 +103,16 @@ class EngineConfig:
         _check_choice("convert", self.convert, ("auto", "none", "embed", "classify"))
         object.__setattr__(self, "pooler_config", PoolerConfig.from_mapping(self.pooler_config))
         _check_device(self.device)
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not supported yet: leave it at 1")
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether rows read a prefix that they share together."""
+        return self.enable_prefix_caching and not self.disable_cascade_attn
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that one engine is spread over."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @classmethod
     def from_mapping(cls, model: str, engine_kwargs: Mapping[str, Any]) -> EngineConfig:
@@ -140,6 +149,7 @@ _FLAGS = (
     "skip_tokenizer_init",
     "enforce_eager",
     "disable_cascade_attn",
+    "disable_custom_all_reduce",
 )
 
 

@@ -121,16 +121,32 @@ class GgufFile:
             if name != _ROPE_FREQS
         }
 
-    def read(self, name: str) -> FloatArray:
-        """One parameter, dequantised, its rows in Hugging Face's order; the array is the caller's own."""
+    def read(self, name: str, rows: slice | None = None) -> FloatArray:
+        """One parameter, dequantised, its rows in Hugging Face's order; the array is the caller's own.
+
+        Args:
+            rows: Only these are read; of queries and keys they must be whole heads.
+        """
         tensor = self.tensors[name]
-        raw = np.memmap(self.path, dtype=np.uint8, mode="r", offset=tensor.start, shape=(tensor.end - tensor.start,))
-        values = _dequantize(raw, tensor.type_name).reshape(tensor.shape)
+        num_rows = tensor.shape[0]
+        start, stop, _ = (rows or slice(None)).indices(num_rows)
+        # A row is a whole number of blocks.
+        row_bytes = (tensor.end - tensor.start) // num_rows
+        raw = np.memmap(
+            self.path,
+            dtype=np.uint8,
+            mode="r",
+            offset=tensor.start + start * row_bytes,
+            shape=((stop - start) * row_bytes,),
+        )
+        values = _dequantize(raw, tensor.type_name).reshape(stop - start, *tensor.shape[1:])
         if self._architecture == "llama" and ".self_attn.q_proj." in name:
-            return _restore_rows(values, self._field("attention.head_count"))
-        if self._architecture == "llama" and ".self_attn.k_proj." in name:
-            return _restore_rows(values, self._field("attention.head_count_kv") or self._field("attention.head_count"))
-        return values
+            num_heads = self._field("attention.head_count")
+        elif self._architecture == "llama" and ".self_attn.k_proj." in name:
+            num_heads = self._field("attention.head_count_kv") or self._field("attention.head_count")
+        else:
+            return values
+        return _restore_rows(values, num_heads * (stop - start) // num_rows)
 
     @property
     def _architecture(self) -> str:

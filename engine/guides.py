@@ -67,15 +67,14 @@ class Guides:
 
     Args:
         tokenizer: The model's; None if it was left out.
+        pinned: Whether a GPU reads the masks.
     """
 
-    def __init__(
-        self, tokenizer: Any, vocab_size: int, eos_token_ids: tuple[int, ...], *, device: torch.device
-    ) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: tuple[int, ...], *, pinned: bool) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._pinned = device.type == "cuda"
+        self._pinned = pinned
         self._compiler: GrammarCompiler | None = None
         self._waiting: list[_Waiting] = []
 

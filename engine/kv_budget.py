@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,27 +66,43 @@ def check_sizes(config: EngineConfig, model: ModelConfig, device: torch.device) 
     )
 
 
-def check_weights_fit(model: Parameters, dtype: torch.dtype, device: torch.device) -> None:
+def check_weights_fit(
+    model: Parameters, dtype: torch.dtype, device: torch.device, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
     """Refuse a model whose weights the GPU has no room for, before the first is read.
+
+    Args:
+        shapes: Of the rank's part, if it is not the whole model.
 
     Raises:
         ValueError: with the memory needed and free.
     """
     if device.type != "cuda":
         return
-    needed = sum(math.prod(shape) for shape in model.parameter_shapes().values()) * dtype.itemsize
+    parts = model.parameter_shapes() if shapes is None else shapes
+    needed = sum(math.prod(shape) for shape in parts.values()) * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise ValueError(
             f"the weights of this {model.architecture} take {needed / 2**30:.1f} GiB in {dtype} and {device} has "
-            f"{free / 2**30:.1f} GiB free: use a smaller model or dtype, or a GPU with more room"
+            f"{free / 2**30:.1f} GiB free: use a smaller model or dtype, a GPU with more room, or a larger "
+            "tensor_parallel_size"
         )
 
 
 def num_kv_blocks(
-    config: EngineConfig, model: ModelConfig, sizes: Sizes, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    model: ModelConfig,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_ranks: int = 1,
 ) -> int:
     """Blocks to allocate, the trash block included; call it when the weights are loaded.
+
+    Args:
+        model: The rank's part.
+        num_ranks: Ranks that share a CPU's memory.
 
     Raises:
         ValueError: if not even one sequence of `max_model_len` fits, with the length that would.
@@ -96,7 +113,7 @@ def num_kv_blocks(
         usable = config.num_gpu_blocks_override
         source = f"num_gpu_blocks_override={usable}"
     else:
-        memory, source = _kv_memory(config, model, sizes, dtype, device)
+        memory, source = _kv_memory(config, model, sizes, dtype, device, num_ranks)
         usable = int(memory // block_bytes) - 1
     if usable < blocks_per_seq:
         fits = max(0, usable * sizes.block_size)
@@ -122,13 +139,18 @@ def _check_room(kv_bytes: int, source: str, device: torch.device) -> None:
 
 
 def _kv_memory(
-    config: EngineConfig, model: ModelConfig, sizes: Sizes, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    model: ModelConfig,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_ranks: int,
 ) -> tuple[float, str]:
     """Bytes for KV, and where the figure comes from."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes, f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
     if device.type == "cpu":
-        return _CPU_KV_SHARE * _free_host_memory(), f"{_CPU_KV_SHARE:.0%} of this machine's free memory"
+        return _CPU_KV_SHARE * _free_host_memory() / num_ranks, f"{_CPU_KV_SHARE:.0%} of this machine's free memory"
     free, total = torch.cuda.mem_get_info(device)
     used = total - free
     reserve = _activation_bytes(model, sizes, dtype)

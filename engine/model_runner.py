@@ -22,9 +22,12 @@ from raydata_llm.engine.decode_step import DecodeStep, SlotState
 from raydata_llm.engine.decoder import Decoder, KVCache
 from raydata_llm.engine.guides import Bitmask
 from raydata_llm.engine.logprobs import PromptPiece, prompt_pieces
+from raydata_llm.engine.returning_tokens import ReturningTokens
 from raydata_llm.engine.sampler import SampledLogprobs, Sampler
 from raydata_llm.engine.sequence import IntArray
+from raydata_llm.engine.step_codec import encode_result
 from raydata_llm.engine.upload import to_host, upload, warm_up_pinned_memory
+from raydata_llm.engine.vocab_parallel import VocabParallelSampler
 
 
 class LaunchedStep:
@@ -39,6 +42,12 @@ class LaunchedStep:
         self._done = torch.cuda.Event() if tokens.is_cuda else None
         if self._done is not None:
             self._done.record()
+
+    def read_encoded(self) -> bytes:
+        """As `read`, for an engine in another process."""
+        if self._done is not None:
+            self._done.synchronize()
+        return encode_result(self._tokens.numpy().astype(np.int32), self._logprobs, self._prompt_pieces)
 
     def read(self) -> tuple[IntArray, SampledLogprobs | None]:
         """Wait for the step; returns its sampled tokens, [N], and log-probabilities, those of prompts in place."""
@@ -79,12 +88,29 @@ class ModelRunner:
         share_prefixes: bool,
     ) -> None:
         self._decoder = decoder
+        self._parallel = decoder.parallel
+        self._place = decoder.parallel.place
         self._kv_cache = kv_cache
         self._device = decoder.device
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._sampler = Sampler(num_slots, decoder.config.vocab_size, num_penalty_rows, decoder.dtype, self._device)
+        sampler = Sampler(num_slots, decoder.config.vocab_size, num_penalty_rows, decoder.dtype, self._device)
+        self._sampler: Sampler | VocabParallelSampler = sampler
+        if self._place.tp_size > 1:
+            self._sampler = VocabParallelSampler(sampler, decoder, num_slots)
         self._state = SlotState(num_slots, max_blocks, block_size, self._device)
-        self._decode = DecodeStep(decoder, kv_cache, self._state, use_graphs=use_graphs, share_prefixes=share_prefixes)
+        self._incoming: torch.Tensor | None = None
+        if not self._place.is_first:
+            shape = (max_num_batched_tokens, decoder.config.hidden_size)
+            self._incoming = torch.zeros(shape, dtype=decoder.dtype, device=self._device)
+        self._returning = ReturningTokens(self._state, self._parallel)
+        self._decode = DecodeStep(
+            decoder,
+            kv_cache,
+            self._state,
+            use_graphs=use_graphs,
+            share_prefixes=share_prefixes,
+            incoming=self._incoming,
+        )
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -103,9 +129,11 @@ class ModelRunner:
 
     def _run_prefill_and_sampling(self, most_tokens: int) -> None:
         for num_rows, num_tokens in ((1, 1), (self._state.num_slots, most_tokens)):
-            hidden = self._decoder.forward(self._trash_prefill(num_rows, num_tokens), self._kv_cache)
-            self._decoder.logits(hidden[:num_rows])
-            self._sampler.warm_up(num_rows)
+            incoming = None if self._incoming is None else self._incoming[:num_tokens]
+            hidden = self._decoder.forward(self._trash_prefill(num_rows, num_tokens), self._kv_cache, incoming)
+            if self._place.is_last:
+                self._decoder.part_logits(hidden[:num_rows])
+                self._sampler.warm_up(num_rows)
 
     def _trash_prefill(self, least_rows: int, num_tokens: int) -> ForwardBatch:
         """A prefill of the padding slot, again and again, whose blocks are all the trash block."""
@@ -127,31 +155,42 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def launch(self, batch: ScheduledBatch, bitmask: Callable[[], Bitmask | None] | None = None) -> LaunchedStep:
-        """Start a step; steps run in launch order.
+    def launch(self, batch: ScheduledBatch, bitmask: Callable[[], Bitmask | None] | None = None) -> LaunchedStep | None:
+        """Start a step; steps run in launch order. None from a stage that does not sample.
 
         Args:
             bitmask: For a step with guided rows: called while the forward pass runs, it says what they may draw.
         """
         self._apply_updates(batch)
+        self._returning.receive_for(batch)
+        incoming = None if self._incoming is None else self._incoming[: batch.num_tokens]
+        if incoming is not None:
+            self._parallel.receive_hidden(incoming)
         pieces: list[PromptPiece] = []
         if len(batch.prefill_slots):
             slots, forward_batch = self._forward_batch(batch)
             sampled = forward_batch.sampled
-            if batch.prompt_logprob_chunks and sampled is not None:
-                hidden = self._decoder.forward(dataclasses.replace(forward_batch, sampled=None), self._kv_cache)
+            if batch.prompt_logprob_chunks and sampled is not None and self._place.is_last:
+                whole = dataclasses.replace(forward_batch, sampled=None)
+                hidden = self._decoder.forward(whole, self._kv_cache, incoming)
                 pieces = prompt_pieces(self._decoder, hidden, batch)
                 hidden = hidden[sampled.tokens]
             else:
-                hidden = self._decoder.forward(forward_batch, self._kv_cache)
+                hidden = self._decoder.forward(forward_batch, self._kv_cache, incoming)
         else:
             slots, hidden = self._decode.slots, self._decode.run()
+        if not self._place.is_last:
+            self._parallel.send_hidden(hidden)
+            self._returning.expect(batch, slots)
+            return None
         # A sampled token's position is the number of tokens before it.
         positions = self._state.num_computed[slots]
         tokens, logprobs = self._sampler.sample(
-            self._decoder.logits(hidden), batch, slots, positions, bitmask() if bitmask else None
+            self._decoder.part_logits(hidden), batch, slots, positions, bitmask() if bitmask else None
         )
         self._state.last_token[slots] = tokens
+        if not self._place.is_first:
+            self._parallel.send_tokens(tokens)
         return LaunchedStep(tokens, logprobs, pieces)
 
     def _apply_updates(self, batch: ScheduledBatch) -> None:

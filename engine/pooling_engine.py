@@ -52,6 +52,12 @@ class PoolingEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        if config.num_ranks > 1:
+            raise ValueError(
+                f"tensor_parallel_size={config.tensor_parallel_size} and pipeline_parallel_size="
+                f"{config.pipeline_parallel_size} are not supported for pooling models: leave them at 1, and set "
+                "concurrency to as many replicas as there are GPUs"
+            )
         files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
         self.model = model = PoolingModel.open(files, config)
         self.default_sampling_params: dict[str, Any] = {}

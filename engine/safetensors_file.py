@@ -7,12 +7,15 @@ Invariant: what `read_header` returns is wholly there; a file cut short is a Val
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from raydata_llm.engine.shard import Cut, cut_shape
 
 _ELEMENT_SIZES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -34,11 +37,32 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class StoredTensor(TensorEntry):
-    """A tensor whose bytes are those of the file `path` from `start` up to `end`."""
+    """A tensor in the file `path`.
+
+    Args:
+        start, end: Its bytes; those of a part by columns begin at `start` and end before `end`, with gaps.
+        run: Bytes that lie together, and from one run's start to the next; None where all do.
+    """
 
     path: Path
     start: int
     end: int
+    run: tuple[int, int] | None = None
+
+
+def cut_stored(stored: StoredTensor, cut: Cut | None) -> StoredTensor:
+    """The part of a stored tensor: of a matrix, or of a vector."""
+    if cut is None:
+        return stored
+    shape = cut_shape(stored.shape, cut)
+    row_bytes = (stored.end - stored.start) // stored.shape[0]
+    if cut.dim == 0:
+        start, end = stored.start + cut.start * row_bytes, stored.start + cut.stop * row_bytes
+        return dataclasses.replace(stored, shape=shape, start=start, end=end)
+    element = row_bytes // stored.shape[1]
+    start, run = stored.start + cut.start * element, (cut.stop - cut.start) * element
+    end = start + (shape[0] - 1) * row_bytes + run
+    return dataclasses.replace(stored, shape=shape, start=start, end=end, run=(run, row_bytes))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

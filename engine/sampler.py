@@ -89,7 +89,7 @@ class Sampler:
             np.array([p.top_p for p in params], dtype=np.float32),
             np.array([p.min_p for p in params], dtype=np.float32),
             np.array([p.top_k for p in params]),
-            np.array([_output_key(sequence.request.key, sequence.index) for _, sequence in admitted]),
+            np.array([output_key(sequence.request.key, sequence.index) for _, sequence in admitted]),
         )
         self._temperature[slots] = temperature
         self._top_p[slots] = top_p
@@ -276,7 +276,7 @@ class _PenaltyPool:
         return self._in_prompt, self._counts
 
 
-def _output_key(key: int, index: int) -> int:
+def output_key(key: int, index: int) -> int:
     """The key of one of a request's n outputs, as a signed 64-bit integer."""
     mixed = (key + index * 0xD1342543DE82EF95) & 0xFFFFFFFFFFFFFFFF
     return mixed - (1 << 64) if mixed >> 63 else mixed

@@ -9,6 +9,9 @@ Steps may be launched before the tokens of earlier ones are read: a launched ste
 samples (`num_tokens`), and an end that is only seen in a token (EOS, a stop string) is noticed late. Invariants: blocks
 of sequences in slots are theirs until the sequence is finished, preempted or aborted; only steps launched later can be
 given them; preemption happens with no step in flight.
+
+A pipeline has as many steps in flight as stages, none of which waits for another's tokens: sequences are divided into
+lanes, one a stage, and steps take the lanes in turn.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ class SchedulerLimits:
         enable_chunked_prefill: Whether a prompt may be computed over several steps.
         enable_prefix_caching: Whether equal prefixes share blocks.
         share_prefixes: Whether decode rows with a common prefix are grouped.
+        num_lanes: Groups of sequences that take turns.
     """
 
     max_num_seqs: int
@@ -60,6 +64,7 @@ class SchedulerLimits:
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     share_prefixes: bool = False
+    num_lanes: int = 1
 
 
 class WaitingQueue:
@@ -125,8 +130,10 @@ class Scheduler:
         self._admission_is_due = False
         self._num_released = 0
         self._released: list[int] = []
-        self._decoding = np.zeros(limits.max_num_seqs, dtype=bool)
-        self._plan = self._plan_of(np.flatnonzero(self._decoding).astype(np.int32), version=0)
+        self._lane = 0
+        self._num_plans = limits.num_lanes
+        self._decoding = [np.zeros(limits.max_num_seqs, dtype=bool) for _ in range(limits.num_lanes)]
+        self._plans = [self._plan_of(_NO_INTS, version=lane) for lane in range(limits.num_lanes)]
 
     def add(self, sequence: Sequence) -> None:
         """Take a new sequence, whose tokens fit `max_model_len`."""
@@ -147,6 +154,14 @@ class Scheduler:
         Returns:
             None if there is nothing to launch before a step in flight is read.
         """
+        for _ in range(self.limits.num_lanes):
+            batch = self._schedule_lane(num_in_flight)
+            self._lane = (self._lane + 1) % self.limits.num_lanes
+            if batch is not None:
+                return batch
+        return None
+
+    def _schedule_lane(self, num_in_flight: int) -> ScheduledBatch | None:
         plan = self._decode_plan()
         while self._missing_decode_blocks(plan.slots) > 0:
             if num_in_flight:
@@ -230,12 +245,13 @@ class Scheduler:
         """The rows that decode; the last step's plan as long as they are the same."""
         table = self.table
         decoding = (table.num_computed >= table.prefill_end) & (table.num_tokens < table.max_tokens)
-        decoding &= table.seq_id >= 0
+        decoding &= (table.seq_id >= 0) & (table.lane == self._lane)
         # A slot that changes hands is out for at least the step of its new sequence's prefill.
-        if not np.array_equal(decoding, self._decoding):
-            self._decoding = decoding
-            self._plan = self._plan_of(np.flatnonzero(decoding).astype(np.int32), self._plan.version + 1)
-        return self._plan
+        if not np.array_equal(decoding, self._decoding[self._lane]):
+            self._decoding[self._lane] = decoding
+            self._plans[self._lane] = self._plan_of(np.flatnonzero(decoding).astype(np.int32), self._num_plans)
+            self._num_plans += 1
+        return self._plans[self._lane]
 
     def _plan_of(self, slots: IntArray, version: int) -> DecodePlan:
         table = self.table
@@ -273,7 +289,8 @@ class Scheduler:
     def _continue_prefills(self, budget: int) -> tuple[list[tuple[int, int, int]], int]:
         """Chunks (slot, start, count) of prompts that are part-way, oldest first, and what is left of the budget."""
         table = self.table
-        slots = np.flatnonzero((table.seq_id >= 0) & (table.num_computed < table.prefill_end))
+        part_way = (table.seq_id >= 0) & (table.num_computed < table.prefill_end) & (table.lane == self._lane)
+        slots = np.flatnonzero(part_way)
         chunks = []
         for slot in slots[np.argsort(table.admission[slots])].tolist():
             count = min(int(table.prefill_end[slot] - table.num_computed[slot]), budget)
@@ -294,7 +311,8 @@ class Scheduler:
         admission = Admission(self.table, self.blocks, self.lengths)
         self._num_released = 0
         self._admission_is_due = False
-        while budget > 0 and self.table.num_free_slots:
+        num_free = self._free_slots_in_lane()
+        while budget > 0 and len(admitted) < num_free:
             sequence = self.waiting.peek()
             if sequence is None:
                 return admitted
@@ -319,6 +337,14 @@ class Scheduler:
         self._admission_is_due = self.table.num_free_slots > 0
         return admitted
 
+    def _free_slots_in_lane(self) -> int:
+        free, lanes = self.table.num_free_slots, self.limits.num_lanes
+        if lanes == 1:
+            return free
+        # No lane takes more than its share: the others are to have as much work.
+        sharing = min(self.limits.max_num_seqs, self.table.num_running + self.num_waiting)
+        return min(free, -(-sharing // lanes) - self.table.num_running_in(self._lane))
+
     def _cached_blocks(self, sequence: Sequence) -> tuple[BlockArray, int]:
         """The blocks of the longest cached prefix of a waiting sequence, and its node."""
         if not self.limits.enable_prefix_caching:
@@ -335,7 +361,9 @@ class Scheduler:
         self.blocks.share(cached)
         fresh = self.blocks.allocate(self._num_blocks(len(sequence.token_ids)) - len(cached))
         blocks: BlockArray = np.concatenate([cached, fresh])
-        slot = self.table.occupy(sequence, blocks, num_shared=len(cached), node=node, admission=self._num_admissions)
+        slot = self.table.occupy(
+            sequence, blocks, num_shared=len(cached), node=node, admission=self._num_admissions, lane=self._lane
+        )
         sequence.num_cached_tokens = max(sequence.num_cached_tokens, len(cached) * self.limits.block_size)
         self._num_admissions += 1
         self._num_penalty_seqs += _uses_penalties(sequence)

@@ -113,6 +113,7 @@ class SequenceTable:
         self.max_tokens = np.zeros(num_slots, dtype=np.int32)
         self.min_tokens = np.zeros(num_slots, dtype=np.int32)
         self.admission = np.zeros(num_slots, dtype=np.int64)
+        self.lane = np.zeros(num_slots, dtype=np.int32)
         self.num_blocks = np.zeros(num_slots, dtype=np.int32)
         self.num_shared_blocks = np.zeros(num_slots, dtype=np.int32)
         # Blocks that others can share already, and the prefix cache's node of the last of them.
@@ -144,7 +145,13 @@ class SequenceTable:
         """The blocks that the slot's sequence holds, in order."""
         return self.block_table[slot, : self.num_blocks[slot]]
 
-    def occupy(self, sequence: Sequence, blocks: BlockArray, *, num_shared: int, node: int, admission: int) -> int:
+    def num_running_in(self, lane: int) -> int:
+        """Slots of a lane that a sequence runs in."""
+        return int(((self.seq_id != NO_SEQUENCE) & (self.lane == lane)).sum())
+
+    def occupy(
+        self, sequence: Sequence, blocks: BlockArray, *, num_shared: int, node: int, admission: int, lane: int = 0
+    ) -> int:
         """Put a sequence into a free slot.
 
         Args:
@@ -160,6 +167,7 @@ class SequenceTable:
         self.max_tokens[slot] = sequence.max_tokens
         self.min_tokens[slot] = sequence.num_prompt + sequence.request.sampling_params.min_tokens
         self.admission[slot] = admission
+        self.lane[slot] = lane
         self.num_blocks[slot] = len(blocks)
         self.num_shared_blocks[slot] = self.num_registered_blocks[slot] = num_shared
         self.prefix_node[slot] = node

@@ -102,12 +102,49 @@ class _Reader:
         # Cut at multiples of a piece in the file, so that no two pieces read the same block of the disk.
         inner = range(stored.start // PIECE_BYTES * PIECE_BYTES + PIECE_BYTES, stored.end, PIECE_BYTES)
         cuts = sorted({stored.start, *inner, stored.end})
-        pieces = [
-            self._threads.submit(self._load, file, start, target[start - stored.start : end - stored.start], free)
-            for start, end in pairwise(cuts)
-        ]
+        if stored.run is not None:
+            pieces = self._begin_runs(file, stored, stored.run, target, free)
+        else:
+            pieces = [
+                self._threads.submit(self._load, file, start, target[start - stored.start : end - stored.start], free)
+                for start, end in pairwise(cuts)
+            ]
         self.num_bytes_ahead += len(target)
         return _BegunTensor(name, tensor, pieces)
+
+    def _begin_runs(
+        self,
+        file: _File,
+        stored: StoredTensor,
+        run: tuple[int, int],
+        target: torch.Tensor,
+        free: torch.cuda.Event | None,
+    ) -> list[Future[torch.cuda.Event | None]]:
+        """Set the threads to work on a part by columns: some rows' runs at a time, one after the other in a buffer."""
+        run_bytes, stride = run
+        rows_at_once = max(1, PIECE_BYTES // run_bytes)
+        return [
+            self._threads.submit(
+                self._load_runs,
+                file,
+                range(stored.start + row * stride, stored.end, stride)[:rows_at_once],
+                target[row * run_bytes : (row + rows_at_once) * run_bytes],
+                free,
+            )
+            for row in range(0, stored.shape[0], rows_at_once)
+        ]
+
+    @torch.inference_mode()
+    def _load_runs(
+        self, file: _File, starts: range, target: torch.Tensor, free: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
+        buffer = self._buffers.get()
+        try:
+            buffer.wait()
+            file.read_runs(buffer.view, starts, len(target) // len(starts))
+            return buffer.copy_to(target, slice(0, len(target)), free)
+        finally:
+            self._buffers.put(buffer)
 
     def finish(self, begun: _BegunTensor) -> tuple[str, torch.Tensor]:
         """Wait until the tensor's pieces are read, and make the current stream wait for their copies."""
@@ -161,12 +198,26 @@ class _File:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self._path)) from error
             if count == 0:
-                raise ValueError(
-                    f"weight file {str(self._path)!r} is damaged: it was cut short to {position} bytes while it was "
-                    "read; download it again"
-                )
+                raise self._cut_short(position)
             position += count
         return slice(start - first, end - first)
+
+    def read_runs(self, view: memoryview, starts: range, run_bytes: int) -> None:
+        """Read the `run_bytes` bytes at each of `starts` into `view`, one run after the other."""
+        for place, start in enumerate(starts):
+            first = place * run_bytes
+            done = 0
+            while done < run_bytes:
+                count = os.preadv(self._descriptor, [view[first + done : first + run_bytes]], start + done)
+                if count == 0:
+                    raise self._cut_short(start + done)
+                done += count
+
+    def _cut_short(self, position: int) -> ValueError:
+        return ValueError(
+            f"weight file {str(self._path)!r} is damaged: it was cut short to {position} bytes while it was read; "
+            "download it again"
+        )
 
 
 class _Buffer:

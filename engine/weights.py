@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from raydata_llm.engine.gguf_file import GgufFile
 from raydata_llm.engine.model_files import ModelFiles, check_torch_file
 from raydata_llm.engine.parameter_check import DrawnParameters, Parameters, is_harmless_extra
-from raydata_llm.engine.safetensors_file import StoredTensor, read_header
+from raydata_llm.engine.safetensors_file import StoredTensor, cut_stored, read_header
+from raydata_llm.engine.shard import Cut, ModelShard
 from raydata_llm.engine.tensor_reader import read_tensors
 
 NamedTensor = tuple[str, torch.Tensor]
@@ -56,8 +57,11 @@ def load_weights(
     load_format: str = "auto",
     seed: int = 0,
     name_of: Callable[[str], str | None] = str,
+    shard: ModelShard | None = None,
 ) -> Iterator[NamedTensor]:
     """Yield every parameter of `config.parameter_shapes()` once, in any order, as `dtype` on `device`.
+
+    With a shard, its parts of its parameters alone, and of files no more is read than that.
 
     On the CPU a tensor of a safetensors file that already has `dtype` is a view of the file: copy it to keep it.
 
@@ -69,26 +73,40 @@ def load_weights(
         load_format: "dummy" draws the weights; any other takes those of `files`.
         seed: Of the dummy weights.
         name_of: The parameter's name by the file's; None for what is left out.
+        shard: What of the model is wanted.
 
     Raises:
         ValueError: for missing, unknown or wrongly shaped parameters, and for damaged or unsafe files.
     """
     if load_format == "dummy":
-        yield from _draw_weights(config, dtype=dtype, device=device, seed=seed)
+        yield from _draw_weights(config, dtype=dtype, device=device, seed=seed, shard=shard)
+        return
+    if shard is not None and shard.place.num_ranks > 1:
+        # A part fits the shard's shape whatever the whole is.
+        files.check_weights(config)
+        with closing(_read_shard(files, shard, device)) as parts:
+            yield from _fitting(parts, files, config, shard.shapes, dtype=dtype, device=device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         return
     with closing(_read_weights(files, config, device)) as weights:
         named = ((name_of(stored), tensor) for stored, tensor in weights)
         kept = ((name, tensor) for name, tensor in named if name is not None)
-        yield from _fitting(kept, files, config, dtype=dtype, device=device)
+        yield from _fitting(kept, files, config, config.parameter_shapes(), dtype=dtype, device=device)
     if device.type == "cuda":
         # What tensors on their way took: the KV cache is sized by what is free on the device.
         torch.cuda.empty_cache()
 
 
 def _fitting(
-    weights: Iterable[NamedTensor], files: ModelFiles, config: Parameters, *, dtype: torch.dtype, device: torch.device
+    weights: Iterable[NamedTensor],
+    files: ModelFiles,
+    config: Parameters,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[NamedTensor]:
-    shapes = config.parameter_shapes()
     pending = set(shapes)
     for name, tensor in weights:
         if name not in shapes:
@@ -118,6 +136,44 @@ def _read_weights(files: ModelFiles, config: Parameters, device: torch.device) -
         for name, tensor in _read_file(path):
             if not is_harmless_extra(name, config):
                 yield name, tensor
+
+
+def _read_shard(files: ModelFiles, shard: ModelShard, device: torch.device) -> Generator[NamedTensor, None, None]:
+    """The shard's parts of its parameters; the disk reads those alone."""
+    is_stored = all(path.suffix == ".safetensors" for path in files.weight_files)
+    if is_stored:
+        stored = stored_tensors(files.weight_files, shard.model)
+        wanted = (
+            (name, cut_stored(tensor, shard.parameters[name]), dtype)
+            for name, tensor, dtype in stored
+            if name in shard.parameters
+        )
+        yield from read_tensors(wanted, device)
+        return
+    for path in files.weight_files:
+        if path.suffix == ".gguf":
+            yield from _read_gguf_shard(path, shard)
+        else:
+            for name, tensor in _read_pickle(path):
+                if name in shard.parameters:
+                    yield name, take_part(tensor, shard.parameters[name])
+
+
+def _read_gguf_shard(path: Path, shard: ModelShard) -> Iterator[NamedTensor]:
+    file = GgufFile.open(path)
+    for name in file.entries():
+        if name not in shard.parameters:
+            continue
+        cut = shard.parameters[name]
+        if cut is not None and cut.dim == 0:
+            yield name, torch.from_numpy(file.read(name, slice(cut.start, cut.stop)))
+        else:
+            yield name, take_part(torch.from_numpy(file.read(name)), cut).contiguous()
+
+
+def take_part(tensor: torch.Tensor, cut: Cut | None) -> torch.Tensor:
+    """A view of the part."""
+    return tensor if cut is None else tensor.narrow(cut.dim, cut.start, cut.stop - cut.start)
 
 
 def _read_file(path: Path) -> Iterator[NamedTensor]:
@@ -174,15 +230,18 @@ def _read_pickle(path: Path) -> Iterator[NamedTensor]:
 
 
 def _draw_weights(
-    config: DrawnParameters, *, dtype: torch.dtype, device: torch.device, seed: int
+    config: DrawnParameters, *, dtype: torch.dtype, device: torch.device, seed: int, shard: ModelShard | None
 ) -> Iterator[NamedTensor]:
     for name, shape in config.parameter_shapes().items():
+        if shard is not None and name not in shard.parameters:
+            continue
         generator = torch.Generator(device).manual_seed(_name_seed(seed, name))
         weight = torch.empty(shape, dtype=torch.float32, device=device)
         weight.normal_(0.0, config.initializer_range, generator=generator)
         if name.lower().endswith("norm.weight"):
             weight += 1.0
-        yield name, weight.to(dtype)
+        # Drawn whole, so that the weights do not depend on the number of ranks.
+        yield name, take_part(weight, shard.parameters[name] if shard else None).to(dtype).contiguous()
 
 
 def _name_seed(seed: int, name: str) -> int:

@@ -158,8 +158,17 @@ def gumbel_noise(seeds: torch.Tensor, vocab_size: int) -> torch.Tensor:
     A 32-bit hash of v keyed by both halves of the seed (the rounds of Wellons' triple32, 2018), then the inverse of
     the distribution function. The uniform's small end, where float32 is fine, is what becomes large noise.
     """
+    return token_noise(seeds, torch.arange(vocab_size, dtype=torch.int32, device=seeds.device))
+
+
+def token_noise(seeds: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """`gumbel_noise` of some tokens alone, the same for all rows or each row's own: [N, C] float32.
+
+    Args:
+        token_ids: [C] or [N, C] int32.
+    """
     low, high = _as_int32(seeds)[:, None], _as_int32(seeds >> 32)[:, None]
-    x = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device) * -1640531527 + low  # 0x9E3779B9
+    x = token_ids * -1640531527 + low  # 0x9E3779B9
     x = (x ^ _shift32(x, 17)) * -312814405  # 0xED5AD4BB
     x = ((x ^ _shift32(x, 11)) + high) * -1404298415  # 0xAC4C1B51
     x = (x ^ _shift32(x, 15)) * 830770091  # 0x31848BAB

@@ -34,6 +34,7 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import Request
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.upload import upload
+from raydata_llm.engine.worker import Worker
 from tests.benchmarks.gpu_profile import profiled
 from tests.benchmarks.roofline import bound_s
 from tests.benchmarks.table import COLUMNS, table
@@ -59,7 +60,9 @@ class ForcedEnds:
 
     def __init__(self, engine: Engine, eos_token_id: int) -> None:
         self._engine = engine
-        self._sampler = engine._live_runner()._sampler
+        worker = engine._live_worker()
+        assert isinstance(worker, Worker) and worker._runner is not None
+        self._sampler = worker._runner._sampler
         self._sample = self._sampler.sample
         self._eos = eos_token_id
         self._lengths: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)

@@ -44,7 +44,7 @@ def no_waiting() -> Iterator[None]:
 def test_a_launch_never_waits(kind: str, enforce_eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = ModelRunner.launch
 
-    def strict(self: ModelRunner, batch: Any) -> LaunchedStep:
+    def strict(self: ModelRunner, batch: Any) -> LaunchedStep | None:
         with no_waiting():
             return launch(self, batch)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raydata_llm.engine import decoder
-from raydata_llm.engine import engine as engine_module
+from raydata_llm.engine import worker as worker_module
 from raydata_llm.engine.decoder import Decoder
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
@@ -76,7 +76,7 @@ def step_logits(model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, *, ref
 
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "logits", record)
-        patch.setattr(engine_module, "load_weights", load_rounded_weights)
+        patch.setattr(worker_module, "load_weights", load_rounded_weights)
         for name, op in REFERENCE_OPS.items() if reference_ops else ():
             patch.setattr(decoder, name, op)
         engine = Engine(

@@ -1,0 +1,90 @@
+"""Ranks as processes of this host.
+
+Owns how they are started: a fresh interpreter each, which runs nothing of the user's script, with this one's import
+path. Invariant: an engine that ends, ends them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.rank_gang import RankHandle
+from raydata_llm.engine.rank_line import LineAddress
+
+_CODE = "from raydata_llm.engine.rank_process import main; main()"
+
+
+class LocalRanks:
+    """Starts ranks here.
+
+    Args:
+        config: Says on what they run, and with how many threads.
+
+    Raises:
+        ValueError: for more ranks than there are GPUs.
+    """
+
+    host: str | None = None
+
+    def __init__(self, config: EngineConfig) -> None:
+        import torch
+
+        sizes = config.tensor_parallel_size, config.pipeline_parallel_size
+        num_ranks, num_gpus = sizes[0] * sizes[1], torch.cuda.device_count()
+        self._threads = config.num_threads
+        if config.device == "cpu" or (config.device == "auto" and num_gpus == 0):
+            return
+        if num_ranks > num_gpus:
+            raise ValueError(
+                f"tensor_parallel_size={sizes[0]} times pipeline_parallel_size={sizes[1]} is {num_ranks} ranks, and "
+                f"this machine has {num_gpus} GPU(s): choose sizes whose product is {num_gpus} or less, or "
+                "device='cpu'"
+            )
+
+    def launch(self, address: LineAddress, num_ranks: int) -> list[RankHandle]:
+        """Start the processes."""
+        threads = self._threads or max(1, (os.cpu_count() or 1) // num_ranks)
+        environment = {
+            # Threads that spin while they wait keep the other ranks' from running.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_NUM_THREADS": str(threads),
+            "GLOO_SOCKET_IFNAME": "lo",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        }
+        return [_LocalRank(address, rank, environment) for rank in range(num_ranks)]
+
+
+class _LocalRank:
+    def __init__(self, address: LineAddress, rank: int, environment: dict[str, str]) -> None:
+        # A session of its own: Ctrl-C is the engine's to take.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CODE],
+            stdin=subprocess.PIPE,
+            env=environment,
+            text=True,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        assert self._process.stdin is not None
+        told = {"address": address.address, "key": address.key, "rank": rank, "gpu": rank}
+        # By a pipe, as others may read a process's arguments.
+        self._process.stdin.write(json.dumps(told) + "\n")
+        self._process.stdin.close()
+
+    def end(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.wait()
+
+    def fate(self) -> str | None:
+        """How it ended."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        return f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"

@@ -1,0 +1,108 @@
+"""One rank: its share of the model, its KV cache, and the steps it runs.
+
+Owns the order of a start: weights, then room for KV, then, once it is settled how much all ranks have, cache, warm-up.
+Knows no requests. It is the same whether it is alone, in the engine's own process, or one of many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from raydata_llm.engine.batch import ScheduledBatch
+from raydata_llm.engine.decoder import Decoder, KVCache
+from raydata_llm.engine.device import choose_dtype
+from raydata_llm.engine.device_errors import explained
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.guides import Bitmask
+from raydata_llm.engine.kv_budget import Sizes, check_sizes, check_weights_fit, num_kv_blocks
+from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.model_files import ModelFiles
+from raydata_llm.engine.model_runner import LaunchedStep, ModelRunner
+from raydata_llm.engine.parallel import ParallelState
+from raydata_llm.engine.phases import announce
+from raydata_llm.engine.shard import ModelShard
+from raydata_llm.engine.weights import load_weights
+
+# Rows with penalties at once at most.
+MOST_PENALTY_SEQS = 256
+
+
+class Worker:
+    """Loads a rank's weights.
+
+    Args:
+        parallel: Who it is, where it runs, and the other ranks.
+
+    Raises:
+        ValueError: for settings that the model or the device cannot meet, with those that would do.
+    """
+
+    def __init__(
+        self, config: EngineConfig, files: ModelFiles, model_config: ModelConfig, parallel: ParallelState
+    ) -> None:
+        self._config = config
+        self.device = parallel.device
+        self._shard = ModelShard(model_config, parallel.place)
+        self._dtype = choose_dtype(config, model_config, self.device)
+        self.sizes: Sizes = check_sizes(config, model_config, self.device)
+        check_weights_fit(model_config, self._dtype, self.device, self._shard.shapes)
+        announce("loading the weights")
+        weights = load_weights(
+            files,
+            model_config,
+            dtype=self._dtype,
+            device=self.device,
+            load_format=config.load_format,
+            seed=config.seed,
+            shard=self._shard,
+        )
+        with explained("loading the weights", "use a smaller model, or a GPU with nothing else on it"):
+            self._decoder = Decoder(
+                model_config,
+                weights,
+                max_model_len=self.sizes.max_model_len,
+                dtype=self._dtype,
+                device=self.device,
+                parallel=parallel,
+            )
+        self._runner: ModelRunner | None = None
+
+    @property
+    def device_type(self) -> str:
+        """What it runs on."""
+        return self.device.type
+
+    @property
+    def is_speaker(self) -> bool:
+        """Whether it is the one that tells the engine what was sampled."""
+        return self._shard.place.is_last and self._shard.place.tp_rank == 0
+
+    def num_kv_blocks(self) -> int:
+        """Blocks that this rank has room for."""
+        announce("making room for the KV cache")
+        ranks = self._shard.place.num_ranks
+        return num_kv_blocks(self._config, self._shard.config, self.sizes, self._dtype, self.device, ranks)
+
+    def start(self, num_blocks: int) -> None:
+        """Take the memory for KV, and warm up."""
+        sizes = self.sizes
+        self._runner = ModelRunner(
+            self._decoder,
+            KVCache.allocate(self._shard.config, num_blocks, sizes.block_size, self._dtype, self.device),
+            num_slots=sizes.max_num_seqs,
+            max_blocks=-(-sizes.max_model_len // sizes.block_size),
+            block_size=sizes.block_size,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
+            num_penalty_rows=min(sizes.max_num_seqs, MOST_PENALTY_SEQS),
+            use_graphs=self.device.type == "cuda" and not self._config.enforce_eager,
+            share_prefixes=self._config.shares_prefixes,
+        )
+        announce("warming up")
+        with explained("capturing CUDA graphs", "set enforce_eager=True, or lower gpu_memory_utilization"):
+            self._runner.warm_up()
+
+    def launch(self, batch: ScheduledBatch, bitmask: Callable[[], Bitmask | None] | None = None) -> LaunchedStep | None:
+        """As `ModelRunner.launch`."""
+        if self._runner is None:
+            raise RuntimeError("the engine was shut down")
+        return self._runner.launch(batch, bitmask)
