@@ -175,7 +175,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"engine_kwargs": {"rope_scaling": {"factor": 2}}}, "set hf_overrides"),
     ({"engine_kwargs": {"task": "embed"}}, "task='embed' is not supported yet"),
     ({"engine_kwargs": {"data_parallel_size": 2}}, "data_parallel_size=2 is not supported yet: set concurrency"),
-    ({"engine_kwargs": {"tensor_parallel_size": 2}}, "tensor_parallel_size=2 is not supported yet"),
     ({"engine_kwargs": {"hf_token": "hf_canary"}}, "hf_token='***' is not supported yet: set the environment variable"),
     ({"engine_kwargs": {"max_nun_seqs": 8}}, "did you mean max_num_seqs?"),
     ({"has_image": True}, "has_image=True is not supported yet"),
