@@ -13,7 +13,7 @@ Owns the order of steps. Knows no rows and no Ray.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from raydata_llm.ledger_layout import (
     current_space,
     in_parallel,
     is_error_file,
+    read_ahead,
     read_entries,
     read_runs,
     token_of,
@@ -33,6 +34,9 @@ from raydata_llm.ledger_layout import (
 )
 from raydata_llm.ledger_promotion import finish_promotion, promote
 from raydata_llm.sink_storage import Storage
+
+# Entries of many short rows are hundreds of megabytes.
+_PIECE_BYTES = 4 << 20
 
 
 class RunSupersededError(RuntimeError):
@@ -134,27 +138,44 @@ class Ledger:
         size = storage.size(path)
         assert size is not None, "it counts"
         old = Entry(name, size)
-        self.commit(name, content, self.read_keys(old))
+        self.commit(name, content, self.storage.get(old.path(self.run.space)))
         if len(content) != size:
             self.storage.delete(old.path(self.run.space))
 
-    def read_keys(self, entry: Entry) -> bytes:
-        """The keys of a file's rows."""
-        return self.storage.get(entry.path(self.run.space))
+    def read_keys(self, entries: Iterable[Entry]) -> Iterator[bytes]:
+        """The keys of files' rows, in pieces of which a few are in memory."""
+        paths = [entry.path(self.run.space) for entry in entries]
+        sizes = self.storage.sizes(f"{FOLDER}/{self.run.space}")
+        pieces = [(path, start) for path in paths for start in range(0, sizes[path.rpartition("/")[2]], _PIECE_BYTES)]
+        return read_ahead(lambda piece: self.storage.get(*piece, length=_PIECE_BYTES), pieces)
 
     def open_file(self, name: str) -> Any:
         """A file that counts, to read from."""
         storage, path = self._place(name)
         return storage.open_file(path)
 
-    def finish(self, about: Mapping[str, Any]) -> None:
+    def finish(self, about: Mapping[str, Any], names: Collection[str]) -> None:
         """Make this space's files the visible ones, and only those that count.
+
+        Args:
+            about: What the space stands for, for people who look.
+            names: The files that hold the job's rows, this run's and earlier ones'.
 
         Raises:
             RunSupersededError: when a later run has begun.
+            FileNotFoundError: when files that counted are gone.
         """
         self.check_latest()
-        self._drop_stray_files()
+        entries = read_entries(self.storage, self.run.space)
+        files = {Entry(name, size) for name, size in self._file_sizes(self._tokens()).items()}
+        self._drop_stray_files(files - entries)
+        # A user may have deleted one, or a process of an earlier run may have replaced it too late and taken it back.
+        missing = set(names) - {file.name for file in files & entries}
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} files that the job had written are gone from {self.storage.label!r}, such as "
+                f"{min(missing)!r}: run it again, which does their rows anew"
+            )
         if self.staged:
             promote(self.storage, self.letters, self.run.space, about)
 
@@ -179,13 +200,10 @@ class Ledger:
         self._delete_files((sizes.keys() | {entry.name for entry in entries}) - {entry.name for entry in kept})
         return sorted(kept)
 
-    def _drop_stray_files(self) -> None:
+    def _drop_stray_files(self, files: Iterable[Entry]) -> None:
         """Delete what an earlier run wrote after this one had begun, and was killed before it took it back."""
-        entries = read_entries(self.storage, self.run.space)
-        files = {Entry(name, size) for name, size in self._file_sizes(self._tokens()).items()}
-        self._delete_files(
-            entry.name for entry in files - entries if self.storage.size(entry.path(self.run.space)) is None
-        )
+        # Looked at once more: an entry may be younger than the list that lacks it.
+        self._delete_files(file.name for file in files if self.storage.size(file.path(self.run.space)) is None)
 
     def _tokens(self) -> set[str]:
         """Of this run and those before it: other files are none of its business."""

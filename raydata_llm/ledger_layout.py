@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from raydata_llm.sink_storage import Storage
 
 _Value = TypeVar("_Value")
+_Result = TypeVar("_Result")
 
 FOLDER = "_raydata_llm"
 CURRENT = f"{FOLDER}/current.json"
@@ -112,3 +113,11 @@ def in_parallel(function: Callable[[_Value], object], values: Iterable[_Value]) 
     """Run a function that waits for a store on many values."""
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         list(pool.map(function, values))
+
+
+def read_ahead(function: Callable[[_Value], _Result], values: Sequence[_Value]) -> Iterator[_Result]:
+    """What a function that waits for a store makes of the values, in order; a few are under way or in memory."""
+    # A pool's `map` would hold all that it has read ahead, which may be everything.
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        for start in range(0, len(values), _REQUESTS_AT_ONCE):
+            yield from pool.map(function, values[start : start + _REQUESTS_AT_ONCE])

@@ -28,6 +28,8 @@ _TOKEN_BYTES = 8
 _CELL_BYTES = KEY_BYTES + _TOKEN_BYTES + 1
 _NO_TOKEN = b"-" * _TOKEN_BYTES
 
+Cells = np.ndarray[Any, np.dtype[np.uint8]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePlan:
@@ -62,8 +64,10 @@ class ResumePlan:
         keys = b"".join(map(self._key, requests, rows, made))
         broker = current_broker()
         token = _NO_TOKEN if broker is None else broker.token
-        cells = [keys[start : start + KEY_BYTES] + token + b"\0" for start in range(0, len(keys), KEY_BYTES)]
-        table = table.append_column(RESUME_COLUMN, pa.array(cells, pa.binary()))
+        cells = np.zeros((len(made), _CELL_BYTES), np.uint8)
+        cells[:, :KEY_BYTES] = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
+        cells[:, KEY_BYTES:-1] = np.frombuffer(token, np.uint8)
+        table = table.append_column(RESUME_COLUMN, _to_column(cells))
         return table if broker is None else table.filter(pa.array(~broker.done_before(keys)))
 
     def _key(self, request: RowRequest, row: Mapping[str, Any], made: Mapping[str, Any]) -> bytes:
@@ -103,8 +107,9 @@ class Carried(NamedTuple):
 
 def mark_failed(column: pa.ChunkedArray, failed: Sequence[bool]) -> pa.Array:
     """The reserved column, saying which rows are error rows."""
-    cells = column.to_pylist()
-    return pa.array([cell[:-1] + bytes([bad]) for cell, bad in zip(cells, failed, strict=True)], pa.binary())
+    cells = _to_cells(column).copy()
+    cells[:, -1] = failed
+    return _to_column(cells)
 
 
 def read_carried(column: pa.ChunkedArray, token: str) -> Carried:
@@ -113,12 +118,36 @@ def read_carried(column: pa.ChunkedArray, token: str) -> Carried:
     Args:
         column: Of a finished block.
         token: Of the run that asks.
+
+    Raises:
+        ValueError: when a row has none of the processor's cells.
     """
-    cells = column.to_pylist()
-    assert all(len(cell) == _CELL_BYTES for cell in cells), "made by `admit`"
-    keys = b"".join(cell[:KEY_BYTES] for cell in cells)
-    admitted = np.array([cell[KEY_BYTES:-1] == token.encode() for cell in cells], np.bool_)
-    return Carried(keys, admitted, np.array([bool(cell[-1]) for cell in cells], np.bool_))
+    cells = _to_cells(column)
+    own = np.frombuffer(token.encode(), np.uint8)
+    admitted = (cells[:, KEY_BYTES:-1] == own).all(1) if own.size == _TOKEN_BYTES else np.zeros(len(cells), np.bool_)
+    return Carried(cells[:, :KEY_BYTES].tobytes(), admitted, cells[:, -1] != 0)
+
+
+def _to_column(cells: Cells) -> pa.Array:
+    flat = pa.py_buffer(np.ascontiguousarray(cells))
+    # Not of a fixed size: Ray Data's joins and pandas know plain bytes.
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(_CELL_BYTES), len(cells), [None, flat]).cast(pa.binary())
+
+
+def _to_cells(column: pa.ChunkedArray) -> Cells:
+    if column.null_count:
+        raise ValueError(
+            f"{column.null_count} rows have nothing in the column {RESUME_COLUMN!r}, by which a job is resumed: rows "
+            "that are added after the processor (by a join or a union) cannot go into its folder; write them elsewhere"
+        )
+    fixed = column.cast(pa.binary(_CELL_BYTES))
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * _CELL_BYTES, chunk.offset * _CELL_BYTES)
+        for chunk in fixed.chunks
+        if len(chunk)
+    ]
+    flat = np.concatenate(chunks) if chunks else np.empty(0, np.uint8)
+    return flat.reshape(-1, _CELL_BYTES)
 
 
 def _digest(content: bytes) -> bytes:

@@ -8,10 +8,10 @@ Ray runs again skips the same rows. Owns the counts and the check that anything 
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,6 @@ BROKER_SETTING = "raydata_llm.resume_broker"
 _NAMESPACE = "raydata_llm"
 # Rows after which a run that meets none of the committed ones is stopped.
 _PROOF_ROWS = 10_000
-_READS_AT_ONCE = 16
 _NONE, _ALL = b"none", b"all"
 
 
@@ -58,19 +57,13 @@ class ResumeBroker:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._index = KeyIndex([])
-        self._answers: dict[Claimant, bytes] = {}
+        self._answers: dict[tuple[Claimant, bytes], bytes] = {}
         self._asked = self._found = 0
 
     def load(self, entries: Sequence[Entry]) -> int:
         """Read the keys of the files that count; returns how many there are."""
-        self._index = KeyIndex(self._read(entries))
+        self._index = KeyIndex(self._ledger.read_keys(entries))
         return self._index.size
-
-    def _read(self, entries: Sequence[Entry]) -> Iterator[bytes]:
-        # A few at a time: a pool's `map` would hold what it has read ahead, which may be all.
-        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            for start in range(0, len(entries), _READS_AT_ONCE):
-                yield from pool.map(self._ledger.read_keys, entries[start : start + _READS_AT_ONCE])
 
     def counts(self) -> Counts:
         """How many keys were committed, asked for and found so far."""
@@ -83,14 +76,16 @@ class ResumeBroker:
             ValueError: when rows are committed and none of the first 10,000 asked for is among them.
         """
         count = len(keys) // KEY_BYTES
-        if claimant not in self._answers:
+        # The keys too: a dataset put together from two that a processor made has two blocks of each number.
+        asked = claimant, hashlib.blake2b(keys, digest_size=8).digest()
+        if asked not in self._answers:
             mask = self._index.take(keys)
             self._asked, self._found = self._asked + count, self._found + int(mask.sum())
             # Nearly all blocks are wholly done or wholly new: two shared words instead of a bit a row.
-            self._answers[claimant] = _NONE if not mask.any() else _ALL if mask.all() else np.packbits(mask).tobytes()
+            self._answers[asked] = _NONE if not mask.any() else _ALL if mask.all() else np.packbits(mask).tobytes()
         if self._index.size and not self._found and self._asked >= _PROOF_ROWS:
             raise ValueError(nothing_matches(self.counts()))
-        answer = self._answers[claimant]
+        answer = self._answers[asked]
         return np.packbits(np.full(count, answer == _ALL)).tobytes() if answer in (_NONE, _ALL) else answer
 
 

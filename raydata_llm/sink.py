@@ -183,7 +183,7 @@ def _run_resumable(dataset: Dataset, plan: WritePlan, limits: FileLimits, resume
         skipped = ray.get(broker[1].counts.remote()).found
     finally:
         ray.kill(broker[1])
-    ledger.finish(resume.about)
+    ledger.finish(resume.about, {entry.name for entry in entries} | {file.name for file in writer.files})
     return _summary(plan, writer.files, skipped=skipped)
 
 

@@ -101,12 +101,13 @@ class Storage:
                     abort_uploads(self.filesystem, [self._path(name)])
             raise
 
-    def get(self, name: str) -> bytes:
-        """A whole file."""
+    def get(self, name: str, start: int = 0, *, length: int | None = None) -> bytes:
+        """A whole file, or a piece of it."""
 
         def read() -> bytes:
             with self.filesystem.open_input_file(self._path(name)) as stream:
-                return bytes(stream.read())
+                stream.seek(start)
+                return bytes(stream.read(length))
 
         return self._run(name, read)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from raydata_llm.ledger import Ledger, RunSupersededError
+from raydata_llm.ledger_index import KEY_BYTES
 from raydata_llm.ledger_layout import Entry, file_name, read_runs
 from raydata_llm.sink_storage import Storage
 
@@ -37,8 +38,19 @@ def test_what_one_run_committed_counts_in_the_next(tmp_path: Path) -> None:
     begin(tmp_path, "aaaaaaaa").commit(part("aaaaaaaa"), b"content", KEYS)
     ledger, entries = begin_with_entries(tmp_path, "bbbbbbbb")
     assert entries == [Entry(part("aaaaaaaa"), 7)]
-    assert ledger.read_keys(entries[0]) == KEYS
+    assert list(ledger.read_keys(entries)) == [KEYS]
     assert visible(tmp_path) == {part("aaaaaaaa")}
+
+
+def test_keys_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = begin(tmp_path, "aaaaaaaa")
+    lengths = [3, 0, 1, 40]
+    keys = [bytes(range(number, number + 1)) * KEY_BYTES * length for number, length in enumerate(lengths)]
+    for number, some in enumerate(keys):
+        ledger.commit(part("aaaaaaaa", number), b"content", some)
+    monkeypatch.setattr("raydata_llm.ledger._PIECE_BYTES", 2 * KEY_BYTES)
+    pieces = list(ledger.read_keys(Entry(part("aaaaaaaa", number), 7) for number in range(4)))
+    assert b"".join(pieces) == b"".join(keys) and max(map(len, pieces)) == 2 * KEY_BYTES
 
 
 def test_cut_writes_are_cleared_away_and_nothing_else_is(tmp_path: Path) -> None:
@@ -118,8 +130,8 @@ def test_of_two_runs_that_begin_at_once_one_goes_on(tmp_path: Path, monkeypatch:
     with pytest.raises(RunSupersededError):
         runs[1].commit(part("bbbbbbbb"), b"content", KEYS)
     with pytest.raises(RunSupersededError):
-        runs[1].finish({})
-    runs[0].finish({})
+        runs[1].finish({}, [])
+    runs[0].finish({}, [])
     assert visible(tmp_path) == {part("cccccccc")}
 
 
@@ -128,7 +140,7 @@ def test_a_run_of_another_space_ends_one_that_is_under_way(tmp_path: Path) -> No
     first.commit(part("aaaaaaaa"), b"old", KEYS)
     second = begin(tmp_path, "bbbbbbbb", space="other")
     second.commit(part("bbbbbbbb"), b"new", KEYS)
-    second.finish({})
+    second.finish({}, [])
     with pytest.raises(RunSupersededError):
         first.commit(part("aaaaaaaa", 1), b"old", KEYS)
     assert visible(tmp_path) == {part("bbbbbbbb")}
@@ -140,8 +152,40 @@ def test_a_write_that_came_through_after_a_later_run_began_is_dropped_at_its_end
     ledger.commit(part("bbbbbbbb"), b"content", KEYS)
     (tmp_path / part("aaaaaaaa")).write_bytes(b"same rows")
     (tmp_path / part("cccccccc")).write_bytes(b"of a later run, whose entry is not seen yet")
-    ledger.finish({})
+    ledger.finish({}, [])
     assert visible(tmp_path) == {part("bbbbbbbb"), part("cccccccc")}
+
+
+def test_a_file_that_is_gone_at_the_end_is_told_and_its_rows_come_anew(tmp_path: Path) -> None:
+    begin(tmp_path, "aaaaaaaa").commit(part("aaaaaaaa"), b"content", KEYS)
+    ledger, entries = begin_with_entries(tmp_path, "bbbbbbbb")
+    (tmp_path / part("aaaaaaaa")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 files that the job had written are gone .* run it again"):
+        ledger.finish({}, [entry.name for entry in entries])
+    assert begin_with_entries(tmp_path, "cccccccc")[1] == []
+
+
+def test_a_run_that_replaces_a_file_too_late_is_noticed_by_the_one_that_counts_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = begin(tmp_path, "aaaaaaaa")
+    first.commit(part("aaaaaaaa"), b"content", KEYS)
+    put, later = Storage.put, []
+
+    def slowly(self: Storage, name: str, content: object) -> None:
+        if name == part("aaaaaaaa"):
+            with monkeypatch.context() as patch:
+                patch.setattr(Storage, "put", put)
+                later.append(begin_with_entries(tmp_path, "bbbbbbbb"))
+        put(self, name, content)
+
+    monkeypatch.setattr(Storage, "put", slowly)
+    with pytest.raises(RunSupersededError):
+        first.replace(part("aaaaaaaa"), b"longer content")
+    ledger, entries = later[0]
+    assert entries == [Entry(part("aaaaaaaa"), 7)]
+    with pytest.raises(FileNotFoundError, match="run it again"):
+        ledger.finish({}, [entry.name for entry in entries])
 
 
 def test_error_rows_of_other_jobs_in_the_same_folder_stay(tmp_path: Path) -> None:
@@ -149,7 +193,7 @@ def test_error_rows_of_other_jobs_in_the_same_folder_stay(tmp_path: Path) -> Non
     for job, token in (("one", "aaaaaaaa"), ("two", "bbbbbbbb")):
         ledger = begin(tmp_path / job, token, letters=letters)
         ledger.commit(part(token, errors=True), b"bad", KEYS)
-        ledger.finish({})
+        ledger.finish({}, [])
     begin(tmp_path / "two", "cccccccc", letters=letters)
     assert visible(letters) == {part("aaaaaaaa", errors=True)}
 
@@ -168,7 +212,7 @@ def test_another_spaces_files_take_the_place_at_the_end_at_once(tmp_path: Path) 
         ledger.commit(part(token), b"content", KEYS)
         ledger.commit(part(token, 1, errors=True), b"bad", KEYS)
         assert visible(tmp_path) == {part("aaaaaaaa")} and visible(letters) == {part("aaaaaaaa", 1, errors=True)}
-    ledger.finish({})
+    ledger.finish({}, [])
     assert visible(tmp_path) == {part("bbbbbbbb")} and visible(letters) == {part("bbbbbbbb", 1, errors=True)}
 
 
@@ -177,7 +221,7 @@ def test_what_is_staged_counts_in_a_further_run(tmp_path: Path) -> None:
     begin(tmp_path, "bbbbbbbb", space="other").commit(part("bbbbbbbb"), b"new", KEYS)
     ledger, entries = begin_with_entries(tmp_path, "cccccccc", space="other")
     assert [entry.name for entry in entries] == [part("bbbbbbbb")]
-    ledger.finish({"model": "n"})
+    ledger.finish({"model": "n"}, [])
     assert visible(tmp_path) == {part("bbbbbbbb")}
     current = json.loads((tmp_path / "_raydata_llm" / "current.json").read_text())
     assert current == {"space": "other", "model": "n"}
@@ -211,7 +255,7 @@ def test_taking_the_place_goes_on_where_it_was_cut(
         patch.setattr(Storage, "move", dying(Storage.move))
         patch.setattr(Storage, "delete", dying(Storage.delete))
         with pytest.raises(KeyboardInterrupt):
-            ledger.finish({})
+            ledger.finish({}, [])
     found = {name.split("-")[1] for name in visible(tmp_path)}
     assert found in ({"aaaaaaaa"}, {"bbbbbbbb"}, set()), "never both"
     entries = begin_with_entries(tmp_path, "cccccccc", space="other")[1]

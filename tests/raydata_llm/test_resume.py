@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,27 @@ def test_error_rows_are_marked() -> None:
     requests = [RowRequest(np.array([number], np.int32), None, b"") for number in range(3)]
     table = PLAN.admit(pa.table({"x": range(3)}), requests, [{}] * 3, [{}] * 3)
     column = mark_failed(table.column(RESUME_COLUMN), [False, True, False])
-    carried = read_carried(pa.chunked_array([column]), "token")
+    carried = read_carried(pa.chunked_array([column]), "0a1b2c3d")
     assert carried.failed.tolist() == [False, True, False] and not carried.admitted.any()
     assert carried.keep(carried.failed).keys == carried.keys[KEY_BYTES : 2 * KEY_BYTES]
+
+
+def test_the_reserved_column_is_read_however_steps_in_between_cut_it() -> None:
+    requests = [RowRequest(np.array([number], np.int32), None, b"") for number in range(5)]
+    column = PLAN.admit(pa.table({"x": range(5)}), requests, [{}] * 5, [{}] * 5).column(RESUME_COLUMN)
+    column = pa.chunked_array([mark_failed(column, [False, True, False, False, True])])
+    whole = read_carried(column, "--------")
+    assert whole.admitted.all() and len(whole.keys) == 5 * KEY_BYTES
+    pieces = pa.chunked_array([column.chunk(0)[1:3], column.chunk(0)[:0], column.chunk(0)[4:]]).cast(pa.large_binary())
+    carried = read_carried(pieces, "--------")
+    assert carried.keys == whole.keep(np.array([False, True, True, False, True])).keys
+    assert carried.failed.tolist() == [True, False, True]
+    assert read_carried(column.slice(0, 0), "--------").keys == b""
+
+
+def test_rows_that_the_processor_never_saw_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 rows have nothing in the column .* write them elsewhere"):
+        read_carried(pa.chunked_array([[None]], pa.binary()), "0a1b2c3d")
 
 
 @pytest.mark.parametrize(
@@ -90,8 +109,8 @@ class KeptKeys:
     def __init__(self, *files: bytes) -> None:
         self._files = files
 
-    def read_keys(self, entry: Entry) -> bytes:
-        return self._files[entry.size]
+    def read_keys(self, entries: Iterable[Entry]) -> Iterator[bytes]:
+        return (self._files[entry.size] for entry in entries)
 
 
 def broker(*files: bytes) -> ResumeBroker:
@@ -116,6 +135,13 @@ def test_a_retried_task_gets_the_answer_it_had() -> None:
     assert bits(asked.claim(other, digits(2, 1)), 2) == [0, 1]
     assert bits(asked.claim(first, digits(2, 3, 2, 2)), 4) == [1, 0, 1, 0]
     assert asked.counts() == (3, 6, 3)
+
+
+def test_blocks_of_two_datasets_in_one_are_told_apart() -> None:
+    asked = broker(digits(1, 2))
+    claimant = Claimant("prepare", 0, 0)
+    assert bits(asked.claim(claimant, digits(1, 2)), 2) == [1, 1]
+    assert bits(asked.claim(claimant, digits(3, 4, 5)), 3) == [0, 0, 0]
 
 
 def test_ten_thousand_strangers_stop_the_job() -> None:
