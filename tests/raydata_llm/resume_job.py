@@ -83,6 +83,7 @@ def run(job: Mapping[str, Any]) -> WriteSummary:
         processor(ray.data.read_parquet(job["source"])),
         job["out"],
         filesystem=None if kind is None else disks[kind](**options),
+        file_bytes=job.get("file_bytes", 128 << 20),
         file_seconds=job.get("file_seconds", 0.7),
     )
 

@@ -36,6 +36,9 @@ ROOT = Path(__file__).parents[2]
 # Rows that are alike in every column come three times, in different blocks.
 IDS = [*range(180), *range(0, 180, 18), *range(0, 180, 18)]
 
+# So that a job has many files, however fast it is.
+A_FILE_A_BLOCK = {"file_bytes": 1}
+
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Stand]:
@@ -158,7 +161,7 @@ def test_a_driver_killed_at_ten_random_moments_leaves_every_row_once(start: Star
 )
 def test_a_driver_killed_between_the_ledgers_entry_and_the_file(start: Start, tmp_path: Path, after: bool) -> None:
     marker = tmp_path / "held"
-    job = start(disk=("holding", {"marker": str(marker), "after": after}))
+    job = start(disk=("holding", {"marker": str(marker), "after": after}), **A_FILE_A_BLOCK)
     wait_for(marker.exists, job)
     job.kill()
     before = Counter(ids_in(tmp_path / "out"))
@@ -192,7 +195,7 @@ def test_a_driver_told_to_stop_writes_what_is_finished(start: Start, tmp_path: P
 @pytest.mark.slow
 def test_a_full_disk_stops_the_job_in_plain_words_and_loses_nothing(job: dict[str, Any], tmp_path: Path) -> None:
     marker = tmp_path / "room"
-    job |= {"disk": ("full", {"marker": str(marker)})}
+    job |= {"disk": ("full", {"marker": str(marker)}), **A_FILE_A_BLOCK}
     with pytest.raises(OSError, match="the disk is full: make room, or write to another place, and run again"):
         run(job)
     marker.touch()
@@ -214,7 +217,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_a_disk_that_is_really_full_stops_the_job_and_loses_nothing(job: dict[str, Any], small_disk: Path) -> None:
-    job |= {"out": str(small_disk / "out")}
+    job |= {"out": str(small_disk / "out"), **A_FILE_A_BLOCK}
     with pytest.raises(OSError, match="the disk is full: make room, or write to another place, and run again"):
         run(job)
     before = Counter(ids_in(small_disk / "out"))
@@ -251,7 +254,7 @@ def test_a_store_that_is_busy_or_cut_off_for_a_while_loses_nothing(
 
 @pytest.mark.slow
 def test_a_store_that_is_lost_mid_write_is_resumed(start: Start, s3: S3Stand) -> None:
-    job = start(out=f"s3://{BUCKET}/lost/out")
+    job = start(out=f"s3://{BUCKET}/lost/out", **A_FILE_A_BLOCK)
     wait_for(lambda: len([key for key in s3.keys("lost/out/") if "/part-" in key]) >= 2, job)
     s3.fault = lambda method, path: "cut"
     time.sleep(2)
