@@ -2,7 +2,8 @@
 
     .venv/bin/python -m tests.benchmarks.bench_sink [--rows 200000] [--repeat 3] [--stores disk s3]
 
-Rows of text are made first and lie in the object store, so that nothing but the writing is timed; both take turns.
+Rows of text are made first and lie in the object store, so that nothing but the writing is timed; writers take turns.
+The resumable one has a ledger, whose actor it asks for every row.
 Printed per store and writer, as JSON: the best seconds, rows/s, MB/s of rows, files. Both read back whole, or it fails.
 """
 
@@ -29,16 +30,27 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import ray
 
-from raydata_llm import write_jsonl, write_parquet
+from raydata_llm import ResumeConfig, write_jsonl, write_parquet
+from raydata_llm.resume import PLAN_SETTING, ResumePlan
+from raydata_llm.row_payload import RowRequest
+from raydata_llm.sink_dataset import with_setting
 
 _BUCKET = "bench"
 _TEXT_WORDS = 100
 _PORT = 5077
+_RESUMABLE = "raydata_llm, resumable"
 _OBJECT_STORE = 800 << 20
+
+
+def write_resumable(dataset: ray.data.Dataset, path: str) -> None:
+    """As behind a processor with a `ResumeConfig`."""
+    write_parquet(with_setting(dataset, PLAN_SETTING, ResumePlan(config=ResumeConfig(path), about={})), path)
+
 
 WRITERS: dict[str, Callable[[ray.data.Dataset, str], Any]] = {
     "ray.data": lambda ds, path: ds.write_parquet(path),
     "raydata_llm": write_parquet,
+    _RESUMABLE: write_resumable,
     "raydata_llm, jsonl": write_jsonl,
 }
 
@@ -50,6 +62,13 @@ def make_rows(batch: dict[str, Any]) -> pa.Table:
     words = np.array([f"w{number:x}" for number in np.random.default_rng(0).integers(0, 1 << 20, 5000)])
     text = [" ".join(words[draw.integers(0, len(words), _TEXT_WORDS)]) for _ in ids]
     return pa.table({"id": ids, "text": text, "tokens": draw.integers(0, 500, len(ids))})
+
+
+def add_keys(table: pa.Table) -> pa.Table:
+    """The column that a processor leaves for the sink."""
+    requests = [RowRequest(None, None, b"")] * table.num_rows
+    plan = ResumePlan(config=ResumeConfig("any", key_column="id"), about={})
+    return plan.admit(table, requests, table.select(["id"]).to_pylist(), [{}] * table.num_rows)
 
 
 @contextmanager
@@ -72,7 +91,9 @@ def s3_server() -> Iterator[dict[str, str]]:
         server.wait()
 
 
-def measure(store: str, folder: Path, dataset: ray.data.Dataset, rows: int, repeat: int) -> Iterator[dict[str, Any]]:
+def measure(
+    store: str, folder: Path, dataset: ray.data.Dataset, with_keys: ray.data.Dataset, rows: int, repeat: int
+) -> Iterator[dict[str, Any]]:
     """The figures of each writer on one store."""
     seconds: dict[str, list[float]] = {name: [] for name in WRITERS}
     found: dict[str, tuple[int, int]] = {}
@@ -81,7 +102,7 @@ def measure(store: str, folder: Path, dataset: ray.data.Dataset, rows: int, repe
             place = f"{name.replace(', ', '-')}-{turn}"
             path = f"s3://{_BUCKET}/{place}" if store == "s3" else str(folder / place)
             started = time.perf_counter()
-            write(dataset, path)
+            write(with_keys if name == _RESUMABLE else dataset, path)
             seconds[name].append(time.perf_counter() - started)
             found[name] = check(path, rows, is_parquet="jsonl" not in name)
             shutil.rmtree(folder / place, ignore_errors=True)
@@ -120,8 +141,9 @@ def main() -> None:
         boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"]).create_bucket(Bucket=_BUCKET)
         rows = ray.data.range(arguments.rows, override_num_blocks=arguments.blocks)
         dataset = rows.map_batches(make_rows, batch_size=None).materialize()
+        with_keys = dataset.map_batches(add_keys, batch_format="pyarrow", batch_size=None).materialize()
         for store in arguments.stores:
-            for figures in measure(store, Path(folder), dataset, arguments.rows, arguments.repeat):
+            for figures in measure(store, Path(folder), dataset, with_keys, arguments.rows, arguments.repeat):
                 print(json.dumps(figures), flush=True)
 
 
