@@ -57,7 +57,7 @@ class ResumeBroker:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._index = KeyIndex([])
-        self._answers: dict[tuple[Claimant, bytes], bytes] = {}
+        self._answers: dict[bytes, bytes] = {}
         self._asked = self._found = 0
 
     def load(self, entries: Sequence[Entry]) -> int:
@@ -76,8 +76,9 @@ class ResumeBroker:
             ValueError: when rows are committed and none of the first 10,000 asked for is among them.
         """
         count = len(keys) // KEY_BYTES
-        # The keys too: a dataset put together from two that a processor made has two blocks of each number.
-        asked = claimant, hashlib.blake2b(keys, digest_size=8).digest()
+        # With the keys: a dataset put together from two that a processor made has two blocks of each number. And as a
+        # digest: there may be millions of blocks.
+        asked = hashlib.blake2b(keys, digest_size=16, key=repr(tuple(claimant)).encode()).digest()
         if asked not in self._answers:
             mask = self._index.take(keys)
             self._asked, self._found = self._asked + count, self._found + int(mask.sum())
