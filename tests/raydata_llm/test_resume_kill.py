@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,39 +117,40 @@ def wait_for(condition: Callable[[], object], job: Job, seconds: float = 60.0) -
         time.sleep(0.02)
 
 
-def check_whole(folder: Path) -> None:
-    assert Counter(ids_in(folder)) == Counter(IDS)
+def check_whole(folder: Path, ids: Sequence[int] = IDS) -> None:
+    assert Counter(ids_in(folder)) == Counter(ids)
     assert not [file for file in folder.rglob("*") if file.name.endswith((".part", ".staged"))]
     schemas = {str(pq.read_schema(file)) for file in folder.glob("*.parquet")}
     assert len(schemas) == 1
 
 
 def count_of(folder: Path) -> int:
-    return len(list(folder.glob("[!.]*")))
-
-
-def kill_and_resume(start: Start, folder: Path, kills: int) -> None:
-    moments: list[float] = []
-    there: list[int] = []
-    runs = Path(folder, "_raydata_llm", "runs")
-    for _ in range(kills):
-        known = count_of(runs)
-        job = start()
-        wait_for(lambda known=known: count_of(runs) > known, job)  # type: ignore[misc]
-        moments.append(round(random.uniform(0.0, 4.0), 1))
-        time.sleep(moments[-1])
-        job.kill()
-        there.append(len(ids_in(folder)))
-        assert not Counter(ids_in(folder)) - Counter(IDS), f"no row twice, at {moments}"
-    rows, skipped = start().summary()
-    logger.info("killed %s s after they began, with %s rows written; the last run wrote %d", moments, there, rows)
-    assert rows + skipped == len(IDS)
-    check_whole(folder)
+    return len(list(folder.glob("[!._]*")))
 
 
 @pytest.mark.slow
 def test_a_driver_killed_at_ten_random_moments_leaves_every_row_once(start: Start, tmp_path: Path) -> None:
-    kill_and_resume(start, tmp_path / "out", kills=10)
+    ids = [*range(600), *range(0, 600, 20), *range(0, 600, 20)]
+    pq.write_table(pa.table({"id": random.sample(ids, len(ids))}), tmp_path / "many.parquet")
+    out, runs = tmp_path / "out", tmp_path / "out" / "_raydata_llm" / "runs"
+    out.mkdir()
+    moments: list[str] = []
+    for number in range(10):
+        job = start(source=str(tmp_path / "many.parquet"))
+        # By turns anywhere in its start, and while it writes.
+        watched, most = (runs, 6.0) if number % 2 else (out, 1.5)
+        known = count_of(watched)
+        wait_for(lambda known=known, watched=watched: count_of(watched) > known, job)  # type: ignore[misc]
+        delay = random.uniform(0.0, most)
+        time.sleep(delay)
+        job.kill()
+        there = Counter(ids_in(out))
+        moments.append(f"{delay:.1f} s after its {'start' if number % 2 else 'first file'}: {there.total()} rows")
+        assert not there - Counter(ids), f"no row twice: {moments}"
+    rows, skipped = start(source=str(tmp_path / "many.parquet")).summary()
+    logger.info("killed %s; the last run wrote %d of %d", ", ".join(moments), rows, len(ids))
+    assert rows + skipped == len(ids) and rows and skipped
+    check_whole(out, ids)
 
 
 @pytest.mark.parametrize(
