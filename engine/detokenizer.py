@@ -24,6 +24,14 @@ class Tokenizer(Protocol):
         ...
 
 
+class TextEncoder(Protocol):
+    """What the engine needs of a tokenizer where a request names words."""
+
+    def encode(self, text: str, /, *, add_special_tokens: bool) -> Sequence[int]:
+        """Token ids of the text."""
+        ...
+
+
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int], params: SamplingParams) -> str:
     """Text of `token_ids`, as the request wants special tokens treated."""
     return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
@@ -76,7 +84,7 @@ class StopStringWatch:
         window = self._tail + fresh
         found = [(window.find(stop), stop) for stop in self._params.stop if stop in window]
         # min_tokens: what was written before an end is allowed does not count later either.
-        early = len(token_ids) < self._params.min_tokens
+        early = len(token_ids) <= self._params.min_tokens
         self._tail = "" if early else window[-(self._longest - 1) :] if self._longest > 1 else ""
         return None if early or not found else min(found)[1]
 

@@ -125,7 +125,7 @@ class Engine:
         self._num_computed_tokens = self._num_sampled_tokens = 0
         self._idle_clock = IdleClock()
         self._guides = Guides(
-            tokenizer, self.model_config.vocab_size, self._eos_token_ids, pinned=worker.device_type == "cuda"
+            config, tokenizer, self.model_config.vocab_size, self._eos_token_ids, device_type=worker.device_type
         )
 
     def add_request(self, request: Request) -> None:
@@ -141,9 +141,6 @@ class Engine:
         self._check_token_ids(request)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
-        if not self._unfinished:
-            self._idle_clock.work_arrived()
-        self._unfinished[request.request_id] = _UnfinishedRequest(request, prompt, [None] * params.n)
         room = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         eos = () if params.ignore_eos else self._eos_token_ids
         sequences = []
@@ -161,8 +158,12 @@ class Engine:
                 sequence.prompt_logprobs = [None]
             if params.stop and self._tokenizer is not None:
                 sequence.stop_watch = StopStringWatch(self._tokenizer, params)
+            self._guides.attach(sequence)
             self._next_seq_id += 1
             sequences.append(sequence)
+        if not self._unfinished:
+            self._idle_clock.work_arrived()
+        self._unfinished[request.request_id] = _UnfinishedRequest(request, prompt, [None] * params.n)
         if params.structured_outputs is not None:
             self._guides.hold(sequences)
             return
@@ -182,7 +183,7 @@ class Engine:
 
             def bitmask() -> Bitmask | None:
                 while self._in_flight:
-                    finished.extend(self._read_oldest())
+                    finished.extend(self._read_oldest(under_way=True))
                 return self._guides.bitmask(batch, self._scheduler.table)
 
             has_guided = bool(self._scheduler.table.guided[batch.sample_slots].any())
@@ -265,11 +266,12 @@ class Engine:
             raise RuntimeError("the engine was shut down")
         return self._worker
 
-    def _read_oldest(self) -> list[RequestOutput]:
+    def _read_oldest(self, *, under_way: bool = False) -> list[RequestOutput]:
+        """Read a step; `under_way`: the device has another one's forward pass to run."""
         batch, launched = self._in_flight.popleft()
         with explained(f"running a step of {batch.num_tokens} tokens", _STEP_REMEDY):
             token_ids, logprobs = launched.read()
-        if not self._in_flight:
+        if not self._in_flight and not under_way:
             self._idle_clock.steps_read()
         if logprobs is not None:
             self._add_logprobs(batch, token_ids.tolist(), logprobs)

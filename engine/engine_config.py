@@ -7,7 +7,7 @@ Knows no tensors (importing it must not import torch), so a driver can check a j
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -49,6 +49,9 @@ class EngineConfig:
         runner: "generate", "pooling" (embeddings, classes, scores), or "auto": what the model's files are made for.
         convert: "embed" leaves a classifier's head out, "classify" asks for one; "auto" takes what the config names.
         pooler_config: How a pooling model pools, such as {"pooling_type": "MEAN"}; None: as its files say.
+        reasoning_config: `reasoning_start_str` and `reasoning_end_str`, between which a model thinks, for
+            `thinking_token_budget`; what is left out is "<think>" and "</think>".
+        logits_processors: Classes, or "module:Class", as `logits_processor.py` describes.
         tensor_parallel_size: GPUs that split each layer.
         pipeline_parallel_size: GPUs that split the stack of layers.
 
@@ -82,6 +85,8 @@ class EngineConfig:
     convert: str = "auto"
     pooler_config: PoolerConfig | Mapping[str, Any] | None = None
     disable_custom_all_reduce: bool = False
+    reasoning_config: Mapping[str, str] = field(default_factory=dict)
+    logits_processors: Sequence[str | type[Any]] = ()
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
 
@@ -103,6 +108,11 @@ class EngineConfig:
         _check_choice("convert", self.convert, ("auto", "none", "embed", "classify"))
         object.__setattr__(self, "pooler_config", PoolerConfig.from_mapping(self.pooler_config))
         _check_device(self.device)
+        _check_reasoning(self.reasoning_config)
+        if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
+            raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")
+        if self.logits_processors and self.num_ranks > 1:
+            raise ValueError("logits_processors are run by engines of one GPU: leave tensor_parallel_size at 1")
 
     @property
     def shares_prefixes(self) -> bool:
@@ -172,6 +182,14 @@ def _check_integer(name: str, value: Any, *, low: int | None) -> None:
         raise ValueError(f"{name}={value!r} is not valid: give a whole number")
     if low is not None and value < low:
         raise ValueError(f"{name}={value!r} is not valid: give {low} or more")
+
+
+def _check_reasoning(config: Any) -> None:
+    known = {"reasoning_start_str", "reasoning_end_str", "reasoning_parser"}
+    named = isinstance(config, Mapping) and set(config) <= known
+    if not named or not all(isinstance(value, str) for value in config.values()):
+        remedy = 'give {"reasoning_start_str": ..., "reasoning_end_str": ...}'
+        raise ValueError(f"reasoning_config={config!r} is not valid: {remedy}")
 
 
 def _check_device(device: object) -> None:

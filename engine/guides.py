@@ -1,6 +1,7 @@
 """Outputs whose next token depends on those before it: what may be drawn is settled on the host.
 
-Owns the requests that wait for their grammar, outside the scheduler, and each step's bitmask of allowed tokens.
+Owns which guides a request has, the requests that wait for their grammar, outside the scheduler, and what each step's
+guided rows may draw: a bitmask of allowed tokens, and users' own functions of the logits.
 
 A guided row needs its last token on the host before its next draw, not before its next forward pass. So a step with
 guided rows is launched in two parts: the forward pass, at once; and, while the device runs it, the step before is read,
@@ -13,16 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from raydata_llm.engine.bad_words import BadWordsGuide, bad_word_tokens
 from raydata_llm.engine.batch import ScheduledBatch
+from raydata_llm.engine.bits import clear_bits
+from raydata_llm.engine.detokenizer import TextEncoder
+from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.grammar import GrammarCompiler, GrammarGuide, Words
+from raydata_llm.engine.logits_processor import load_logits_processors
 from raydata_llm.engine.sequence import Sequence, SequenceTable
+from raydata_llm.engine.thinking import Markers, ThinkingGuide
 
 # How long a step waits for a grammar when there is nothing else to do.
 _WAIT_SECONDS = 0.05
@@ -45,15 +53,17 @@ class Guide(Protocol):
 
 @dataclass(frozen=True)
 class Bitmask:
-    """Which tokens M of a step's sampled rows may draw.
+    """What M of a step's sampled rows may draw.
 
     Args:
         rows: [M] their numbers.
         words: [M, W] int32 on the host, a bit a token; pinned where a GPU reads it.
+        processors: Number of a row, and what is made of its logits, [V] float32.
     """
 
     rows: npt.NDArray[np.int64]
     words: torch.Tensor
+    processors: list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = field(default_factory=list)
 
 
 @dataclass
@@ -66,15 +76,29 @@ class Guides:
     """See the module's docstring.
 
     Args:
+        config: The engine's settings.
         tokenizer: The model's; None if it was left out.
-        pinned: Whether a GPU reads the masks.
+        device_type: Where logits are, as torch names it.
+
+    Raises:
+        ValueError: for `logits_processors` that cannot be loaded.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: tuple[int, ...], *, pinned: bool) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Any,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        *,
+        device_type: str,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._reasoning_config = config.reasoning_config
+        self._processors = load_logits_processors(config.logits_processors, vocab_size, torch.device(device_type))
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._pinned = pinned
+        self._pinned = device_type == "cuda"
         self._compiler: GrammarCompiler | None = None
         self._waiting: list[_Waiting] = []
 
@@ -82,6 +106,29 @@ class Guides:
     def any_waiting(self) -> bool:
         """Whether a request waits for its grammar."""
         return bool(self._waiting)
+
+    def attach(self, sequence: Sequence) -> None:
+        """Give a new sequence the guides that its request asks for, but for its grammar's.
+
+        Raises:
+            ValueError: for a request that cannot be guided.
+        """
+        params = sequence.request.sampling_params
+        if params.bad_words:
+            sequences = bad_word_tokens(self._encoder("bad_words"), params.bad_words)
+            sequence.guides.append(BadWordsGuide(sequences))
+        if params.thinking_token_budget is not None:
+            markers = Markers.of(self._encoder("thinking_token_budget"), self._reasoning_config)
+            prompt = sequence.token_ids[: sequence.num_prompt].tolist()
+            sequence.guides.append(ThinkingGuide(markers, params.thinking_token_budget, prompt))
+        made = (processor.new_request_processor(params) for processor in self._processors)
+        sequence.processors = [one for one in made if one is not None]
+
+    def _encoder(self, name: str) -> TextEncoder:
+        if self._tokenizer is None or not hasattr(self._tokenizer, "encode"):
+            raise ValueError(f"{name} needs the model's tokenizer: load it (skip_tokenizer_init=False)")
+        encoder: TextEncoder = self._tokenizer
+        return encoder
 
     def hold(self, sequences: list[Sequence]) -> None:
         """Keep a request's sequences until the grammar of its output is compiled."""
@@ -121,13 +168,16 @@ class Guides:
         words: Words = tensor.numpy()
         sequences = [table.sequences[slot] for slot in slots[rows].tolist()]
         self._fill_grammars(sequences, words)
-        for row, (slot, sequence) in enumerate(zip(slots[rows].tolist(), sequences, strict=True)):
+        processors: list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = []
+        for place, (row, slot, sequence) in enumerate(zip(rows.tolist(), slots[rows].tolist(), sequences, strict=True)):
             assert sequence is not None
             token_ids = table.output_token_ids(slot)
             for guide in sequence.guides:
-                guide.forbid(words[row], token_ids)
-            _forbid_early_end(words[row], sequence, len(token_ids))
-        return Bitmask(rows, tensor)
+                guide.forbid(words[place], token_ids)
+            _forbid_early_end(words[place], sequence, len(token_ids))
+            prompt = sequence.token_ids[: sequence.num_prompt].tolist() if sequence.processors else []
+            processors += [(row, partial(process, prompt, token_ids)) for process in sequence.processors]
+        return Bitmask(rows, tensor, processors)
 
     def shutdown(self) -> None:
         """Stop the threads."""
@@ -150,17 +200,11 @@ class Guides:
             self._compiler.fill(grammars, words)
 
 
-def forbid_tokens(words: Words, token_ids: tuple[int, ...]) -> None:
-    """Clear the bits of some tokens."""
-    ids = np.array(token_ids, dtype=np.int64)
-    np.bitwise_and.at(words.view(np.uint32), ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
-
-
 def _forbid_early_end(words: Words, sequence: Sequence, num_outputs: int) -> None:
     """No end before `min_tokens`, unless the output is complete: then nothing else is left."""
     if num_outputs < sequence.request.sampling_params.min_tokens and sequence.stop_token_ids:
         without = words.copy()
-        forbid_tokens(without, sequence.stop_token_ids)
+        clear_bits(without, sequence.stop_token_ids)
         if without.any():
             words[:] = without
 

@@ -125,12 +125,16 @@ class Sampler:
         slots = batch.sample_slots
         logprob_rows = np.flatnonzero(self._has_logprobs[slots])
         raw = logits[self._index(logprob_rows)] if len(logprob_rows) else None
-        if self._adjusted[slots].any() or self._penalties.any(slots):
+        has_processors = bitmask is not None and bitmask.processors
+        if self._adjusted[slots].any() or self._penalties.any(slots) or has_processors:
             logits = logits.float()
         self._adjust_(logits, slots, batch.sample_positions)
         self._penalties.apply_(logits, slots)
         if bitmask is not None:
-            apply_bitmask_(logits, bitmask.words.to(self._device, non_blocking=True), self._index(bitmask.rows))
+            for row, process in bitmask.processors:
+                logits[row] = process(logits[row])
+            words = bitmask.words.to(self._device, non_blocking=True)
+            apply_bitmask_(logits, words, self._index(bitmask.rows))
         tokens = self._draw(logits, slots, slots_on_device, positions)
         self._penalties.count(slots, tokens)
         return tokens, None if raw is None else self._logprobs(raw, tokens, logprob_rows, slots)
@@ -183,7 +187,7 @@ class Sampler:
                 )
                 biased, by = upload(self._device, token_ids, bias)
                 logits[row, biased] += by
-            if self._bans_end(sequence) and positions[row] + 1 < sequence.num_prompt + params.min_tokens:
+            if self._bans_end(sequence) and positions[row] < sequence.num_prompt + params.min_tokens:
                 logits[row].index_fill_(0, self._index(np.array(sequence.stop_token_ids)), float("-inf"))
 
     def _bans_end(self, sequence: Sequence) -> bool:

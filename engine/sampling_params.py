@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
@@ -42,6 +42,10 @@ class SamplingParams:
         include_stop_str_in_output: Keep the stop string in the text.
         logit_bias: Token id -> value added to its logit.
         allowed_token_ids: Only these tokens may be drawn.
+        bad_words: Words that the output may not hold.
+        thinking_token_budget: Tokens that the model may think for; then the end of its thinking is written. -1: any.
+        extra_args: For the engine's `logits_processors`.
+        skip_reading_prefix_cache: Compute the whole prompt.
         structured_outputs: The form of the output: `StructuredOutputsParams`, or a dict of its fields.
         guided_decoding: The same by its older name.
         truncate_prompt_tokens: Keep the last this many prompt tokens; -1 keeps what the model's length allows.
@@ -73,6 +77,10 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    thinking_token_budget: int | None = None
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
+    skip_reading_prefix_cache: bool = False
     structured_outputs: StructuredOutputsParams | None = None
     guided_decoding: StructuredOutputsParams | None = None
     truncate_prompt_tokens: int | None = None
@@ -84,7 +92,11 @@ class SamplingParams:
             _set(self, name, _number(name, getattr(self, name), low, high))
         for name in _FLAGS:
             _flag(name, getattr(self, name))
-        _set(self, "stop", _strings("stop", self.stop))
+        for name in ("stop", "bad_words"):
+            _set(self, name, _strings(name, getattr(self, name)))
+        if self.thinking_token_budget == -1:
+            _set(self, "thinking_token_budget", None)
+        _set(self, "extra_args", {} if self.extra_args is None else self.extra_args)
         _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
         for name in _OPTIONAL_TOKEN_IDS:
             if getattr(self, name) is not None:
@@ -112,6 +124,9 @@ class SamplingParams:
         named = self.logprob_token_ids
         remedy = f"name 1 to {_MOST_LOGPROB_TOKEN_IDS} tokens; logprobs=-1 returns all"
         _require(named is None or 0 < len(named) <= _MOST_LOGPROB_TOKEN_IDS, "logprob_token_ids", named, remedy)
+        _require(isinstance(self.extra_args, Mapping), "extra_args", self.extra_args, "give a dict")
+        budget = self.thinking_token_budget
+        _require(budget is None or budget >= 0, "thinking_token_budget", budget, "use -1 for any, or 0 or more")
         keep = self.truncate_prompt_tokens
         _require(keep is None or keep == -1 or keep >= 1, "truncate_prompt_tokens", keep, "use -1, or 1 or more")
         if self.stop:
@@ -167,12 +182,21 @@ class SamplingParams:
 
     def to_mapping(self) -> dict[str, Any]:
         """The fields that differ from the defaults, as plain JSON values (`from_mapping` undoes it)."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        values["extra_args"] = (dict(self.extra_args), {})
+        changed = {name: value for name, (value, default) in values.items() if value != default}
         return {name: _plain(value) for name, value in changed.items()}
 
 
 _FIELD_NAMES = {field.name for field in fields(SamplingParams)}
-_OPTIONAL_INTEGERS = ("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
+_OPTIONAL_INTEGERS = (
+    "seed",
+    "max_tokens",
+    "logprobs",
+    "prompt_logprobs",
+    "thinking_token_budget",
+    "truncate_prompt_tokens",
+)
 _INTEGERS = ("n", "top_k", "min_tokens", *_OPTIONAL_INTEGERS)
 _OPTIONAL_TOKEN_IDS = ("allowed_token_ids", "logprob_token_ids")
 _MOST_LOGPROB_TOKEN_IDS = 128
@@ -182,6 +206,7 @@ _FLAGS = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
+    "skip_reading_prefix_cache",
 )
 _RANGES = {
     "presence_penalty": (-2.0, 2.0),

@@ -190,7 +190,7 @@ class Scheduler:
         table.token_ids[slots, table.num_known[slots]] = tokens
         table.num_known[slots] += 1
         known = table.num_known[slots]
-        stopped = (tokens[:, None] == table.stop_ids[slots]).any(axis=1) & (known >= table.min_tokens[slots])
+        stopped = (tokens[:, None] == table.stop_ids[slots]).any(axis=1) & (known > table.min_tokens[slots])
         ended = stopped | (known >= table.max_tokens[slots])
         finished = []
         for row in np.flatnonzero(ended | table.watched[slots]).tolist():
@@ -353,7 +353,7 @@ class Scheduler:
             sequence.token_bytes = sequence.token_ids.tobytes()
         # The last known token is always computed: its hidden state is sampled from.
         limit = (len(sequence.token_ids) - 1) // self.limits.block_size
-        if sequence.lacks_prompt_logprobs:
+        if sequence.lacks_prompt_logprobs or sequence.request.sampling_params.skip_reading_prefix_cache:
             limit = 0
         return self.blocks.match(sequence.token_bytes, self._block_bytes, limit)
 

@@ -27,6 +27,7 @@ from raydata_llm.engine.request import FinishReason, Logprob, Request, TokenArra
 
 if TYPE_CHECKING:
     from raydata_llm.engine.guides import Guide
+    from raydata_llm.engine.logits_processor import RequestProcessor
 
 IntArray = npt.NDArray[np.int32]
 NO_SEQUENCE = -1
@@ -46,6 +47,7 @@ class Sequence:
         stop_token_ids: All token ids that end it.
         token_bytes: `token_ids` as the prefix cache compares them, made at the first admission attempt.
         guides: What says which tokens may follow its outputs.
+        processors: Users' own functions of its logits.
         error: Why it cannot go on, as `Type: message`.
         prompt_logprobs: None unless it is asked for them; else those that are known, None for the first position.
     """
@@ -64,6 +66,7 @@ class Sequence:
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     guides: list[Guide] = field(default_factory=list)
+    processors: list[RequestProcessor] = field(default_factory=list)
     error: str | None = None
     cumulative_logprob: float = 0.0
     aborted: bool = False
@@ -173,7 +176,7 @@ class SequenceTable:
         self.prefix_node[slot] = node
         self.may_stop[slot] = sequence.may_stop
         self.watched[slot] = sequence.stop_watch is not None or bool(sequence.guides)
-        self.guided[slot] = bool(sequence.guides)
+        self.guided[slot] = bool(sequence.guides or sequence.processors)
         self.token_ids[slot, :known] = sequence.token_ids
         self.block_table[slot, : len(blocks)] = blocks
         self._set_stop_ids(slot, sequence.stop_token_ids)

@@ -69,7 +69,7 @@ _LEFT_OUT_FOR = {
     "text, and the backend of grammars": """
         guided_decoding_backend guided_decoding_disable_additional_properties
         guided_decoding_disable_any_whitespace guided_decoding_disable_fallback
-        intial_incremental_detokenization_offset logits_processor_pattern max_logprobs reasoning_config
+        intial_incremental_detokenization_offset logits_processor_pattern max_logprobs
         reasoning_parser reasoning_parser_plugin renderer_num_workers structured_outputs_config
         tokenizer_pool_extra_config tokenizer_pool_size tokenizer_pool_type
         tokens_only
@@ -102,7 +102,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "hf_config_path": (None,),
     "hf_token": (None, False, True),
     "io_processor_plugin": (None,),
-    "logits_processors": (None, []),
     "logprobs_mode": (None, "raw_logprobs"),
     "lora_modules": (None, []),
     "override_generation_config": (None, {}),

@@ -1,0 +1,82 @@
+"""The thinking budget: an output that has thought for so many tokens is made to write the end of its thinking.
+
+Owns how the markers of thinking are found, in prompt and output. Thinking may begin in the prompt (templates open it);
+only tokens of the output count. Knows no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from raydata_llm.engine.bits import keep_only
+from raydata_llm.engine.detokenizer import TextEncoder
+
+_DEFAULT_START, _DEFAULT_END = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Markers:
+    """Tokens that open and close thinking, at least one each."""
+
+    start: list[int]
+    end: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: TextEncoder, reasoning_config: Mapping[str, str]) -> Markers:
+        """From the engine's `reasoning_config`; what it leaves out is `<think>` and `</think>`."""
+        texts = (
+            reasoning_config.get("reasoning_start_str") or _DEFAULT_START,
+            reasoning_config.get("reasoning_end_str") or _DEFAULT_END,
+        )
+        start, end = (list(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        if not start or not end:
+            raise ValueError(f"reasoning_config={dict(reasoning_config)!r} is not valid: its texts have no tokens")
+        return cls(start, end)
+
+
+class ThinkingGuide:
+    """Follows the thinking of one output.
+
+    Args:
+        budget: Tokens of thinking, from 0 on; the closing marker is not counted.
+        prompt: The prompt's tokens.
+    """
+
+    ended = False
+    error: str | None = None
+
+    def __init__(self, markers: Markers, budget: int, prompt: Sequence[int]) -> None:
+        self._markers = markers
+        self._budget = budget
+        self._num_thought = 0
+        # Tokens of the closing marker that are written already, once it is forced.
+        self._num_forced = 0
+        self._tail: list[int] = []
+        self._thinks = False
+        for token_id in prompt:
+            self._follow(token_id)
+        self._num_thought = 0
+
+    def advance(self, token_id: int) -> None:
+        """Take in a drawn token."""
+        if self._thinks and self._num_thought >= self._budget:
+            self._num_forced += 1
+        self._follow(token_id)
+
+    def forbid(self, words: npt.NDArray[np.int32], token_ids: list[int]) -> None:
+        """Allow nothing but the closing marker once the budget is spent."""
+        if self._thinks and self._num_thought >= self._budget:
+            keep_only(words, self._markers.end[self._num_forced])
+
+    def _follow(self, token_id: int) -> None:
+        start, end = self._markers.start, self._markers.end
+        self._num_thought += self._thinks
+        self._tail = [*self._tail, token_id][-max(len(start), len(end)) :]
+        if self._thinks and (self._tail[-len(end) :] == end or self._num_forced == len(end)):
+            self._thinks, self._num_forced = False, 0
+        elif not self._thinks and self._tail[-len(start) :] == start:
+            self._thinks, self._num_thought = True, 0
