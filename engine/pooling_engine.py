@@ -312,10 +312,7 @@ def _check_ids(name: str, ids: Any, count: int) -> None:
 
 def _sizes(config: EngineConfig, model: PoolingModel, device: torch.device) -> tuple[int, int, int]:
     """max_model_len, rows of a batch, tokens of a batch."""
-    on_gpu, longest = device.type == "cuda", model.context_length
-    max_model_len = config.max_model_len or min(model.max_seq_length or longest, longest)
-    if max_model_len > longest:
-        raise ValueError(f"max_model_len={max_model_len} is more than the model was made for: give {longest} or less")
+    on_gpu, max_model_len = device.type == "cuda", model.max_model_len(config)
     max_tokens = config.max_num_batched_tokens or max(max_model_len, 16384 if on_gpu else 4096)
     if max_tokens < max_model_len:
         raise ValueError(

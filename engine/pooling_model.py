@@ -121,6 +121,19 @@ class PoolingModel:
         """Tokens that a row may have; sentence-transformers' own limit only where nothing else is asked for."""
         return self.backbone.context_length
 
+    def max_model_len(self, config: EngineConfig) -> int:
+        """Tokens of a prompt at most, by the settings or sentence-transformers' files.
+
+        Raises:
+            ValueError: for more than the model was made for.
+        """
+        longest, wanted = self.context_length, config.max_model_len
+        if wanted is None:
+            return min(self.max_seq_length or longest, longest)
+        if wanted > longest:
+            raise ValueError(f"max_model_len={wanted} is more than the model was made for: give {longest} or less")
+        return wanted
+
     @property
     def initializer_range(self) -> float:
         """Standard deviation of dummy weights."""

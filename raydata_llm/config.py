@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from raydata_llm.config_model import ConfigModel, Flag, PositiveInt, PositiveNumber
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.pooled_rows import TASK_TYPES, TaskType
 from raydata_llm.replica_resources import bundle_resources, placement_group
 from raydata_llm.resume_config import ResumeConfig
 from raydata_llm.stage_config import (
@@ -65,7 +66,7 @@ class EngineProcessorConfig(ProcessorConfig):
     Args:
         model_source: A Hub id, a local folder, a GGUF file or an `s3://` folder.
         engine_kwargs: Settings of the engine, see `raydata_llm.engine.engine_config.EngineConfig`.
-        task_type: "generate".
+        task_type: "generate", or of a pooling model "embed", "classify" or "score".
         runtime_env: Of all tasks and replicas.
         resources_per_bundle: What Ray reserves for a replica, such as {"GPU": 1, "CPU": 2, "my_resource": 0.1}; None:
             a GPU where it runs on one, nothing else.
@@ -96,7 +97,7 @@ class EngineProcessorConfig(ProcessorConfig):
 
     model_source: str
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    task_type: str = "generate"
+    task_type: TaskType = "generate"
     runtime_env: dict[str, Any] | None = None
     resources_per_bundle: dict[str, float] | None = None
     max_concurrent_batches: PositiveInt | None = None
@@ -127,13 +128,11 @@ class EngineProcessorConfig(ProcessorConfig):
             )
         return os.fspath(value)
 
-    @field_validator("task_type")
+    @field_validator("task_type", mode="before")
     @classmethod
-    def _check_task_type(cls, value: str) -> str:
-        if value in ("embed", "classify", "score"):
-            raise ValueError(f"task_type={value!r} is not supported yet: only 'generate' is")
-        if value != "generate":
-            raise ValueError(f"task_type={value!r} is not valid: use 'generate'")
+    def _check_task_type(cls, value: object) -> object:
+        if value not in TASK_TYPES:
+            raise ValueError(f"task_type={value!r} is not valid: choose one of {', '.join(TASK_TYPES)}")
         return value
 
     @field_validator("resources_per_bundle", mode="before")
@@ -156,6 +155,11 @@ class EngineProcessorConfig(ProcessorConfig):
                 f"max_error_fraction={self.max_error_fraction} needs should_continue_on_error=True: without it the "
                 "first row that fails stops the job"
             )
+        runner = self.engine_kwargs.get("runner")
+        if runner not in (None, "auto", "generate" if self.task_type == "generate" else "pooling"):
+            raise ValueError(
+                f"engine_kwargs['runner']={runner!r} does not fit task_type={self.task_type!r}: leave the runner out"
+            )
         device = self.engine_config().device
         if device.startswith("cuda:"):
             raise ValueError(
@@ -169,7 +173,15 @@ class EngineProcessorConfig(ProcessorConfig):
         Raises:
             ValueError: for an unknown name or a bad value in `engine_kwargs`.
         """
-        return EngineConfig.from_mapping(self.model_source, self.engine_kwargs)
+        return EngineConfig.from_mapping(self.model_source, self.engine_settings)
+
+    @property
+    def engine_settings(self) -> dict[str, Any]:
+        """`engine_kwargs`, with what the task says."""
+        if self.task_type == "generate":
+            return self.engine_kwargs
+        settings = {"runner": "pooling", **self.engine_kwargs}
+        return {"convert": "embed", **settings} if self.task_type == "embed" else settings
 
     @property
     def replica_resources(self) -> Mapping[str, float] | None:

@@ -18,12 +18,15 @@ import pyarrow as pa
 
 from raydata_llm.block_memory import memory_of
 from raydata_llm.engine.detokenizer import output_text
+from raydata_llm.engine.pooling_params import PoolingTask
+from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequestOutput
 from raydata_llm.engine.request import CompletionOutput, Logprob, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.error_kinds import error_kinds
 from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
-from raydata_llm.output_table import OUTPUT_COLUMNS, OutputRows
+from raydata_llm.output_table import OUTPUT_COLUMNS, POOLED_COLUMNS, OutputRows
+from raydata_llm.pooled_rows import CONSUMED_COLUMNS, pooled_columns
 from raydata_llm.prepare import Row, RowFunction
 from raydata_llm.ray_blocks import block_number, block_part, block_rows, execution_id
 from raydata_llm.redaction import redact
@@ -47,8 +50,10 @@ from raydata_llm.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
+
 # What `preprocess` says to the engine alone; a dataset's own columns of these names stay.
-_CONSUMED = ("sampling_params", "tokenized_prompt", "tools")
+_CONSUMED = ("sampling_params", "tokenized_prompt", "tools", *CONSUMED_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,7 @@ class FinishPlan:
         keep_going: Turn failures into error rows instead of raising.
         max_error_fraction: The share of rows that may fail before the job is stopped.
         output_schema: The columns and types of the output; None takes those of the first good row.
+        task: Of a pooling model; None generates.
     """
 
     model_source: str
@@ -74,6 +80,7 @@ class FinishPlan:
     keep_going: bool = False
     max_error_fraction: float | None = None
     output_schema: pa.Schema | None = None
+    task: PoolingTask | None = None
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded once per process."""
@@ -106,6 +113,7 @@ def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None =
         with_error=plan.keep_going,
         wanted=plan.output_schema,
         known=memory.schema,
+        engine_columns=OUTPUT_COLUMNS if plan.task is None else POOLED_COLUMNS,
     )
     block = _Block(plan)
     for row, beside, request, output in zip(rows.inputs, carried, requests, outputs, strict=True):
@@ -172,6 +180,7 @@ class _Block:
 
     def __init__(self, plan: FinishPlan) -> None:
         self.batch_uuid = uuid.uuid4().hex
+        self.task = plan.task
         self._plan = plan
         self._tokenizer: Any = None
         self._tokens: dict[int, str] = {}
@@ -197,7 +206,9 @@ class _Block:
         return self._tokenizer
 
 
-def _engine_columns(row: RowOutput, output: RequestOutput, request: RowRequest, beside: Carried, block: _Block) -> Row:
+def _engine_columns(row: RowOutput, output: AnyOutput, request: RowRequest, beside: Carried, block: _Block) -> Row:
+    if not isinstance(output, RequestOutput):
+        return _pooled_columns(row, output, request, beside, block)
     params = _params(row.sampling_params)
     choices = [_choice(choice, params, block) for choice in output.outputs]
     first = choices[0]
@@ -225,6 +236,26 @@ def _engine_columns(row: RowOutput, output: RequestOutput, request: RowRequest, 
     }
     assert columns.keys() == OUTPUT_COLUMNS.keys() - {"outputs"}
     return columns if params.n == 1 else {**columns, "outputs": choices}
+
+
+def _pooled_columns(
+    row: RowOutput, output: PoolingRequestOutput[PoolingOutput], request: RowRequest, beside: Carried, block: _Block
+) -> Row:
+    assert request.prompt_token_ids is not None and output.outputs is not None, "it was answered"
+    prompt_token_ids = output.prompt_token_ids or request.prompt_token_ids.tolist()
+    columns = {
+        "prompt": beside.prompt,
+        "prompt_token_ids": prompt_token_ids,
+        "num_input_tokens": len(prompt_token_ids),
+        **pooled_columns(output.outputs, block.task),
+        "request_id": row.request_id,
+        "batch_uuid": block.batch_uuid,
+        "time_taken_llm": row.seconds,
+        "params": row.sampling_params,
+        ERROR_COLUMN: "",
+    }
+    assert columns.keys() == POOLED_COLUMNS.keys()
+    return columns
 
 
 @functools.lru_cache(maxsize=1024)

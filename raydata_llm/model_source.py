@@ -10,10 +10,15 @@ import logging
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.model_cache import fetch_model
 from raydata_llm.remote_model import RemoteModel, wanted_files
+
+if TYPE_CHECKING:
+    from raydata_llm.engine.model_files import ModelFiles
+    from raydata_llm.engine.pooling_params import PoolingTask
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +52,7 @@ def resolve_model(model_source: str, *, weights: bool = True, load_format: str =
     return _fetch_from_hub(model_source, weights=weights, load_format=load_format)
 
 
-def check_model(model_source: str, engine_config: EngineConfig) -> None:
+def check_model(model_source: str, engine_config: EngineConfig, task: PoolingTask | None = None) -> None:
     """Check what a driver can, without torch, without weights and before any GPU is taken.
 
     The config is translated, max_model_len is compared with it, and so are the weights' names, shapes and file
@@ -57,10 +62,11 @@ def check_model(model_source: str, engine_config: EngineConfig) -> None:
         ValueError: naming the field, its value and the remedy.
     """
     if isinstance(model_source, str) and is_remote(model_source):
-        _check_remote(model_source, engine_config)
+        _check_remote(model_source, engine_config, task)
         return
     path = resolve_model(model_source, weights=False)
-    _check_files(path, engine_config, load_format=engine_config.load_format if _is_local(model_source) else "dummy")
+    load_format = engine_config.load_format if _is_local(model_source) else "dummy"
+    _check_files(path, engine_config, load_format=load_format, task=task)
 
 
 def is_remote(model_source: str) -> bool:
@@ -88,10 +94,13 @@ def _check_folder(model_source: str, path: str) -> str:
     return path
 
 
-def _check_files(path: str, engine_config: EngineConfig, *, load_format: str) -> None:
+def _check_files(path: str, engine_config: EngineConfig, *, load_format: str, task: PoolingTask | None = None) -> None:
     from raydata_llm.engine.model_files import ModelFiles
 
     files = ModelFiles.open(path, load_format=load_format, hf_overrides=engine_config.hf_overrides)
+    if task is not None:
+        _check_pooling(files, engine_config, task)
+        return
     model_config = files.model_config()
     files.check_weights(model_config)
     longest, wanted = model_config.context_length, engine_config.max_model_len
@@ -102,12 +111,25 @@ def _check_files(path: str, engine_config: EngineConfig, *, load_format: str) ->
         )
 
 
-def _check_remote(uri: str, engine_config: EngineConfig) -> None:
+def _check_pooling(files: ModelFiles, engine_config: EngineConfig, task: PoolingTask) -> None:
+    from raydata_llm.engine.pooling_model import PoolingModel
+
+    model = PoolingModel.open(files, engine_config)
+    if task not in model.tasks:
+        raise ValueError(
+            f"task_type={task!r} does not fit this {model.architecture}, which does {', '.join(model.tasks)}: "
+            "choose another task_type or model"
+        )
+    files.check_weights(model, model.parameter_name)
+    model.max_model_len(engine_config)
+
+
+def _check_remote(uri: str, engine_config: EngineConfig, task: PoolingTask | None) -> None:
     remote = RemoteModel(uri)
     with tempfile.TemporaryDirectory(prefix="raydata_llm-") as folder:
         path = _outline(remote, Path(folder), engine_config.load_format)
         try:
-            _check_files(path, engine_config, load_format=engine_config.load_format)
+            _check_files(path, engine_config, load_format=engine_config.load_format, task=task)
         except ValueError as error:
             raise ValueError(str(error).replace(path, uri)) from error
 

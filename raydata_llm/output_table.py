@@ -60,6 +60,22 @@ OUTPUT_COLUMNS: dict[str, pa.DataType] = {
 }
 
 
+# The same of a row of a pooling model.
+POOLED_COLUMNS: dict[str, pa.DataType] = {
+    "prompt": pa.string(),
+    "prompt_token_ids": pa.list_(pa.int32()),
+    "num_input_tokens": pa.int64(),
+    "embeddings": pa.list_(pa.float32()),
+    "probs": pa.list_(pa.float32()),
+    "score": pa.float64(),
+    "request_id": pa.int64(),
+    "batch_uuid": pa.string(),
+    "time_taken_llm": pa.float64(),
+    "params": pa.string(),
+    ERROR_COLUMN: pa.string(),
+}
+
+
 class OutputRows:
     """Collects a block's finished rows and makes their table.
 
@@ -70,6 +86,7 @@ class OutputRows:
         with_error: Whether good rows say that they are (`__inference_error__` is then part of the schema).
         wanted: The columns and types that the user asked for; None takes what good rows have.
         known: The schema of an earlier block, for one without a good row.
+        engine_columns: What the engine adds to a row.
     """
 
     def __init__(
@@ -81,6 +98,7 @@ class OutputRows:
         with_error: bool,
         wanted: pa.Schema | None = None,
         known: pa.Schema | None = None,
+        engine_columns: Mapping[str, pa.DataType] = OUTPUT_COLUMNS,
     ) -> None:
         self.inputs = inputs
         self.errors: list[str | None] = []
@@ -90,6 +108,7 @@ class OutputRows:
         self._with_error = with_error
         self._wanted = None if wanted is None else _with_error_column(wanted, with_error)
         self._known = known
+        self._engine_columns = engine_columns
 
     def add(self, row: Row) -> None:
         """Append a finished row.
@@ -121,8 +140,8 @@ class OutputRows:
     def _names(self) -> list[str]:
         if self._keep_all:
             names = _keys(self._rows)
-            made = [name for name in names if name not in OUTPUT_COLUMNS]
-            engine = [name for name in OUTPUT_COLUMNS if name != "outputs" or name in names]
+            made = [name for name in names if name not in self._engine_columns]
+            engine = [name for name in self._engine_columns if name != "outputs" or name in names]
             return list(dict.fromkeys([*self._source.column_names, *made, *engine]))
         good = [row for row, error in zip(self._rows, self.errors, strict=True) if error is None]
         return _keys(good) if good else [*self._source.column_names, ERROR_COLUMN]
@@ -132,8 +151,8 @@ class OutputRows:
         own = self._source.column(name) if name in self._source.column_names else None
         if own is not None and self._unchanged(name, values, own.type):
             return own
-        if name in OUTPUT_COLUMNS:
-            typed = _typed(name, values)
+        if name in self._engine_columns:
+            typed = _typed(name, values, self._engine_columns[name])
             if typed is not None:
                 return typed
         good = [value for value, error in zip(values, self.errors, strict=True) if error is None]
@@ -217,11 +236,11 @@ def _is_mutable(kind: pa.DataType) -> bool:
     return bool(pat.is_nested(kind) or isinstance(kind, pa.BaseExtensionType))
 
 
-def _typed(name: str, values: Sequence[Any]) -> pa.ChunkedArray | None:
+def _typed(name: str, values: Sequence[Any], kind: pa.DataType) -> pa.ChunkedArray | None:
     """The values in the engine's own type; None when `postprocess` put something else under the name."""
     try:
         plain = [None if value is None else _plain(name, value) for value in values]
-        return pa.chunked_array([pa.array(plain, type=OUTPUT_COLUMNS[name])])
+        return pa.chunked_array([pa.array(plain, type=kind)])
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError, KeyError, AttributeError):
         return None
 

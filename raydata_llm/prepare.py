@@ -7,6 +7,7 @@ that is resumed leaves out the rows that are done.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.model_files import ModelFiles
+from raydata_llm.engine.pooling_model import PoolingModel
+from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
 from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
+from raydata_llm.pooled_rows import PooledTexts, is_pair, read_pooling
+from raydata_llm.pooling_prompts import PooledPrompt
 from raydata_llm.ray_blocks import block_number, block_part, block_rows
 from raydata_llm.resume import ResumePlan
 from raydata_llm.row_key import row_digest
@@ -52,6 +59,8 @@ class PreparePlan:
         tokenize: Off, `tokenized_prompt` is taken before anything else.
         keep_going: Turn failures into error rows instead of raising.
         resume: Leave out rows that are committed.
+        task: Of a pooling model; None generates.
+        engine: The engine's settings, for a pooling model.
     """
 
     model_source: str
@@ -64,6 +73,15 @@ class PreparePlan:
     tokenize: bool = True
     keep_going: bool = False
     resume: ResumePlan | None = None
+    task: PoolingTask | None = None
+    engine: EngineConfig | None = None
+
+    def max_model_len(self) -> int:
+        """What a pooling model takes, as its files and the settings say."""
+        assert self.engine is not None, "a plan with a task has the engine's settings"
+        path = resolve_model(self.model_source, weights=False)
+        files = ModelFiles.open(path, load_format="dummy", hf_overrides=self.engine.hf_overrides)
+        return PoolingModel.open(files, self.engine).max_model_len(self.engine)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded once per process; None if there is none."""
@@ -83,6 +101,8 @@ class _Draft:
     templated: bool = False
     token_ids: Any = None
     error: str | None = None
+    pooling: PoolingParams | None = None
+    token_types: list[int] | None = None
 
     @property
     def columns(self) -> Row:
@@ -110,11 +130,11 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
     for draft in drafts:
         _attempt(draft, plan, "preprocess", lambda draft: _preprocess(draft, plan.preprocess))
         _attempt(draft, plan, "chat template", lambda draft: _choose_prompt(draft, plan, tokenizer))
-    _tokenize(drafts, plan, tokenizer)
-    requests = [
-        RowRequest(draft.token_ids, columns.get("sampling_params"), row_digest(columns), draft.error)
-        for draft, columns in ((draft, draft.columns) for draft in drafts)
-    ]
+    if plan.task is None:
+        _tokenize(drafts, plan, tokenizer)
+    else:
+        _tokenize_whole(drafts, plan, tokenizer)
+    requests = [_request(draft, draft.columns) for draft in drafts]
     table = append_packed(table, REQUEST_COLUMN, requests)
     table = append_tickets(table, TICKET_COLUMN, requests)
     table = append_packed(table, CARRIED_COLUMN, [Carried(draft.made, draft.prompt) for draft in drafts])
@@ -124,6 +144,14 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
     if stats_sender is not None and table.num_rows < len(drafts):
         stats_sender.skip_rows((block_number(), block_part()), len(drafts) - table.num_rows)
     return table
+
+
+def _request(draft: _Draft, columns: Row) -> RowRequest:
+    digest = row_digest(columns)
+    if draft.pooling is None:
+        return RowRequest(draft.token_ids, columns.get("sampling_params"), digest, draft.error)
+    types = None if draft.token_types is None else np.asarray(draft.token_types, dtype=np.int32)
+    return RowRequest(draft.token_ids, None, digest, draft.error, draft.pooling.to_mapping(), types)
 
 
 def _attempt(draft: _Draft, plan: PreparePlan, stage: str, step: Callable[[_Draft], None]) -> None:
@@ -149,6 +177,8 @@ def _preprocess(draft: _Draft, preprocess: RowFunction | None) -> None:
 
 def _choose_prompt(draft: _Draft, plan: PreparePlan, tokenizer: Any) -> None:
     columns = draft.columns
+    if plan.task == "score" and is_pair(columns) and not plan.skip_tokenizer:
+        return
     given = {name for name in ("messages", "prompt", "tokenized_prompt") if columns.get(name) is not None}
     prefer_ids = not plan.tokenize or plan.skip_tokenizer or given == {"tokenized_prompt"}
     if "tokenized_prompt" in given and prefer_ids:
@@ -204,6 +234,29 @@ def _tokenize(drafts: Sequence[_Draft], plan: PreparePlan, tokenizer: Any) -> No
         except Exception:  # one bad text fails the whole call: find it
             for draft in group:
                 _attempt(draft, plan, "tokenize", lambda draft: _encode([draft], tokenizer))
+
+
+def _tokenize_whole(drafts: Sequence[_Draft], plan: PreparePlan, tokenizer: Any) -> None:
+    """For a pooling model: pairs of texts too, and cut where a row asks for it."""
+    task = plan.task
+    assert task is not None
+
+    def read(draft: _Draft) -> None:
+        draft.pooling = read_pooling(draft.columns, task)
+
+    for draft in drafts:
+        _attempt(draft, plan, "pooling_params", read)
+    texts = [d for d in drafts if d.error is None and d.token_ids is None and d.pooling is not None]
+    encoder = PooledTexts(tokenizer, plan.max_model_len()) if texts else None
+    rows = [(draft.columns, draft.prompt, draft.pooling) for draft in texts if draft.pooling is not None]
+    for draft, prompt in zip(texts, [] if encoder is None else encoder.encode(rows), strict=True):
+        _attempt(draft, plan, "tokenize", functools.partial(_take_encoded, prompt))
+
+
+def _take_encoded(prompt: PooledPrompt, draft: _Draft) -> None:
+    if prompt.error is not None:
+        raise ValueError(prompt.error.removeprefix("ValueError: "))
+    draft.token_ids, draft.token_types = np.asarray(prompt.token_ids, dtype=np.int32), prompt.token_types
 
 
 def _encode(group: Sequence[_Draft], tokenizer: Any) -> None:

@@ -18,6 +18,7 @@ from raydata_llm.config import EngineProcessorConfig, ProcessorConfig
 from raydata_llm.dispatch_plan import DispatchPlan, ReplicaPlan
 from raydata_llm.finish import FinishPlan, finish
 from raydata_llm.model_source import check_model
+from raydata_llm.pooled_rows import pooling_task
 from raydata_llm.prepare import PreparePlan, RowFunction, prepare
 from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
 from raydata_llm.ray_operators import dispatcher_options, map_blocks, replica_options, task_options, with_own_context
@@ -76,6 +77,8 @@ class Processor:
             tokenize=tokenize.enabled,
             keep_going=config.should_continue_on_error,
             resume=resume_plan(config),
+            task=pooling_task(config.task_type),
+            engine=None if config.task_type == "generate" else engine,
         )
         self._finish_plan = FinishPlan(
             model_source=detokenize.model_source or config.model_source,
@@ -86,6 +89,7 @@ class Processor:
             keep_going=config.should_continue_on_error,
             max_error_fraction=config.max_error_fraction,
             output_schema=_checked_schema(output_schema),
+            task=pooling_task(config.task_type),
         )
         self._prepare_options = task_options("preprocess_map_kwargs", preprocess_map_kwargs, [chat, tokenize], config)
         self._finish_options = task_options("postprocess_map_kwargs", postprocess_map_kwargs, [detokenize], config)
@@ -216,7 +220,7 @@ def build_llm_processor(
         chat_template_kwargs=_chat_template_kwargs(builder_kwargs or {}),
         output_schema=output_schema,
     )
-    check_model(config.model_source, config.engine_config())
+    check_model(config.model_source, config.engine_config(), task=pooling_task(config.task_type))
     return processor
 
 

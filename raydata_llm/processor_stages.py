@@ -36,6 +36,8 @@ _STAGES = (
             "prompt": "text, where there are no messages or the chat template stage is off",
             "tokenized_prompt": "token ids, where there is neither or the tokenise stage is off",
             "sampling_params": "optional: a dict of sampling parameters",
+            "data_1, data_2": "the two texts of a pair, for task_type='score'",
+            "pooling_params, tokenization_kwargs": "optional: dicts, for pooling models",
         },
         peers=("PrepareMultimodalStage", "PrepareImageStage", "ChatTemplateStage", "TokenizeStage"),
     ),

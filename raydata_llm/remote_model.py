@@ -15,6 +15,9 @@ from typing import Any
 
 _METADATA_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _TEMPLATE_FOLDER = "additional_chat_templates"
+# Sentence-transformers' word on how a model pools.
+_POOLING_FOLDER = "1_Pooling"
+_FOLDERS = (_TEMPLATE_FOLDER, _POOLING_FOLDER)
 _CREDENTIAL_ERRORS = (
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY",
@@ -71,7 +74,7 @@ class RemoteModel:
             info = self._filesystem.get_file_info(path)
             return {PurePosixPath(path).name: info} if info.type == FileType.File else {}
         found = {}
-        for folder in ("", f"{_TEMPLATE_FOLDER}/"):
+        for folder in ("", *(f"{name}/" for name in _FOLDERS)):
             selector = FileSelector(f"{path.rstrip('/')}/{folder}".rstrip("/"), allow_not_found=bool(folder))
             for info in self._filesystem.get_file_info(selector):
                 if info.type == FileType.File:
@@ -94,7 +97,7 @@ def wanted_files(names: Iterable[str], *, weights: bool, load_format: str = "aut
     names = sorted(names)
     if len(names) == 1 and names[0].endswith(".gguf"):
         return names
-    plain = [name for name in names if "/" not in name or name.startswith(f"{_TEMPLATE_FOLDER}/")]
+    plain = [name for name in names if "/" not in name or name.partition("/")[0] in _FOLDERS]
     chosen = [name for name in plain if name.endswith(_METADATA_SUFFIXES)]
     return chosen + weight_files(plain, load_format) if weights else chosen
 

@@ -16,13 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from raydata_llm.engine.phases import announce
-from raydata_llm.engine.request import Request, RequestOutput, seeded_key
+from raydata_llm.engine.pooling_params import PoolingParams
+from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, PoolingRequestOutput
+from raydata_llm.engine.request import Request, RequestOutput, TokenArray, seeded_key
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.job_link import StatsSender
 from raydata_llm.lease_book import Outcome
 from raydata_llm.openmp import wait_passively
 from raydata_llm.replica_sampler import ReplicaSampler
 from raydata_llm.row_payload import RowOutput, RowRequest, describe_failure, pack, unpack
+
+AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
 
 # Different sampling parameters remembered at once.
 _KNOWN_PARAMS = 1024
@@ -35,7 +39,7 @@ class RunningEngine(Protocol):
 
     max_num_seqs: int
 
-    def submit(self, requests: Sequence[Request], deliver: Callable[[RequestOutput], None]) -> None:
+    def submit(self, requests: Sequence[Request | PoolingRequest], deliver: Callable[[Any], None]) -> None:
         """Run requests; each output is delivered as it finishes."""
         ...
 
@@ -72,6 +76,7 @@ def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[R
     from raydata_llm.engine.engine import Engine
     from raydata_llm.engine.engine_config import EngineConfig
     from raydata_llm.engine.engine_thread import EngineThread
+    from raydata_llm.engine.pooling_engine import PoolingEngine
     from raydata_llm.model_source import resolve_model
     from raydata_llm.tokenizer import load_tokenizer
 
@@ -79,6 +84,8 @@ def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[R
     announce("fetching the model")
     path = resolve_model(model_source, load_format=load_format)
     config = EngineConfig.from_mapping(path, engine_kwargs)
+    if config.runner == "pooling":
+        return EngineThread(PoolingEngine(config)), {}
     tokenizer = None
     if not config.skip_tokenizer_init:
         announce("loading the tokenizer")
@@ -163,10 +170,14 @@ class Replica:
         started = time.perf_counter()
         self._sampler.hold(len(rows))
         asked: dict[str, tuple[str, int]] = {}
-        requests = []
+        requests: list[Request | PoolingRequest] = []
         for row_id, (key, cell) in rows:
             row: RowRequest = unpack(cell)
             assert row.prompt_token_ids is not None, "rows that failed before are not dispatched"
+            if row.pooling_params is not None:
+                asked[str(row_id)] = (json.dumps(row.pooling_params, sort_keys=True), len(row.prompt_token_ids))
+                requests.append(_pooling_request(row_id, row.prompt_token_ids, row))
+                continue
             try:
                 params = self._params(row.sampling_params)
             except Exception as error:
@@ -183,7 +194,7 @@ class Replica:
             asked[request.request_id] = (params.text, len(row.prompt_token_ids))
             requests.append(request)
 
-        def deliver(output: RequestOutput) -> None:
+        def deliver(output: AnyOutput) -> None:
             params, num_prompt = asked.pop(output.request_id)
             self._finish(_finished(params, num_prompt, output, time.perf_counter() - started))
 
@@ -226,10 +237,19 @@ class Replica:
         return known
 
 
-def _finished(params: str, num_prompt: int, output: RequestOutput, seconds: float) -> _Finished:
+def _pooling_request(row_id: int, prompt: TokenArray, row: RowRequest) -> PoolingRequest:
+    return PoolingRequest(
+        request_id=str(row_id),
+        prompt_token_ids=prompt,
+        pooling_params=PoolingParams.from_mapping(row.pooling_params),
+        token_type_ids=row.token_type_ids,
+    )
+
+
+def _finished(params: str, num_prompt: int, output: AnyOutput, seconds: float) -> _Finished:
     row_id = int(output.request_id)
     error = None if output.error is None else describe_failure(output.error, "engine")
-    num_tokens = sum(len(one.token_ids) for one in output.outputs)
+    num_tokens = sum(len(one.token_ids) for one in output.outputs) if isinstance(output, RequestOutput) else 0
     if len(output.prompt_token_ids) == num_prompt:
         output = dataclasses.replace(output, prompt_token_ids=[])
     return _Finished(

@@ -87,7 +87,7 @@ class ReplicaPool:
             use_gpu=use_gpu,
             block_rows=block_rows,
             blocks_in_flight=min(asked * max_size if asked else math.ceil(queue / block_rows), _MOST_BLOCKS),
-            engine_kwargs=_placed(config.engine_kwargs, use_gpu, max_size, cluster),
+            engine_kwargs=_placed(config.engine_settings, use_gpu, max_size, cluster),
         )
 
 

@@ -30,6 +30,8 @@ def resume_plan(config: EngineProcessorConfig) -> ResumePlan | None:
         "version": config.resume.version,
         "engine": {name: _plain(getattr(engine, name)) for name in _ANSWER_SETTINGS},
     }
+    if config.task_type != "generate":
+        about["pooling"] = [config.task_type, engine.convert, repr(engine.pooler_config)]
     return ResumePlan(config=config.resume, about=about)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequestOutput
 from raydata_llm.engine.request import RequestOutput, TokenArray
 
 REQUEST_COLUMN = "__raydata_llm_request"
@@ -33,12 +34,17 @@ _ROW_TEXT_LIMIT = 500
 
 
 class RowRequest(NamedTuple):
-    """What a replica needs to know of a row; `digest` tells rows apart, `error` says why there is no request."""
+    """What a replica needs to know of a row; `digest` tells rows apart, `error` says why there is no request.
+
+    `pooling_params` (a mapping with a task) and `token_type_ids` are those of a row for a pooling model.
+    """
 
     prompt_token_ids: TokenArray | None
     sampling_params: Any
     digest: bytes
     error: str | None = None
+    pooling_params: Mapping[str, Any] | None = None
+    token_type_ids: TokenArray | None = None
 
 
 class Carried(NamedTuple):
@@ -54,7 +60,7 @@ class RowOutput(NamedTuple):
     The output's prompt is left out where it is the request's own.
     """
 
-    output: RequestOutput | None
+    output: RequestOutput | PoolingRequestOutput[PoolingOutput] | None
     sampling_params: str
     request_id: int
     seconds: float

@@ -66,9 +66,11 @@ def shared_prefixes(prompts: Sequence[Any]) -> list[int]:
 
 
 def _cost(request: RowRequest) -> int:
-    """Tokens that the row may write; wrong values are the replica's to refuse."""
+    """Tokens that the row may write, or of a pooled row reads; wrong values are the replica's to refuse."""
     if request.error is not None:
         return -1
+    if request.pooling_params is not None and request.prompt_token_ids is not None:
+        return len(request.prompt_token_ids)
     params = request.sampling_params
     asked = params.get("max_tokens") if isinstance(params, Mapping) else None
     is_number = isinstance(asked, (int, float)) and asked >= 0

@@ -74,7 +74,7 @@ _LEFT_OUT_FOR = {
         tokenizer_pool_extra_config tokenizer_pool_size tokenizer_pool_type
         tokens_only
     """,
-    "parts of models that are not run here: images, adapters, state spaces, pooling": """
+    "parts of models that are not run here: images, adapters, state spaces": """
         default_mm_loras disable_chunked_mm_input disable_mm_preprocessor_cache enable_lora_bias
         enable_mamba_cache_stochastic_rounding enable_mm_embeds enable_tower_connector_lora fully_sharded_loras
         interleave_mm_strings language_model_only limit_mm_per_prompt long_lora_scaling_factors lora_dtype
@@ -84,7 +84,7 @@ _LEFT_OUT_FOR = {
         mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin
         mm_encoder_fp8_scale_save_path mm_encoder_only mm_encoder_tp_mode mm_processor_cache_gb
         mm_processor_cache_type mm_processor_kwargs mm_shm_cache_max_object_size_mb mm_tensor_ipc
-        override_pooler_config pooler_config skip_mm_profiling specialize_active_lora video_pruning_rate
+        skip_mm_profiling specialize_active_lora video_pruning_rate
     """,
 }
 _LEFT_OUT = {name for names in _LEFT_OUT_FOR.values() for name in names.split()}
@@ -93,7 +93,6 @@ _LEFT_OUT = {name for names in _LEFT_OUT_FOR.values() for name in names.split()}
 _OFF: dict[str, tuple[Any, ...]] = {
     "allow_deprecated_quantization": (None, False),
     "config_format": (None, "auto", "hf"),
-    "convert": (None, "auto", "none"),
     "data_parallel_size": (None, 1),
     "disable_sliding_window": (None, False),
     "enable_lora": (None, False),
@@ -112,7 +111,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "revision": (None,),
     "rope_scaling": (None, {}),
     "rope_theta": (None,),
-    "runner": (None, "auto", "generate"),
     "task": (None, "auto", "generate"),
     "task_type": (None, "generate"),
     "tokenizer": (None,),
@@ -126,6 +124,8 @@ _REMEDY = {
     "revision": "download that revision and give its folder as model_source",
     "rope_scaling": "set hf_overrides={'rope_parameters': ...}",
     "rope_theta": "set hf_overrides={'rope_parameters': ...}",
+    "task": "set the processor's task_type",
+    "task_type": "set the processor's task_type",
     "tokenizer": "set tokenize_stage={'model_source': ...}",
 }
 
@@ -165,6 +165,8 @@ def _known_values(given: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in given.items() if value is not None}
     if kept.get("quantization") == "gguf":
         del kept["quantization"]
+    if "override_pooler_config" in kept:
+        kept.setdefault("pooler_config", kept.pop("override_pooler_config"))
     return kept
 
 

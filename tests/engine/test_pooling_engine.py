@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -227,3 +227,15 @@ def test_dummy_weights_need_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     engine = PoolingEngine(EngineConfig(model=str(tmp_path), load_format="dummy"))
     assert all(len(one) == 4 and np.isclose(one.sum(), 1) for one in run(engine, draw_prompts()))
+
+
+def test_settings_of_engines_that_generate_are_refused(tmp_path: Path) -> None:
+    save_pooling_model(tmp_path, "bert")
+    for settings, message in (
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 does not fit a pooling model"),
+        ({"max_num_batched_tokens": 40}, "max_num_batched_tokens=40 is less than max_model_len=90"),
+        ({"max_model_len": 91}, "max_model_len=91 is more"),
+        ({"pooler_config": {"pooling_type": "MAX"}}, "choose CLS, LAST or MEAN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PoolingEngine(EngineConfig(model=str(tmp_path), **cast(Any, settings)))

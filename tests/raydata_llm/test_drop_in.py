@@ -135,7 +135,7 @@ ENGINE_KWARGS: list[tuple[str, Any, Any]] = [
     ("max_loras", 4, ...),
     ("guided_decoding_backend", "xgrammar", ...),
     ("structured_outputs_config", {"backend": "auto"}, ...),
-    ("override_pooler_config", {"pooling_type": "CLS"}, ...),
+    ("pooler_config", {"pooling_type": "CLS"}, {"pooling_type": "CLS"}),
     ("limit_mm_per_prompt", {"image": 1}, ...),
     ("disable_log_stats", True, ...),
     ("quantization", None, None),
@@ -159,6 +159,11 @@ def test_a_setting_of_vllm_is_taken(name: str, value: Any, arrives: Any, caplog:
         config = config_of(engine_kwargs={name: value})
     assert config.engine_kwargs == ({} if arrives in (None, ...) else {name: arrives})
     assert [name in message for message in caplog.messages] == ([True] if arrives is ... else [])
+
+
+def test_the_poolers_older_name_is_taken() -> None:
+    config = config_of(engine_kwargs={"override_pooler_config": {"pooling_type": "CLS"}}, task_type="embed")
+    assert config.engine_kwargs == {"pooler_config": {"pooling_type": "CLS"}}
 
 
 def test_what_is_left_out_is_said_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:

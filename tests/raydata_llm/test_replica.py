@@ -39,7 +39,7 @@ def outputs_of(replica: Replica, cells: Sequence[bytes]) -> dict[int, RowOutput]
 
 def test_each_row_gets_its_own_output() -> None:
     outputs = outputs_of(started(), [request(1, 2), request(3, max_tokens=9)])
-    assert outputs[0].output is not None and outputs[0].output.outputs[0].token_ids == [2, 1]
+    assert isinstance(outputs[0].output, RequestOutput) and outputs[0].output.outputs[0].token_ids == [2, 1]
     assert json.loads(outputs[1].sampling_params) == {"max_tokens": 9, "temperature": 0.25}, (
         "the model's defaults lie beneath"
     )
