@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import pyarrow as pa
 import pytest
 
 from raydata_llm import EngineProcessorConfig, ResumeConfig
+from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.ledger_index import KEY_BYTES
 from raydata_llm.ledger_layout import Entry
 from raydata_llm.resume import ResumePlan, mark_failed, read_carried
 from raydata_llm.resume_broker import Claimant, ResumeBroker
+from raydata_llm.resume_plan import _SPEED_SETTINGS, resume_plan
 from raydata_llm.row_payload import RESUME_COLUMN, RowRequest
+from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
 PLAN = ResumePlan(config=ResumeConfig("out"), about={"model": "m"})
 
@@ -53,6 +57,27 @@ def test_another_model_version_or_key_column_is_another_space() -> None:
     ]
     assert len({plan.space for plan in plans}) == 3
     assert ResumePlan(config=ResumeConfig("elsewhere", retry_errors=False), about={"model": "m"}).space == PLAN.space
+
+
+def test_settings_that_change_answers_are_another_space_and_others_are_not(tmp_path: Path) -> None:
+    def space(**engine_kwargs: Any) -> str:
+        model = str(save_tokenizer(tmp_path))
+        config = EngineProcessorConfig(model_source=model, engine_kwargs=engine_kwargs, resume=ResumeConfig("out"))
+        plan = resume_plan(config)
+        assert plan is not None
+        return plan.space
+
+    answers: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"dtype": "float16"},
+        {"max_model_len": 64},
+        {"hf_overrides": {"rope_theta": [1, 2]}},
+        {"generation_config": "vllm"},
+        {"pooler_config": {"pooling_type": "MEAN"}},
+    ]
+    assert len({space(), *(space(**settings) for settings in answers)}) == len(answers) + 1
+    assert {space(max_num_seqs=3, num_threads=1, block_size=32), space(enforce_eager=True)} == {space()}
+    assert vars(EngineConfig(model="m")).keys() > _SPEED_SETTINGS, "they are settings"
 
 
 def test_error_rows_are_marked() -> None:
