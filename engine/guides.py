@@ -171,10 +171,13 @@ class Guides:
         processors: list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = []
         for place, (row, slot, sequence) in enumerate(zip(rows.tolist(), slots[rows].tolist(), sequences, strict=True)):
             assert sequence is not None
+            _forbid_early_end(words[place], sequence, int(table.num_known[slot] - table.num_prompt[slot]))
+            guides = [guide for guide in sequence.guides if not isinstance(guide, GrammarGuide)]
+            if not guides and not sequence.processors:
+                continue
             token_ids = table.output_token_ids(slot)
-            for guide in sequence.guides:
+            for guide in guides:
                 guide.forbid(words[place], token_ids)
-            _forbid_early_end(words[place], sequence, len(token_ids))
             prompt = sequence.token_ids[: sequence.num_prompt].tolist() if sequence.processors else []
             processors += [(row, partial(process, prompt, token_ids)) for process in sequence.processors]
         return Bitmask(rows, tensor, processors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,11 @@ from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import Request, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
+from tests.engine.number_tokenizer import NumberTokenizer
 
 PROMPT = [5, 9, 300, 41, 8]
 THINK, END = 700, (701, 702)
 MARKERS = {"reasoning_start_str": "700", "reasoning_end_str": "701 702"}
-
-
-class NumberTokenizer:
-    """A text is its token ids, with spaces between."""
-
-    def decode(self, token_ids: Any, /, *, skip_special_tokens: bool = False) -> str:
-        return " ".join(map(str, token_ids))
-
-    def encode(self, text: str, /, *, add_special_tokens: bool) -> Sequence[int]:
-        return [int(word) for word in text.split()]
 
 
 class NoRepeats:

@@ -13,6 +13,7 @@ from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import Request, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
+from tests.engine.number_tokenizer import NumberTokenizer
 from tests.engine.optimism import optimistic_admission
 
 # Two KV heads: with four ranks each head has two.
@@ -34,6 +35,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.0, "presence_penalty": 0.5},
     {"temperature": 0.0, "logit_bias": {5: 3.0}, "min_tokens": 5},
     {"temperature": 0.0, "allowed_token_ids": [3, 700, 1030]},
+    {"temperature": 1.0, "bad_words": [str(token) for token in range(3, 1031, 2)], "logprobs": 1},
 ]
 LENGTHS = (1, 5, 16, 17, 33, 64, 100, 3, 9, 20)
 
@@ -89,7 +91,7 @@ def alone(tiny_model: Callable[..., Path]) -> Callable[[str], tuple[str, list[Re
     def build(family: str) -> tuple[str, list[RequestOutput]]:
         if family not in cache:
             path = str(tiny_model(family, **SIZES))
-            cache[family] = path, outputs(Engine(EngineConfig(model=path, device="cpu")))
+            cache[family] = path, outputs(Engine(EngineConfig(model=path, device="cpu"), NumberTokenizer()))
         return cache[family]
 
     return build
@@ -101,7 +103,7 @@ def check(family: str, layout: str, settings: dict[str, Any], alone: Callable[[s
     config = EngineConfig(
         model=path, device="cpu", tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, **settings
     )
-    engine = Engine(config)
+    engine = Engine(config, NumberTokenizer())
     try:
         first = outputs(engine)
         again = outputs(engine)
