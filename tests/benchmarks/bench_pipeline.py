@@ -4,7 +4,8 @@
 
 Each runs as a process of its own on a Ray of its own, taking turns. Printed per run, as JSON: seconds in all from the
 dataset's making to the last row, seconds to the first row, and rows a second between the 10th and the 90th per cent of
-the rows; then the medians and their ratios. `--peer` is a folder with a `fake` package that stands in for vLLM (it
+the rows; then the medians and their ratios. `bare` is Ray Data's own floor: three operators, the middle one an actor,
+that give back what they get. `--peer` is a folder with a `fake` package that stands in for vLLM (it
 answers at once) and a tokenizer in `model`; `--peer-python` has Ray Data LLM's needs and no torch. The peer is given 12
 logical CPUs, as its actors wait for ever with 2; the machine has what it has. Without `--peer` ours runs alone.
 """
@@ -47,9 +48,9 @@ def start(num_cpus: int, num_gpus: int = 0) -> Any:
     return ray
 
 
-def run_ours(model: str) -> dict[str, float]:
+def run_ours(model: str, num_cpus: int) -> dict[str, float]:
     """This package's pipeline."""
-    ray = start(2)
+    ray = start(num_cpus)
     from raydata_llm import EngineProcessorConfig
     from raydata_llm.processor import Processor
     from tests.raydata_llm.slot_engine import SlotEngineSettings, start_slot_engine
@@ -59,9 +60,37 @@ def run_ours(model: str) -> dict[str, float]:
     return timed(ray, Processor(config, ask, answer, engine_factory=factory))
 
 
-def run_peer(model: str) -> dict[str, float]:
+class Nothing:
+    """An actor's function that gives its block back."""
+
+    def __call__(self, table: Any) -> Any:
+        return table
+
+
+def nothing(table: Any) -> Any:
+    """A task's function that gives its block back."""
+    return table
+
+
+def run_bare(model: str, num_cpus: int) -> dict[str, float]:
+    """The floor: the same three operators, doing nothing."""
+    ray = start(num_cpus)
+
+    def pipeline(dataset: Any) -> Any:
+        options = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+        pool = ray.data.ActorPoolStrategy(size=1)
+        return (
+            dataset.map_batches(nothing, **options)
+            .map_batches(Nothing, compute=pool, num_cpus=0, **options)
+            .map_batches(nothing, **options)
+        )
+
+    return timed(ray, pipeline)
+
+
+def run_peer(model: str, num_cpus: int) -> dict[str, float]:
     """Ray Data LLM's, with its defaults."""
-    ray = start(12, num_gpus=1)  # its engine asks for one
+    ray = start(num_cpus, num_gpus=1)  # its engine asks for one
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     config = vLLMEngineProcessorConfig(model_source=model, concurrency=1)
@@ -84,7 +113,7 @@ def timed(ray: Any, processor: Any) -> dict[str, float]:
     }
 
 
-def measure(kind: str, python: str, model: str, path: str) -> dict[str, float]:
+def measure(kind: str, python: str, model: str, path: str, num_cpus: int) -> dict[str, float]:
     """One run in a process of its own."""
     environment = {
         **os.environ,
@@ -94,14 +123,19 @@ def measure(kind: str, python: str, model: str, path: str) -> dict[str, float]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "F_LOG": os.devnull,  # of the peer's fake engine
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # A process that must compile what it imports starts three times slower: neither side is measured so.
+        "PYTHONDONTWRITEBYTECODE": "",
     }
-    command = [python, __file__, "--run", kind, "--model", model]
+    command = [python, __file__, "--run", kind, "--model", model, "--num-cpus", str(num_cpus)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(json.dumps({"pipeline": kind, **figures, "load": os.getloadavg()[0]}), flush=True)
+    print(json.dumps({"pipeline": kind, "CPUs": num_cpus, **figures, "load": os.getloadavg()[0]}), flush=True)
     return figures
+
+
+RUNS = {"bare": run_bare, "ours": run_ours, "peer": run_peer}
 
 
 def main() -> None:
@@ -110,25 +144,26 @@ def main() -> None:
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num-cpus", type=int, help="of every Ray, instead of 2 (the peer's: 12)")
     parser.add_argument("--model", help=argparse.SUPPRESS)
-    parser.add_argument("--run", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        print(json.dumps({"ours": run_ours, "peer": run_peer}[arguments.run](arguments.model)))
+        print(json.dumps(RUNS[arguments.run](arguments.model, arguments.num_cpus)))
         return
     root = str(Path(__file__).parents[2])
     model = str((arguments.peer / "model").resolve()) if arguments.peer else arguments.model
-    runs: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    sides = {"bare": (sys.executable, root, 2), "ours": (sys.executable, root, 2)}
+    if arguments.peer:
+        sides["peer"] = (arguments.peer_python, str((arguments.peer / "fake").resolve()), 12)
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in sides}
     for _ in range(arguments.rounds):
-        runs["ours"].append(measure("ours", sys.executable, model, root))
-        if arguments.peer:
-            fake = str((arguments.peer / "fake").resolve())
-            runs["peer"].append(measure("peer", arguments.peer_python, model, fake))
-    medians = {
-        kind: {name: statistics.median(run[name] for run in of) for name in of[0]} for kind, of in runs.items() if of
-    }
-    ratios = {name: round(value / medians["peer"][name], 2) for name, value in medians["ours"].items() if runs["peer"]}
-    print(json.dumps({"medians": medians, "ours / peer": ratios}))
+        for kind, (python, path, num_cpus) in sides.items():
+            runs[kind].append(measure(kind, python, model, path, arguments.num_cpus or num_cpus))
+    medians = {kind: {name: statistics.median(run[name] for run in of) for name in of[0]} for kind, of in runs.items()}
+    ours, others = medians["ours"], sorted(set(medians) - {"ours"})
+    ratios = {kind: {name: round(ours[name] / value, 2) for name, value in medians[kind].items()} for kind in others}
+    print(json.dumps({"medians": medians, "ours to": ratios}))
 
 
 if __name__ == "__main__":
