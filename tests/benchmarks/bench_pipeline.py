@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROWS, BLOCKS = 10_000, 40
+ROWS = 10_000
 
 
 def ask(row: dict[str, Any]) -> dict[str, Any]:
@@ -43,12 +43,13 @@ def start(num_cpus: int, num_gpus: int = 0) -> Any:
     import ray
 
     # Workers inherit this process's environment; a runtime_env would cost each of them a second more to start.
-    ray.init(num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False)
+    options = {"include_dashboard": False, "log_to_driver": False}
+    ray.init("local", num_cpus=num_cpus, num_gpus=num_gpus, **options)
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 
 
-def run_ours(model: str, num_cpus: int) -> dict[str, float]:
+def ours(model: str, num_cpus: int) -> tuple[Any, Any]:
     """This package's pipeline."""
     ray = start(num_cpus)
     from raydata_llm import EngineProcessorConfig
@@ -57,7 +58,7 @@ def run_ours(model: str, num_cpus: int) -> dict[str, float]:
 
     factory = start_slot_engine(SlotEngineSettings(max_num_seqs=1024, token_seconds=0))
     config = EngineProcessorConfig(model_source=model, engine_kwargs={"max_num_seqs": 1024, "device": "cpu"})
-    return timed(ray, Processor(config, ask, answer, engine_factory=factory))
+    return ray, Processor(config, ask, answer, engine_factory=factory)
 
 
 class Nothing:
@@ -72,7 +73,7 @@ def nothing(table: Any) -> Any:
     return table
 
 
-def run_bare(model: str, num_cpus: int) -> dict[str, float]:
+def bare(model: str, num_cpus: int) -> tuple[Any, Any]:
     """The floor: the same three operators, doing nothing."""
     ray = start(num_cpus)
 
@@ -85,23 +86,23 @@ def run_bare(model: str, num_cpus: int) -> dict[str, float]:
             .map_batches(nothing, **options)
         )
 
-    return timed(ray, pipeline)
+    return ray, pipeline
 
 
-def run_peer(model: str, num_cpus: int) -> dict[str, float]:
+def peer(model: str, num_cpus: int) -> tuple[Any, Any]:
     """Ray Data LLM's, with its defaults."""
     ray = start(num_cpus, num_gpus=1)  # its engine asks for one
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     config = vLLMEngineProcessorConfig(model_source=model, concurrency=1)
-    return timed(ray, build_processor(config, preprocess=ask, postprocess=answer))
+    return ray, build_processor(config, preprocess=ask, postprocess=answer)
 
 
-def timed(ray: Any, processor: Any) -> dict[str, float]:
+def timed(ray: Any, processor: Any, blocks: int) -> dict[str, float]:
     """Run the rows through."""
     began = time.perf_counter()
     times, ids = [], set()
-    for row in processor(ray.data.range(ROWS, override_num_blocks=BLOCKS)).iter_rows():
+    for row in processor(ray.data.range(ROWS, override_num_blocks=blocks or None)).iter_rows():
         times.append(time.perf_counter() - began)
         ids.add(row["id"])
     assert ids == set(range(ROWS)) and len(times) == ROWS
@@ -113,7 +114,7 @@ def timed(ray: Any, processor: Any) -> dict[str, float]:
     }
 
 
-def measure(kind: str, python: str, model: str, path: str, num_cpus: int) -> dict[str, float]:
+def measure(kind: str, python: str, path: str, num_cpus: int, common: list[str]) -> dict[str, float]:
     """One run in a process of its own."""
     environment = {
         **os.environ,
@@ -126,7 +127,7 @@ def measure(kind: str, python: str, model: str, path: str, num_cpus: int) -> dic
         # A process that must compile what it imports starts three times slower: neither side is measured so.
         "PYTHONDONTWRITEBYTECODE": "",
     }
-    command = [python, __file__, "--run", kind, "--model", model, "--num-cpus", str(num_cpus)]
+    command = [python, __file__, "--run", kind, "--num-cpus", str(num_cpus), *common]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
@@ -135,7 +136,7 @@ def measure(kind: str, python: str, model: str, path: str, num_cpus: int) -> dic
     return figures
 
 
-RUNS = {"bare": run_bare, "ours": run_ours, "peer": run_peer}
+PIPELINES = {"bare": bare, "ours": ours, "peer": peer}
 
 
 def main() -> None:
@@ -145,25 +146,27 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-cpus", type=int, help="of every Ray, instead of 2 (the peer's: 12)")
+    parser.add_argument("--blocks", type=int, default=40, help="of the dataset; 0: as many as Ray Data makes of it")
     parser.add_argument("--model", help=argparse.SUPPRESS)
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=PIPELINES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        print(json.dumps(RUNS[arguments.run](arguments.model, arguments.num_cpus)))
+        print(json.dumps(timed(*PIPELINES[arguments.run](arguments.model, arguments.num_cpus), arguments.blocks)))
         return
     root = str(Path(__file__).parents[2])
     model = str((arguments.peer / "model").resolve()) if arguments.peer else arguments.model
     sides = {"bare": (sys.executable, root, 2), "ours": (sys.executable, root, 2)}
     if arguments.peer:
         sides["peer"] = (arguments.peer_python, str((arguments.peer / "fake").resolve()), 12)
+    common = ["--model", str(model), "--blocks", str(arguments.blocks)]
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in sides}
     for _ in range(arguments.rounds):
         for kind, (python, path, num_cpus) in sides.items():
-            runs[kind].append(measure(kind, python, model, path, arguments.num_cpus or num_cpus))
+            runs[kind].append(measure(kind, python, path, arguments.num_cpus or num_cpus, common))
     medians = {kind: {name: statistics.median(run[name] for run in of) for name in of[0]} for kind, of in runs.items()}
-    ours, others = medians["ours"], sorted(set(medians) - {"ours"})
-    ratios = {kind: {name: round(ours[name] / value, 2) for name, value in medians[kind].items()} for kind in others}
-    print(json.dumps({"medians": medians, "ours to": ratios}))
+    own = medians.pop("ours")
+    ratios = {kind: {name: round(own[name] / value, 2) for name, value in of.items()} for kind, of in medians.items()}
+    print(json.dumps({"medians": {"ours": own, **medians}, "ours to": ratios}))
 
 
 if __name__ == "__main__":
