@@ -43,8 +43,7 @@ def start(num_cpus: int, num_gpus: int = 0) -> Any:
     import ray
 
     # Workers inherit this process's environment; a runtime_env would cost each of them a second more to start.
-    options = {"include_dashboard": False, "log_to_driver": False}
-    ray.init("local", num_cpus=num_cpus, num_gpus=num_gpus, **options)
+    ray.init("local", num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 

@@ -98,6 +98,7 @@ def main() -> int:
     parser.add_argument("--store-megabytes", type=int, default=200)
     arguments = parser.parse_args()
     ray.init(
+        "local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

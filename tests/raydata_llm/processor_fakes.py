@@ -34,6 +34,7 @@ def ray_session(**environment: str) -> Iterator[None]:
         for name, value in environment.items():
             patch.setenv(name, value)
         ray.init(
+            "local",
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
