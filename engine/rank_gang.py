@@ -11,7 +11,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ class RankLauncher(Protocol):
         """The name under which the ranks reach this process; None if all are on its host."""
         ...
 
-    def launch(self, address: LineAddress, num_ranks: int) -> list[RankHandle]:
+    def launch(self, address: LineAddress, num_ranks: int) -> Sequence[RankHandle]:
         """Start that many processes, each of which calls `rank_process.serve`.
 
         Raises:

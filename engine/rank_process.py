@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from raydata_llm.engine.phases import PHASE_LOGGER
@@ -47,17 +48,18 @@ def main() -> None:
     serve(LineAddress(address if isinstance(address, str) else tuple(address), told["key"]), told["rank"], told["gpu"])
 
 
-def serve(address: LineAddress, rank: int, gpu: int) -> None:
+def serve(address: LineAddress, rank: int, gpu: int, find_model: Callable[[str], str] | None = None) -> None:
     """Be a rank until the engine ends.
 
     Args:
         gpu: Which of the GPUs that this process sees is its own, if it runs on one.
+        find_model: Where the model lies here, by its load format, if not where it lies for the engine.
     """
     # Before torch is imported, which takes seconds: the engine sees from here on whether this process lives.
     line = address.dial(rank)
     process = _RankProcess(line)
     try:
-        process.run(gpu)
+        process.run(gpu, find_model)
     except (EOFError, ConnectionError):
         pass
     except BaseException as error:
@@ -81,8 +83,8 @@ class _RankProcess:
         self._ended.set()
         self._launched.put(None)
 
-    def run(self, gpu: int) -> None:
-        worker = self._load(gpu)
+    def run(self, gpu: int, find_model: Callable[[str], str] | None) -> None:
+        worker = self._load(gpu, find_model)
         kind, content = self._line.receive()
         assert kind == START, kind
         worker.start(json.loads(content))
@@ -112,11 +114,13 @@ class _RankProcess:
         assert kind == BITMASK, kind
         return decode_bitmask(content)
 
-    def _load(self, gpu: int) -> Any:
+    def _load(self, gpu: int, find_model: Callable[[str], str] | None) -> Any:
         kind, content = self._line.receive()
         assert kind == SETTINGS, kind
         told = json.loads(content)
         _relay_phases(self._line, told["rank"])
+        if find_model is not None:
+            told["config"]["model"] = find_model(told["config"]["load_format"])
         from raydata_llm.engine.rank_worker import load_worker
 
         worker = load_worker(told, gpu)

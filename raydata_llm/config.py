@@ -7,7 +7,7 @@ tensors and imports neither Ray nor torch: the engine's own settings are checked
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, field_validator, model_validator
@@ -185,8 +185,18 @@ class EngineProcessorConfig(ProcessorConfig):
 
     @property
     def replica_resources(self) -> Mapping[str, float] | None:
-        """What Ray reserves for a replica, if the user says it."""
-        return self.resources_per_bundle
+        """What Ray reserves for a replica of one rank, if the user says it."""
+        return self.replica_bundles[0] if self.replica_bundles else None
+
+    @property
+    def replica_bundles(self) -> Sequence[Mapping[str, float]] | None:
+        """What Ray reserves for each rank of a replica, or for all alike, if the user says it."""
+        return None if self.resources_per_bundle is None else [self.resources_per_bundle]
+
+    @property
+    def placement_strategy(self) -> str:
+        """How a replica's ranks are spread over nodes."""
+        return "PACK"
 
     @property
     def chat_template_options(self) -> ChatTemplateStageConfig:
@@ -256,12 +266,27 @@ class vLLMEngineProcessorConfig(EngineProcessorConfig):
         return self
 
     @property
-    def replica_resources(self) -> Mapping[str, float] | None:
-        """What Ray reserves for a replica, if the user says it."""
+    def replica_bundles(self) -> Sequence[Mapping[str, float]] | None:
+        """As the base's, from the placement group too."""
         if self.placement_group_config is None:
-            return self.resources_per_bundle
-        resources: Mapping[str, float] = self.placement_group_config["bundles"][0]
-        return resources
+            return super().replica_bundles
+        bundles: Sequence[Mapping[str, float]] = self.placement_group_config["bundles"]
+        return bundles
+
+    @property
+    def placement_strategy(self) -> str:
+        """As the base's, from the placement group too."""
+        return str((self.placement_group_config or {}).get("strategy", super().placement_strategy))
+
+    @model_validator(mode="after")
+    def _check_bundles(self) -> vLLMEngineProcessorConfig:
+        given, num_ranks = len(self.replica_bundles or [0]), self.engine_config().num_ranks
+        if given not in (1, num_ranks):
+            raise ValueError(
+                f"placement_group_config has {given} bundles, and tensor_parallel_size times pipeline_parallel_size "
+                f"is {num_ranks}: give one bundle for each rank, or bundle_per_worker"
+            )
+        return self
 
 
 _OLDER_NAMES = {

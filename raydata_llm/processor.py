@@ -23,6 +23,7 @@ from raydata_llm.prepare import PreparePlan, RowFunction, prepare
 from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
 from raydata_llm.ray_operators import dispatcher_options, map_blocks, replica_options, task_options, with_own_context
 from raydata_llm.replica import EngineFactory, start_engine
+from raydata_llm.replica_gang import engine_factory
 from raydata_llm.replica_pool import Cluster, ReplicaPool
 from raydata_llm.resume import PLAN_SETTING
 from raydata_llm.resume_plan import resume_plan
@@ -163,13 +164,16 @@ class Processor:
 
     def _dispatcher_options(self, pool: ReplicaPool, job: Job) -> dict[str, Any]:
         pending = self.config.max_pending_requests
+        factory = self._engine_factory
+        if factory is start_engine:
+            factory = engine_factory(self.config, pool)
         replica = ReplicaPlan(
             model_source=self.config.model_source,
             engine_kwargs=pool.engine_kwargs,
             actor_options=replica_options(pool, self.config),
             max_pending_rows=pending if pending is not None and pending > 0 else None,
             hang_timeout_s=self.config.hang_timeout_s,
-            engine_factory=self._engine_factory,
+            engine_factory=factory,
             stats_sender=job.link,
         )
         plan = DispatchPlan(

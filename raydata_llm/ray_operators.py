@@ -73,6 +73,9 @@ def replica_options(pool: ReplicaPool, config: EngineProcessorConfig) -> dict[st
         "memory": asked.pop("memory", None),
         "runtime_env": config.runtime_env,
     }
+    if config.engine_config().num_ranks > 1:
+        # The ranks take what is asked for; the replica steers them.
+        return _given({"num_cpus": 0, "runtime_env": config.runtime_env})
     num_gpus = asked.pop("GPU", 1 if pool.use_gpu else 0)
     if num_gpus:
         options |= {"num_gpus": num_gpus, "accelerator_type": config.accelerator_type}

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from raydata_llm.engine.phases import announce
 from raydata_llm.engine.pooling_params import PoolingParams
@@ -25,6 +25,9 @@ from raydata_llm.lease_book import Outcome
 from raydata_llm.openmp import wait_passively
 from raydata_llm.replica_sampler import ReplicaSampler
 from raydata_llm.row_payload import RowOutput, RowRequest, describe_failure, pack, unpack
+
+if TYPE_CHECKING:
+    from raydata_llm.engine.rank_gang import LauncherFactory
 
 AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
 
@@ -65,8 +68,13 @@ class RunningEngine(Protocol):
 EngineFactory = Callable[[str, Mapping[str, Any]], tuple[RunningEngine, Mapping[str, Any]]]
 
 
-def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[RunningEngine, Mapping[str, Any]]:
+def start_engine(
+    model_source: str, engine_kwargs: Mapping[str, Any], launch_ranks: LauncherFactory | None = None
+) -> tuple[RunningEngine, Mapping[str, Any]]:
     """Load the model and start its engine; returns it with the model's default sampling parameters.
+
+    Args:
+        launch_ranks: What starts the ranks of an engine that has several; None: processes of this node.
 
     Raises:
         ValueError: when the model or the device cannot meet the settings.
@@ -90,7 +98,7 @@ def start_engine(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[R
     if not config.skip_tokenizer_init:
         announce("loading the tokenizer")
         tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-    engine = Engine(config, tokenizer)
+    engine = Engine(config, tokenizer, launch_ranks) if launch_ranks else Engine(config, tokenizer)
     return EngineThread(engine), engine.default_sampling_params
 
 

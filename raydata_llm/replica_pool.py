@@ -99,7 +99,8 @@ def _uses_gpu(config: EngineProcessorConfig, cluster: Cluster) -> bool:
         use_gpu, reason = True, f"accelerator_type={config.accelerator_type!r}"
     else:
         use_gpu, reason = cluster.num_gpus > 0, f"the cluster has {cluster.num_gpus:g} GPUs"
-    asked = config.pool_bounds[0]
+    ranks = config.engine_config().num_ranks
+    asked = config.pool_bounds[0] * ranks
     logger.info("Replicas run on %s: %s", "one GPU each" if use_gpu else "CPUs", reason)
     if use_gpu and cluster.num_gpus < asked:
         logger.warning(
@@ -122,6 +123,7 @@ def _placed(engine_kwargs: Mapping[str, Any], use_gpu: bool, replicas: int, clus
         placed["device"] = "cuda" if use_gpu else "cpu"
     if not use_gpu and placed.get("num_threads") is None:
         # Ray sets OMP_NUM_THREADS to 1 in an actor that takes no CPUs, so the engine must be told.
-        per_node = math.ceil(replicas / max(1, len(cluster.node_cpus)))
+        ranks = int(placed.get("tensor_parallel_size") or 1) * int(placed.get("pipeline_parallel_size") or 1)
+        per_node = math.ceil(replicas * ranks / max(1, len(cluster.node_cpus)))
         placed["num_threads"] = max(1, int(min(cluster.node_cpus, default=1)) // per_node)
     return placed

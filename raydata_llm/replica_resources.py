@@ -23,12 +23,12 @@ def bundle_resources(value: object, field: str) -> dict[str, float]:
         if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0:
             raise ValueError(f"{field}[{name!r}]={amount!r} is not valid: give 0 or a positive number")
     if value.get("GPU", 0) > 1:
-        raise ValueError(f"{field}['GPU']={value['GPU']!r} is not supported yet: a replica runs on one GPU")
+        raise ValueError(f"{field}['GPU']={value['GPU']!r} is not supported yet: a rank runs on one GPU")
     return {str(name): float(amount) for name, amount in value.items()}
 
 
 def placement_group(value: object) -> dict[str, Any]:
-    """A placement group of one bundle, as `{"bundles": [{...}], "strategy": ...}`.
+    """A placement group of one bundle for all ranks or one for each, as `{"bundles": [{...}], "strategy": ...}`.
 
     Raises:
         ValueError: naming the field, the value and the remedy.
@@ -45,9 +45,7 @@ def placement_group(value: object) -> dict[str, Any]:
     strategy = value.get("strategy") or "PACK"
     if strategy not in _STRATEGIES:
         raise ValueError(f"{field}['strategy']={strategy!r} is not valid: choose one of {', '.join(_STRATEGIES)}")
-    if bundles is not None and (not isinstance(bundles, (list, tuple)) or len(bundles) != 1):
-        raise ValueError(
-            f"{field}['bundles']={bundles!r} is not supported yet: give one bundle, as a replica is one process"
-        )
-    bundle = bundle_resources(per_worker if bundles is None else bundles[0], f"{field} bundle")
-    return {"bundles": [bundle], "strategy": strategy}
+    if bundles is not None and (not isinstance(bundles, (list, tuple)) or not bundles):
+        raise ValueError(f"{field}['bundles']={bundles!r} is not valid: give a list, one bundle for each rank")
+    given = [per_worker] if bundles is None else bundles
+    return {"bundles": [bundle_resources(one, f"{field} bundle") for one in given], "strategy": strategy}

@@ -188,7 +188,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dynamic_lora_loading_path": "s3://b/l"}, "dynamic_lora_loading_path='s3://b/l' is not supported yet"),
     ({"placement_group_config": {"strategy": "PACK"}}, "give one of bundle_per_worker and bundles"),
     ({"placement_group_config": {"bundle_per_worker": {"GPU": -1}}}, "bundle['GPU']=-1 is not valid: give 0 or"),
-    ({"placement_group_config": {"bundles": [{"GPU": 1}, {"GPU": 1}]}}, "give one bundle, as a replica is one process"),
+    (
+        {"placement_group_config": {"bundles": [{"GPU": 1}, {"GPU": 1}]}},
+        "has 2 bundles, and tensor_parallel_size",
+    ),
     ({"placement_group_config": {"bundle_per_worker": {"GPU": 1}, "strategy": "NEAR"}}, "'NEAR' is not valid: choose"),
     ({"resources_per_bundle": {"GPU": 2}}, "resources_per_bundle['GPU']=2 is not supported yet"),
     ({"resources_per_bundle": {}}, "resources_per_bundle={} is not valid: give resources and amounts"),

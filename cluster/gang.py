@@ -1,0 +1,156 @@
+"""Ranks as Ray actors: a placement group with a bundle each, and what runs in them is handed in.
+
+Owns the group, the wait for its place, and the actors' ends. Knows no tokens and no engine: `serve(address, rank, gpu)`
+is called in each actor and returns when there is nothing more to do. Invariant: a gang that ends frees its group; Ray
+frees both when the process that made them is gone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+Serve = Callable[[Any, int, int], None]
+
+# The actor itself once its group is placed: a worker process that starts.
+_START_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GangPlan:
+    """Where ranks are to be placed: plain data.
+
+    Args:
+        bundles: What each rank takes.
+        strategy: PACK, STRICT_PACK, SPREAD or STRICT_SPREAD.
+        placement_timeout_s: Time in which all of them must find their place.
+        actor_options: Further options of each rank's actor, such as `runtime_env`.
+    """
+
+    bundles: Sequence[Mapping[str, float]]
+    strategy: str = "PACK"
+    placement_timeout_s: float = 30.0
+    actor_options: Mapping[str, Any] | None = None
+
+
+class RankActor:
+    """One rank's process."""
+
+    def where(self) -> tuple[str, int]:
+        """The node's address and the process."""
+        return str(ray.util.get_node_ip_address()), os.getpid()  # type: ignore[no-untyped-call]
+
+    def run(self, serve: Serve, address: Any, rank: int) -> None:
+        """Be a rank until there is nothing more to do; Ray shows the process its own GPU alone."""
+        serve(address, rank, 0)
+
+
+class RankOnRay:
+    """A rank's actor, as its gang's owner sees it."""
+
+    def __init__(self, gang: Gang, actor: Any, done: Any, place: str) -> None:
+        self._gang, self._actor, self._done, self._place = gang, actor, done, place
+        self._ended = False
+
+    def end(self) -> None:
+        """Kill it; the last one frees the group."""
+        if not self._ended:
+            self._ended = True
+            ray.kill(self._actor)
+            self._gang.leave()
+
+    def fate(self) -> str | None:
+        """How it ended, None while it runs."""
+        ready, _ = ray.wait([self._done], timeout=0)
+        if not ready:
+            return None
+        try:
+            ray.get(self._done)
+        except RayError as error:
+            return f"{self._place}: {str(error).strip()}"
+        return f"{self._place}: it returned"
+
+
+class Gang:
+    """Starts ranks.
+
+    Args:
+        plan: Where.
+        serve: What runs in each.
+    """
+
+    def __init__(self, plan: GangPlan, serve: Serve) -> None:
+        self._plan, self._serve = plan, serve
+        self._num_left = 0
+        self._group: PlacementGroup | None = None
+        self.host: str | None = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+    def launch(self, address: Any, num_ranks: int) -> list[RankOnRay]:
+        """Place the ranks and start them.
+
+        Raises:
+            ValueError: when they find no place in time, with what was asked and what is free.
+        """
+        assert len(self._plan.bundles) == num_ranks, "a bundle for each rank"
+        bundles = [dict(bundle) for bundle in self._plan.bundles]
+        self._group = placement_group(bundles, strategy=self._plan.strategy)
+        if not self._group.wait(self._plan.placement_timeout_s):
+            message = self._describe_unplaced()
+            remove_placement_group(self._group)
+            raise ValueError(message)
+        actors = [self._actor(rank, bundle) for rank, bundle in enumerate(bundles)]
+        try:
+            places = ray.get([actor.where.remote() for actor in actors], timeout=_START_SECONDS)
+        except (RayError, GetTimeoutError) as error:
+            remove_placement_group(self._group)
+            raise ValueError(
+                f"of {num_ranks} ranks that had their place, one could not start ({str(error).strip()}): its node is "
+                "gone, or cannot start processes"
+            ) from error
+        self._num_left = num_ranks
+        return [
+            RankOnRay(self, actor, actor.run.remote(self._serve, address, rank), f"process {pid} on {host}")
+            for rank, (actor, (host, pid)) in enumerate(zip(actors, places, strict=True))
+        ]
+
+    def leave(self) -> None:
+        """A rank has ended."""
+        self._num_left -= 1
+        if not self._num_left and self._group is not None:
+            remove_placement_group(self._group)
+
+    def _actor(self, rank: int, bundle: Mapping[str, float]) -> Any:
+        assert self._group is not None
+        others = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU", "memory")}
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=rank)
+        options = {
+            "num_cpus": bundle.get("CPU", 0),
+            "num_gpus": bundle.get("GPU", 0),
+            "resources": others or None,
+            "scheduling_strategy": strategy,
+            # `run` takes one, questions the other.
+            "max_concurrency": 2,
+            **(self._plan.actor_options or {}),
+        }
+        return ray.remote(RankActor).options(**options).remote()
+
+    def _describe_unplaced(self) -> str:
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        names = sorted({name for bundle in self._plan.bundles for name in bundle})
+        has = ["{" + ", ".join(f"{name}: {node['Resources'].get(name, 0):g}" for name in names) + "}" for node in nodes]
+        free = ray.available_resources()  # type: ignore[no-untyped-call]
+        left = ", ".join(f"{name}: {free.get(name, 0):g}" for name in names)
+        return (
+            f"{len(self._plan.bundles)} ranks found no place in {self._plan.placement_timeout_s:g} s: they ask for "
+            f"{[dict(bundle) for bundle in self._plan.bundles]} by {self._plan.strategy}, the cluster's {len(nodes)} "
+            f"nodes have {', '.join(has)}, of which {left} is free: choose smaller tensor_parallel_size, "
+            "pipeline_parallel_size or concurrency, another strategy, or raise placement_timeout_s where nodes are "
+            "added on demand"
+        )

@@ -1,0 +1,142 @@
+"""Replicas of several ranks on Ray: over nodes that are raylets of this machine, with GPUs in name only."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from raydata_llm.config import vLLMEngineProcessorConfig
+from raydata_llm.processor import Processor
+from tests.raydata_llm.tiny_tokenizer import save_tokenizer
+
+ROWS = 60
+ENGINE: dict[str, Any] = {"device": "cpu", "max_num_seqs": 16, "max_model_len": 128, "num_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200 << 20})
+    for _ in range(2):
+        cluster.add_node(num_cpus=0, resources={"rank": 2}, object_store_memory=100 << 20)
+    ray.init(address=cluster.address, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+def processor(model: str, strategy: str, concurrency: int = 1, **engine: Any) -> Processor:
+    config = vLLMEngineProcessorConfig(
+        model_source=model,
+        engine_kwargs={**ENGINE, **engine},
+        concurrency=concurrency,
+        batch_size=8,
+        placement_group_config={"bundle_per_worker": {"rank": 1}, "strategy": strategy},
+        placement_timeout_s=20,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+    )
+
+    def ask(row: dict[str, Any]) -> dict[str, Any]:
+        token_ids = [3 + row["id"], 5, 9, 300]
+        params = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+        return {"id": row["id"], "tokenized_prompt": token_ids, "sampling_params": params}
+
+    def answer(row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": row["id"], "tokens": list(row["generated_tokens"])}
+
+    return Processor(config, ask, answer)
+
+
+def answers(asked: Processor) -> dict[int, list[int]]:
+    rows = asked(ray.data.range(ROWS, override_num_blocks=8)).take_all()
+    assert Counter(row["id"] for row in rows) == Counter(range(ROWS))
+    return {row["id"]: list(row["tokens"]) for row in rows}
+
+
+def rank_actors() -> list[dict[str, Any]]:
+    """The ranks that live."""
+    from ray._private.state import actors
+
+    known = actors().values()
+    return [actor for actor in known if actor["ActorClassName"] == "RankActor" and actor["State"] == "ALIVE"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(tiny_model("llama", num_attention_heads=8), folder, dirs_exist_ok=True)
+    # Which asks for a config of its own to write.
+    tokenizer = save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tokenizer) / name, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster, model: str) -> dict[int, list[int]]:
+    return answers(processor(model, "PACK"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "concurrency", "sizes"),
+    [
+        ("STRICT_SPREAD", 1, {"tensor_parallel_size": 2}),
+        ("STRICT_SPREAD", 1, {"pipeline_parallel_size": 2}),
+        ("STRICT_PACK", 2, {"tensor_parallel_size": 2}),
+    ],
+    ids=["tp2 over two nodes", "pp2 over two nodes", "two replicas of tp2"],
+)
+def test_ranks_on_ray_write_what_one_rank_writes(
+    model: str, expected: dict[int, list[int]], strategy: str, concurrency: int, sizes: dict[str, int]
+) -> None:
+    nodes: set[str] = set()
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.2):
+            nodes.update(actor["Address"]["NodeID"] for actor in rank_actors())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        assert answers(processor(model, strategy, concurrency, **sizes)) == expected
+    finally:
+        done.set()
+        watcher.join()
+    assert len(nodes) == 2
+
+
+def test_a_killed_rank_costs_no_row(model: str, expected: dict[int, list[int]]) -> None:
+    found: dict[int, list[int]] = {}
+    asked = processor(model, "STRICT_SPREAD", tensor_parallel_size=2)
+    job = threading.Thread(target=lambda: found.update(answers(asked)))
+    job.start()
+    deadline = time.monotonic() + 60
+    while len(ranks := rank_actors()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # Any moment: while it loads, or in the midst of the rows.
+    time.sleep(random.uniform(0.0, 6.0))
+    os.kill(random.choice(ranks)["Pid"], signal.SIGKILL)
+    job.join(120)
+    assert not job.is_alive() and found == expected
+
+
+def test_ranks_without_a_place_are_one_error_with_the_numbers(model: str, cluster: Cluster) -> None:
+    asked = processor(model, "STRICT_PACK", tensor_parallel_size=4)
+    asked.config.placement_timeout_s = 3
+    with pytest.raises(Exception, match=r"4 ranks found no place in 3 s: .*STRICT_PACK.*rank: 2"):
+        answers(asked)
