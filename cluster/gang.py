@@ -1,19 +1,21 @@
 """Ranks as Ray actors: a placement group with a bundle each, and what runs in them is handed in.
 
 Owns the group, the wait for its place, and the actors' ends. Knows no tokens and no engine: `serve(address, rank, gpu)`
-is called in each actor and returns when there is nothing more to do. Invariant: a gang that ends frees its group; Ray
-frees both when the process that made them is gone.
+is called in each actor and returns when there is nothing more to do. Invariant: a gang that ends frees its group, and where
+its process is gone the group's keeper does.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -21,6 +23,9 @@ Serve = Callable[[Any, int, int], None]
 
 # The actor itself once its group is placed: a worker process that starts.
 _START_SECONDS = 60.0
+# How often a group's keeper looks after its owner, and how long it waits for the answer of a busy one.
+_LOOK_SECONDS = 1.0
+_ANSWER_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,31 @@ class RankActor:
     def run(self, serve: Serve, address: Any, rank: int) -> None:
         """Be a rank until there is nothing more to do; Ray shows the process its own GPU alone."""
         serve(address, rank, 0)
+
+
+class GroupKeeper:
+    """Makes a placement group and frees it when its owner is gone.
+
+    Ray keeps a group that an actor made until the whole job ends, so that the next job of a driver would find its
+    GPUs taken; a group of a detached actor ends with that actor. So this one is detached, and follows its owner.
+    """
+
+    def hold(self, bundles: list[dict[str, float]], strategy: str, owner: Any) -> PlacementGroup:
+        """Make the group, and watch the actor that it is for."""
+        group: PlacementGroup = placement_group(bundles, strategy=strategy)
+        threading.Thread(target=self._follow, args=(owner, group), daemon=True).start()
+        return group
+
+    def _follow(self, owner: Any, group: PlacementGroup) -> None:
+        while True:
+            try:
+                ray.get(owner.__ray_ready__.remote(), timeout=_ANSWER_SECONDS)
+            except GetTimeoutError:
+                continue
+            except RayActorError:
+                remove_placement_group(group)
+                os._exit(0)
+            time.sleep(_LOOK_SECONDS)
 
 
 class RankOnRay:
@@ -90,6 +120,7 @@ class Gang:
         self._plan, self._serve = plan, serve
         self._num_left = 0
         self._group: PlacementGroup | None = None
+        self._keeper: Any = None
         self.host: str | None = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
     def launch(self, address: Any, num_ranks: int) -> list[RankOnRay]:
@@ -100,16 +131,16 @@ class Gang:
         """
         assert len(self._plan.bundles) == num_ranks, "a bundle for each rank"
         bundles = [dict(bundle) for bundle in self._plan.bundles]
-        self._group = placement_group(bundles, strategy=self._plan.strategy)
+        self._group = self._make_group(bundles)
         if not self._group.wait(self._plan.placement_timeout_s):
             message = self._describe_unplaced()
-            remove_placement_group(self._group)
+            self._free()
             raise ValueError(message)
         actors = [self._actor(rank, bundle) for rank, bundle in enumerate(bundles)]
         try:
             places = ray.get([actor.where.remote() for actor in actors], timeout=_START_SECONDS)
         except (RayError, GetTimeoutError) as error:
-            remove_placement_group(self._group)
+            self._free()
             raise ValueError(
                 f"of {num_ranks} ranks that had their place, one could not start ({str(error).strip()}): its node is "
                 "gone, or cannot start processes"
@@ -123,8 +154,27 @@ class Gang:
     def leave(self) -> None:
         """A rank has ended."""
         self._num_left -= 1
-        if not self._num_left and self._group is not None:
+        if not self._num_left:
+            self._free()
+
+    def _make_group(self, bundles: list[dict[str, float]]) -> PlacementGroup:
+        context = ray.get_runtime_context()
+        if context.get_actor_id() is None:
+            # A driver's group ends with the driver.
+            alone: PlacementGroup = placement_group(bundles, strategy=self._plan.strategy)
+            return alone
+        self._keeper = ray.remote(GroupKeeper).options(lifetime="detached", num_cpus=0).remote()
+        group: PlacementGroup = ray.get(
+            self._keeper.hold.remote(bundles, self._plan.strategy, context.current_actor), timeout=_START_SECONDS
+        )
+        return group
+
+    def _free(self) -> None:
+        if self._group is not None:
             remove_placement_group(self._group)
+        if self._keeper is not None:
+            ray.kill(self._keeper)
+        self._group = self._keeper = None
 
     def _actor(self, rank: int, bundle: Mapping[str, float]) -> Any:
         assert self._group is not None
