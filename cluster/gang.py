@@ -1,8 +1,8 @@
 """Ranks as Ray actors: a placement group with a bundle each, and what runs in them is handed in.
 
 Owns the group, the wait for its place, and the actors' ends. Knows no tokens and no engine: `serve(address, rank, gpu)`
-is called in each actor and returns when there is nothing more to do. Invariant: a gang that ends frees its group, and where
-its process is gone the group's keeper does.
+is called in each actor and returns when there is nothing more to do. Invariant: a gang that ends frees its group;
+where its process is gone, the group's keeper does.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class Engine:
         config: Settings.
         tokenizer: Needed by requests with stop strings only.
         launch_ranks: Makes what starts the ranks of an engine that has several.
+        own_process: Whether a rank alone may run in this process.
 
     Raises:
         ValueError: for settings that the model or the device cannot meet, with those that would do.
@@ -86,6 +87,8 @@ class Engine:
         config: EngineConfig,
         tokenizer: Tokenizer | None = None,
         launch_ranks: LauncherFactory = LocalRanks,
+        *,
+        own_process: bool = True,
     ) -> None:
         self.config = config
         self._tokenizer = tokenizer
@@ -97,7 +100,7 @@ class Engine:
         # Before anything is loaded; the ranks would each find it as well.
         check_split(self.model_config, config.tensor_parallel_size, config.pipeline_parallel_size)
         self._worker: Worker | RankGang | None = None
-        worker = self._worker = self._make_worker(files, launch_ranks)
+        worker = self._worker = self._make_worker(files, launch_ranks, own_process)
         sizes = worker.sizes
         self.max_model_len = sizes.max_model_len
         self.max_num_seqs = sizes.max_num_seqs
@@ -136,11 +139,8 @@ class Engine:
         """
         if request.request_id in self._unfinished:
             raise ValueError(f"request_id={request.request_id!r} is in use by an unfinished request")
-        prompt = self._checked_prompt(request)
+        prompt = self.check_request(request)
         params = request.sampling_params
-        self._check_token_ids(request)
-        if params.stop and self._tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
         room = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         eos = () if params.ignore_eos else self._eos_token_ids
         sequences = []
@@ -169,6 +169,19 @@ class Engine:
             return
         for sequence in sequences:
             self._scheduler.add(sequence)
+
+    def check_request(self, request: Request) -> TokenArray:
+        """The prompt as it would be run, truncated.
+
+        Raises:
+            ValueError: for a request that cannot be run.
+        """
+        prompt = self._checked_prompt(request)
+        params = request.sampling_params
+        self._check_token_ids(request)
+        if params.stop and self._tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
+        return prompt
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
@@ -256,8 +269,8 @@ class Engine:
             self._worker.shutdown()
         self._worker = None
 
-    def _make_worker(self, files: ModelFiles, launch_ranks: LauncherFactory) -> Worker | RankGang:
-        if self.config.num_ranks > 1:
+    def _make_worker(self, files: ModelFiles, launch_ranks: LauncherFactory, own_process: bool) -> Worker | RankGang:
+        if self.config.num_ranks > 1 or not own_process:
             return RankGang(self.config, launch_ranks(self.config), self.model_config.vocab_size)
         return Worker(self.config, files, self.model_config, alone(choose_device(self.config)))
 

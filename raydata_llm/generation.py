@@ -26,6 +26,7 @@ from raydata_llm.prompts import Prompt
 
 if TYPE_CHECKING:
     from raydata_llm.engine.engine import Engine
+    from raydata_llm.engine.engine_group import EngineGroup
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ class Generation:
             draws anew, as one call with the prompt twice does.
     """
 
-    def __init__(self, engine: Engine, seed: int, request_ids: Iterator[int], occurrences: Counter[bytes]) -> None:
+    def __init__(
+        self, engine: Engine | EngineGroup, seed: int, request_ids: Iterator[int], occurrences: Counter[bytes]
+    ) -> None:
         self._engine = engine
         self._seed = seed
         self._request_ids = request_ids

@@ -29,6 +29,7 @@ from raydata_llm.tokenizer import check_chat_template, encode_chat, encode_texts
 
 if TYPE_CHECKING:
     from raydata_llm.engine.engine import Engine, EngineStats
+    from raydata_llm.engine.engine_group import EngineGroup
     from raydata_llm.engine.pooling_engine import PoolingEngine
 
 
@@ -40,6 +41,7 @@ class LLM(PoolingMethods):
         tokenizer: Where the tokenizer lies if not with the model, or a ready transformers tokenizer.
         skip_tokenizer_init: Load no tokenizer: token ids in, token ids out.
         trust_remote_code: Run code that comes with the tokenizer.
+        data_parallel_size: Engines in processes of their own that share each call's prompts, a GPU or more each.
         engine_kwargs: Fields of `EngineConfig`, such as `dtype`, `max_model_len`, `seed` or `runner`; and
             `task="embed"` and the like, as older vLLMs had it.
 
@@ -54,6 +56,7 @@ class LLM(PoolingMethods):
         tokenizer: Any = None,
         skip_tokenizer_init: bool = False,
         trust_remote_code: bool = False,
+        data_parallel_size: int = 1,
         **engine_kwargs: Any,
     ) -> None:
         own = {"skip_tokenizer_init": skip_tokenizer_init, "trust_remote_code": trust_remote_code}
@@ -69,9 +72,11 @@ class LLM(PoolingMethods):
 
         config = dataclasses.replace(config, model=path)
         is_pooling = runner_of(config) == "pooling"
-        self._engine: Engine | PoolingEngine | None = (
-            PoolingEngine(config) if is_pooling else Engine(config, tokenizer=self._tokenizer)
-        )
+        self._engine: Engine | EngineGroup | PoolingEngine | None
+        if data_parallel_size != 1:
+            self._engine = _make_group(config, data_parallel_size, self._tokenizer, is_pooling=is_pooling)
+        else:
+            self._engine = PoolingEngine(config) if is_pooling else Engine(config, tokenizer=self._tokenizer)
         self._seed = config.seed
         self._request_ids = itertools.count()
         self._occurrences: Counter[bytes] = Counter()
@@ -189,16 +194,16 @@ class LLM(PoolingMethods):
     ) -> None:
         self.shutdown()
 
-    def _open_engine(self) -> Engine | PoolingEngine:
+    def _open_engine(self) -> Engine | EngineGroup | PoolingEngine:
         if self._engine is None:
             raise RuntimeError("this LLM was shut down: make a new one")
         return self._engine
 
-    def _live_engine(self) -> Engine:
-        from raydata_llm.engine.engine import Engine
+    def _live_engine(self) -> Engine | EngineGroup:
+        from raydata_llm.engine.pooling_engine import PoolingEngine
 
         engine = self._open_engine()
-        if not isinstance(engine, Engine):
+        if isinstance(engine, PoolingEngine):
             raise ValueError(
                 f"this LLM runs {engine.model.architecture} as a pooling model: use embed, classify, score or encode, "
                 "or build it with runner='generate' if the model generates text"
@@ -259,6 +264,16 @@ class LLM(PoolingMethods):
     def _decode_one(self, token_id: int) -> str:
         text: str = self.get_tokenizer().decode([token_id])
         return text
+
+
+def _make_group(config: EngineConfig, count: int, tokenizer: Any, *, is_pooling: bool) -> EngineGroup:
+    from raydata_llm.engine.engine_group import EngineGroup
+
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"data_parallel_size={count!r} is not valid: give a whole number, 1 or more")
+    if is_pooling:
+        raise ValueError(f"data_parallel_size={count} is not supported for pooling models: leave it at 1")
+    return EngineGroup(config, count, tokenizer)
 
 
 def _find_tokenizer(tokenizer: Any, model_path: str, trust_remote_code: bool) -> Any:

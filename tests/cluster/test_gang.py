@@ -37,14 +37,16 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
-def processor(model: str, strategy: str, concurrency: int = 1, **engine: Any) -> Processor:
+def processor(
+    model: str, strategy: str, concurrency: int = 1, placement_timeout_s: float = 20, **engine: Any
+) -> Processor:
     config = vLLMEngineProcessorConfig(
         model_source=model,
         engine_kwargs={**ENGINE, **engine},
         concurrency=concurrency,
         batch_size=8,
         placement_group_config={"bundle_per_worker": {"rank": 1}, "strategy": strategy},
-        placement_timeout_s=20,
+        placement_timeout_s=placement_timeout_s,
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
@@ -95,8 +97,8 @@ def expected(cluster: Cluster, model: str) -> dict[int, list[int]]:
     ("strategy", "concurrency", "sizes"),
     [
         ("STRICT_SPREAD", 1, {"tensor_parallel_size": 2}),
-        ("STRICT_SPREAD", 1, {"pipeline_parallel_size": 2}),
-        ("STRICT_PACK", 2, {"tensor_parallel_size": 2}),
+        pytest.param("STRICT_SPREAD", 1, {"pipeline_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param("STRICT_PACK", 2, {"tensor_parallel_size": 2}, marks=pytest.mark.slow),
     ],
     ids=["tp2 over two nodes", "pp2 over two nodes", "two replicas of tp2"],
 )
@@ -136,7 +138,6 @@ def test_a_killed_rank_costs_no_row(model: str, expected: dict[int, list[int]]) 
 
 
 def test_ranks_without_a_place_are_one_error_with_the_numbers(model: str, cluster: Cluster) -> None:
-    asked = processor(model, "STRICT_PACK", tensor_parallel_size=4)
-    asked.config.placement_timeout_s = 3
+    asked = processor(model, "STRICT_PACK", placement_timeout_s=3, tensor_parallel_size=4)
     with pytest.raises(Exception, match=r"4 ranks found no place in 3 s: .*STRICT_PACK.*rank: 2"):
         answers(asked)

@@ -34,7 +34,8 @@ def faulty(self, batch, bitmask=None):
 Worker.launch = faulty
 rank_process.main()
 """
-LAYOUTS: dict[str, dict[str, Any]] = {"tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}}
+TP2, PP2 = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
+EACH = pytest.mark.parametrize("sizes", [TP2, pytest.param(PP2, marks=pytest.mark.slow)], ids=str)
 
 
 @pytest.fixture
@@ -75,10 +76,10 @@ def death_of(engine: Engine, most_seconds: float) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@EACH
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_engine(model: str, layout: str, rank: int) -> None:
-    with running(model, **LAYOUTS[layout]) as (engine, pids):
+def test_a_killed_rank_ends_the_engine(model: str, sizes: dict[str, Any], rank: int) -> None:
+    with running(model, **sizes) as (engine, pids):
         for _ in range(30):
             engine.step()
         os.kill(pids[rank], signal.SIGKILL)
@@ -86,10 +87,12 @@ def test_a_killed_rank_ends_the_engine(model: str, layout: str, rank: int) -> No
     assert f"rank {rank}: killed by signal 9 (SIGKILL)" in said
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_error_comes_with_the_ranks_own_traceback(model: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@EACH
+def test_an_error_comes_with_the_ranks_own_traceback(
+    model: str, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(local_ranks, "_CODE", FAULTY.format(fault="raise ArithmeticError('a faulty layer')"))
-    with running(model, **LAYOUTS[layout]) as (engine, _):
+    with running(model, **sizes) as (engine, _):
         said = death_of(engine, 10)
     # Its own words first, and not those of the rank that lost its neighbour.
     assert said.index("ArithmeticError: a faulty layer") < said.find("gloo") % 10**9

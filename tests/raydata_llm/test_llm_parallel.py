@@ -1,0 +1,53 @@
+"""`LLM` over several ranks and several engines, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydata_llm import LLM
+
+PROMPTS = [[3 + index, 5, 9, 300] for index in range(40)]
+PARAMS = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
+SETTINGS: dict[str, Any] = {"device": "cpu", "skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 8}
+
+
+def written(model: str, **sizes: Any) -> list[list[int]]:
+    with LLM(model, **SETTINGS, **sizes) as llm:
+        first = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        again = llm.generate([*PROMPTS, []], PARAMS, use_tqdm=False)
+        assert llm.get_metrics().num_output_tokens == 2 * 20 * len(PROMPTS)
+    tokens = [output.outputs[0].token_ids for output in first]
+    assert again[-1].error is not None and "empty" in again[-1].error
+    assert [output.outputs[0].token_ids for output in again[:-1]] == tokens
+    return tokens
+
+
+@pytest.mark.parametrize("sizes", [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}], ids=str)
+def test_an_llm_over_several_processes_writes_the_same(tiny_model: Callable[..., Path], sizes: dict[str, int]) -> None:
+    model = str(tiny_model("llama", num_attention_heads=8))
+    assert written(model, **sizes) == written(model)
+
+
+def test_engines_take_rows_as_they_have_room(tiny_model: Callable[..., Path]) -> None:
+    model = str(tiny_model("llama", num_attention_heads=8))
+    with LLM(model, **SETTINGS, data_parallel_size=2) as llm:
+        group: Any = llm._engine
+        llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        shares = [member.engine.stats().num_output_tokens for member in group._members]
+    # Each holds 12 at most, so neither can have taken all at once; what one leaves is the other's.
+    assert sum(shares) == 20 * len(PROMPTS) and min(shares) > 0
+
+
+def test_data_parallel_sizes_that_cannot_be_are_value_errors(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(tiny_model("llama", num_attention_heads=8))
+    with pytest.raises(ValueError, match="data_parallel_size=0 is not valid"):
+        LLM(model, **SETTINGS, data_parallel_size=0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match="data_parallel_size=3 is 3 ranks, and this machine has 2 GPU"):
+        LLM(model, **{**SETTINGS, "device": "cuda"}, data_parallel_size=3)
