@@ -1,8 +1,8 @@
 """Which tensor- and pipeline-parallel sizes a model wants on a GPU.
 
 `python -m raydata_llm.cluster.advice CONFIG --gpu h100` prints it. Owns the arithmetic: weights and KV by the config's
-sizes, a decode step's time by what it reads and multiplies. Knows neither torch nor an engine. Its tokens/s are bounds of
-the hardware times a share, to compare sizes with; none of them was measured on several GPUs.
+sizes, a decode step's time by what it reads and multiplies. Knows neither torch nor an engine. Its tokens/s are bounds
+of the hardware times a share, to compare sizes with; none of them was measured on several GPUs.
 """
 
 from __future__ import annotations
