@@ -187,6 +187,22 @@ def test_prefill_attention_in_float32(compiler: Compiler) -> None:
     compiler.check()
 
 
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("model", MODELS)
+def test_lora(model: str, rank: int, compiler: Compiler) -> None:
+    from raydata_llm.kernels.lora import AdapterTiles
+    from raydata_llm.kernels.lora_triton import launch_add_lora
+
+    heads, kv_heads, head_dim, hidden, _ = MODELS[model]
+    parts = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    number = torch.zeros(2, dtype=torch.int32)
+    x, y = torch.zeros((2, hidden), dtype=torch.bfloat16), torch.zeros((2, sum(parts)), dtype=torch.bfloat16)
+    a = torch.zeros((1, 3 * rank, hidden), dtype=torch.bfloat16)
+    b = torch.zeros((1, sum(parts), rank), dtype=torch.bfloat16)
+    launch_add_lora(y, x, a, b, AdapterTiles(rows=number, slots=number, starts=number, ends=number), parts)
+    compiler.check()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sampling(dtype: torch.dtype, compiler: Compiler) -> None:
     from raydata_llm.kernels.bitmask_triton import launch_apply_bitmask

@@ -1,0 +1,106 @@
+"""LoRA: low-rank additions to a linear layer, another one for each row.
+
+    y[t] += B[s] (A[s] x[t])   for each row t whose adapter is in slot s
+
+A linear that is several side by side (q, k and v; gate and up) has a part for each: its A is the parts' one below the
+other, and an output column of part p sees the p-th R of the products alone.
+
+dtype policy: x's dtype; both products are summed in float32, the inner one is rounded to x's dtype, the sum with y
+once. Shapes: x [T, in], y [T, out], A [slots, parts * R, in], B [slots, out, R]; R is the largest rank, smaller ones
+are padded with zeros. An adapter's scale is in its B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+# Rows of a tile, so of a program on a GPU.
+TILE_ROWS = 16
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTiles:
+    """The rows of a step that have an adapter, those of one adapter together, in tiles.
+
+    Args:
+        rows: [M] int32; such rows, by slot.
+        slots: [tiles] int32; the adapter of a tile, -1 for a tile that is not there.
+        starts, ends: [tiles] int32; a tile's rows are `rows[start:end]`, TILE_ROWS at most.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+
+
+def tiles_of(slots: Int32) -> tuple[Int32, Int32, Int32, Int32]:
+    """The arrays of `AdapterTiles` for a step.
+
+    Args:
+        slots: [T] the adapter's slot of each row, -1 for none.
+    """
+    rows = np.flatnonzero(slots >= 0)
+    rows = rows[np.argsort(slots[rows], kind="stable")]
+    adapters, counts = np.unique(slots[rows], return_counts=True)
+    tiles = -(-counts // TILE_ROWS)
+    ends_of = np.cumsum(counts)
+    firsts = np.repeat(ends_of - counts, tiles)
+    starts = firsts + TILE_ROWS * (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles))
+    ends = np.minimum(starts + TILE_ROWS, np.repeat(ends_of, tiles))
+    return (
+        rows.astype(np.int32),
+        np.repeat(adapters, tiles).astype(np.int32),
+        starts.astype(np.int32),
+        ends.astype(np.int32),
+    )
+
+
+def max_tiles(num_rows: int, num_slots: int) -> int:
+    """Tiles of that many rows at most."""
+    return num_rows // TILE_ROWS + min(num_rows, num_slots)
+
+
+def add_lora_ref(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tiles: AdapterTiles, parts: tuple[int, ...]
+) -> None:
+    """The equation, tile by tile; see `add_lora`."""
+    rank = b.shape[2]
+    columns = list(pairwise(np.cumsum((0, *parts)).tolist()))
+    places = zip(tiles.slots.tolist(), tiles.starts.tolist(), tiles.ends.tolist(), strict=True)
+    for slot, start, end in places:
+        if slot < 0:
+            continue
+        rows = tiles.rows[start:end]
+        inner = (x[rows].float() @ a[slot].float().t()).to(x.dtype).float()
+        for part, (first, last) in enumerate(columns):
+            delta = inner[:, part * rank : (part + 1) * rank] @ b[slot, first:last].float().t()
+            y[rows, first:last] = (y[rows, first:last].float() + delta).to(y.dtype)
+
+
+def add_lora(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tiles: AdapterTiles, parts: tuple[int, ...]
+) -> None:
+    """Add the rows' adapters to a linear's output, in place.
+
+    Args:
+        y: [T, out] the linear's output.
+        x: [T, in] its input.
+        a: [slots, parts * R, in].
+        b: [slots, out, R].
+        tiles: Which rows have which adapter.
+        parts: Output columns of each part; they sum to out.
+    """
+    if not x.is_cuda:
+        add_lora_ref(y, x, a, b, tiles, parts)
+        return
+    from raydata_llm.kernels.lora_triton import launch_add_lora
+
+    launch_add_lora(y, x, a, b, tiles, parts)
