@@ -12,7 +12,7 @@ NONE = -1
 
 
 def draw(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[-1] ** 0.5
+    drawn: torch.Tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[-1] ** 0.5
     return drawn.to(device, dtype)
 
 
