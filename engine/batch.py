@@ -16,7 +16,9 @@ import numpy.typing as npt
 import torch
 
 from raydata_llm.engine.decode_plan import DecodePlan
+from raydata_llm.engine.request import LoRARequest
 from raydata_llm.engine.sequence import IntArray, Sequence
+from raydata_llm.kernels.lora import AdapterTiles
 from raydata_llm.kernels.paged_attention import SharedPrefixes
 
 
@@ -36,6 +38,8 @@ class ScheduledBatch:
         block_slots, block_columns, blocks: [U] block table entries that are new in this step.
         released: slots given up since the last step.
         admitted: sequences that got a slot in this step.
+        adapter_slots: [T] the slot of each token's adapter, -1 for none; empty where no sequence has one.
+        adapter_loads: adapters that are to be copied into their slots first.
         prompt_logprob_chunks: number and sequence of the chunks whose tokens' log-probabilities are asked for.
     """
 
@@ -53,6 +57,8 @@ class ScheduledBatch:
     released: list[int]
     admitted: list[tuple[int, Sequence]]
     prompt_logprob_chunks: list[tuple[int, Sequence]] = field(default_factory=list)
+    adapter_slots: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    adapter_loads: list[tuple[int, LoRARequest]] = field(default_factory=list)
 
     @property
     def num_decodes(self) -> int:
@@ -122,6 +128,8 @@ class ForwardBatch:
         block_table: [slots, blocks] int32.
         decode, prefill: None where the step has none.
         sampled: None where every token is sampled from.
+        adapters: The tokens that have an adapter; None where none has.
+        sampled_adapters: The same of the tokens of `sampled`.
     """
 
     token_ids: torch.Tensor
@@ -131,3 +139,5 @@ class ForwardBatch:
     decode: DecodeRows | None
     prefill: PrefillRows | None
     sampled: SampledRows | None
+    adapters: AdapterTiles | None = None
+    sampled_adapters: AdapterTiles | None = None

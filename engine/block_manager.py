@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from raydata_llm.engine.prefix_cache import PrefixCache
+from raydata_llm.engine.prefix_cache import ROOT, PrefixCache
 
 BlockArray = npt.NDArray[np.int32]
 TRASH_BLOCK = 0
@@ -80,9 +80,9 @@ class BlockManager:
         """Let later sequences find a held block that continues the prefix `node` with `tokens`; returns its node."""
         return self._cache.add(node, tokens, block)
 
-    def match(self, tokens: bytes, width: int, limit: int) -> tuple[BlockArray, int]:
+    def match(self, tokens: bytes, width: int, limit: int, root: int = ROOT) -> tuple[BlockArray, int]:
         """The blocks of the longest cached prefix, not yet shared, and its node; arguments as `PrefixCache.match`."""
-        blocks, node = self._cache.match(tokens, width, limit)
+        blocks, node = self._cache.match(tokens, width, limit, root)
         return np.array(blocks, dtype=np.int32), node
 
     def num_evictable(self, blocks: BlockArray) -> int:

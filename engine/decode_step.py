@@ -1,7 +1,7 @@
 """Pure decode steps on the device: their plan's buffers, and the CUDA graphs that replay them.
 
 Owns what a decode step reads (which slots, which groups) in buffers that never move, and one graph a bucket of row
-numbers, with and without prefix groups. Knows no prefill and no sampling: a step ends in hidden states.
+numbers, with and without prefix groups and adapters. Knows no prefill and no sampling: a step ends in hidden states.
 
 Invariants: a graph is captured only after the same step ran eagerly (kernels are compiled and loaded by then), in
 thread-local mode (other threads of the process may use CUDA meanwhile); graphs share one memory pool, so they run on
@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from raydata_llm.engine.adapter_slots import TileBuffer
 from raydata_llm.engine.batch import DecodeRows, ForwardBatch
 from raydata_llm.engine.decode_plan import MAX_GROUPS, DecodePlan
 from raydata_llm.engine.decoder import Decoder, KVCache
+from raydata_llm.engine.sequence import IntArray
 from raydata_llm.kernels.decode_inputs import DecodeInputs, decode_inputs
 from raydata_llm.kernels.paged_attention import SharedPrefixes
 
@@ -75,17 +77,25 @@ class DecodeStep:
         self._share_prefixes = share_prefixes
         self._plan: DecodePlan | None = None
         self._buffer = _PlanBuffer(state.num_slots, decoder.device)
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
         self._buckets = decode_buckets(state.num_slots)
+        # Whether a row of the plan has an adapter, and which.
+        self._adapted = False
+        self._tiles: TileBuffer | None = None
+        if decoder.adapters is not None:
+            self._tiles = TileBuffer(state.num_slots, decoder.adapters.num_slots, decoder.device)
         if use_graphs:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(decoder.device)
 
-    def set_plan(self, plan: DecodePlan) -> None:
-        """Take the plan of the next step."""
+    def set_plan(self, plan: DecodePlan, adapter_slots: IntArray) -> None:
+        """Take the plan of the next step, and the slots of its rows' adapters (empty if no row has one)."""
         if self._plan is None or self._plan.version != plan.version:
             self._buffer.fill(plan, self._state.num_slots)
             self._plan = plan
+            self._adapted = bool((adapter_slots >= 0).any())
+            if self._adapted and self._tiles is not None:
+                self._tiles.fill(adapter_slots)
 
     def rows(self, num_rows: int, context_lens: torch.Tensor) -> DecodeRows:
         """The plan's first rows, for a step that does more than decode; those past its end share nothing."""
@@ -104,9 +114,9 @@ class DecodeStep:
         assert self._plan is not None
         num_rows, shared = len(self._plan.slots), self._plan.num_groups > 0
         if not self._use_graphs:
-            return self._forward(num_rows, shared)
+            return self._forward(num_rows, shared, self._adapted)
         bucket = next(bucket for bucket in self._buckets if bucket >= num_rows)
-        graph = self._graphs[bucket, shared]
+        graph = self._graphs[bucket, shared, self._adapted]
         graph.graph.replay()
         return graph.hidden[:num_rows]
 
@@ -115,18 +125,24 @@ class DecodeStep:
         self._buffer.fill(_no_rows(), self._state.num_slots)
         self._plan = None
         for bucket in (self._buckets[0], self._buckets[-1]):
-            for shared in (False, True) if self._share_prefixes else (False,):
-                self._forward(bucket, shared)
+            for shared, adapted in self._kinds():
+                self._forward(bucket, shared, adapted)
 
     def warm_up(self) -> None:
         """Run every kernel, and capture the graphs, largest first: the others live in its memory."""
         self.run_kernels()
         for bucket in reversed(self._buckets) if self._use_graphs else ():
-            for shared in (False, True) if self._share_prefixes else (False,):
-                self._forward(bucket, shared)
-                self._graphs[bucket, shared] = self._capture(bucket, shared)
+            for shared, adapted in self._kinds():
+                self._forward(bucket, shared, adapted)
+                self._graphs[bucket, shared, adapted] = self._capture(bucket, shared, adapted)
 
-    def _forward(self, num_rows: int, shared: bool) -> torch.Tensor:
+    def _kinds(self) -> list[tuple[bool, bool]]:
+        """Of steps: with and without groups, with and without adapters."""
+        shared = (False, True) if self._share_prefixes else (False,)
+        adapted = (False,) if self._tiles is None else (False, True)
+        return [(one, other) for one in shared for other in adapted]
+
+    def _forward(self, num_rows: int, shared: bool, adapted: bool) -> torch.Tensor:
         slots = self._buffer.slots[:num_rows]
         inputs = self._state.decode_inputs(slots)
         batch = ForwardBatch(
@@ -137,18 +153,19 @@ class DecodeStep:
             decode=self._buffer.rows(num_rows, inputs.context_lens, shared=shared),
             prefill=None,
             sampled=None,
+            adapters=self._tiles.tiles(num_rows) if adapted and self._tiles is not None else None,
         )
         return self._decoder.forward(
             batch, self._kv_cache, None if self._incoming is None else self._incoming[:num_rows]
         )
 
-    def _capture(self, num_rows: int, shared: bool) -> _Graph:
+    def _capture(self, num_rows: int, shared: bool, adapted: bool) -> _Graph:
         # Not torch.cuda.graph(): that waits for the device and collects garbage first.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                hidden = self._forward(num_rows, shared)
+                hidden = self._forward(num_rows, shared, adapted)
             finally:
                 graph.capture_end()
         return _Graph(graph, hidden)

@@ -8,18 +8,21 @@ Shapes: T tokens, N sampled rows, H heads, K KV heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from raydata_llm.engine.adapter_slots import AdapterSlots, LinearAdapters
 from raydata_llm.engine.batch import DecodeRows, ForwardBatch, PrefillRows
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.parallel import ParallelState, alone
 from raydata_llm.engine.rope import rope_table
 from raydata_llm.engine.shard import ModelShard
 from raydata_llm.kernels.linear import linear
+from raydata_llm.kernels.lora import AdapterTiles
 from raydata_llm.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
 from raydata_llm.kernels.qkv_to_cache import qkv_to_cache
 from raydata_llm.kernels.rms_norm import add_rms_norm, rms_norm
@@ -59,6 +62,20 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class _Adapted:
+    """A layer's linears with the additions of the rows' adapters."""
+
+    linears: Mapping[str, LinearAdapters] | None
+    tiles: AdapterTiles | None
+
+    def __call__(self, name: str, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        y = linear(x)
+        if self.linears is None or self.tiles is None:
+            return y
+        return self.linears[name].add(y, x, self.tiles)
+
+
+@dataclass(frozen=True)
 class Layer:
     """One decoder layer's weights; q, k and v stand in one linear, gate and up in another."""
 
@@ -81,6 +98,7 @@ class Decoder:
         weights: Every parameter that this rank holds once, by Hugging Face's names.
         max_model_len: Positions that occur.
         parallel: The other ranks, if there are some; this one then computes its shard.
+        max_loras, max_lora_rank: Room for adapters.
     """
 
     def __init__(
@@ -92,6 +110,8 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         parallel: ParallelState | None = None,
+        max_loras: int = 0,
+        max_lora_rank: int = 16,
     ) -> None:
         self.parallel = parallel or alone(device)
         self.shard = ModelShard(config, self.parallel.place)
@@ -101,6 +121,9 @@ class Decoder:
         self._scale = config.head_dim**-0.5
         self._rope_table = rope_table(config.rope, config.head_dim, max_model_len, device)
         self._load(_FusedParameters(self.shard, dtype, device).fill(weights))
+        self.adapters: AdapterSlots | None = None
+        if max_loras:
+            self.adapters = AdapterSlots(self.shard, max_loras, max_lora_rank, dtype, device)
 
     def _load(self, parameters: dict[str, torch.Tensor]) -> None:
         take = parameters.get
@@ -140,18 +163,21 @@ class Decoder:
         x = rms_norm(residual, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
             cache, is_last = kv_cache.layers[index], index + 1 == len(self._layers)
-            q = self._write_kv(x, layer, batch, cache)
+            adapted = _Adapted(None if self.adapters is None else self.adapters.layers[index], batch.adapters)
+            q = self._write_kv(x, layer, batch, cache, adapted)
             if is_last and place.is_last and batch.sampled is not None:
                 # The others' KV is written, and nothing more is asked of them.
                 q, residual = q[batch.sampled.tokens], residual[batch.sampled.tokens]
                 if not len(q):
                     return residual
                 attended = self._decode_attention(q, layer, batch.block_table, batch.sampled, cache)
+                adapted = dataclasses.replace(adapted, tiles=batch.sampled_adapters)
             else:
                 attended = self._attention(q, layer, batch, cache)
-            x = self.parallel.all_reduce(layer.o(attended.flatten(1)))
+            x = self.parallel.all_reduce(adapted("self_attn.o_proj", layer.o, attended.flatten(1)))
             x, residual = add_rms_norm(x, residual, layer.post_norm, eps)
-            x = self.parallel.all_reduce(layer.down(swiglu(layer.gate_up(x))))
+            x = swiglu(adapted("mlp.gate_up_proj", layer.gate_up, x))
+            x = self.parallel.all_reduce(adapted("mlp.down_proj", layer.down, x))
             if is_last and not place.is_last:
                 return x + residual
             next_norm = self._norm if is_last else self._layers[index + 1].input_norm
@@ -184,11 +210,16 @@ class Decoder:
         return self.parallel.all_reduce(found.masked_fill_(elsewhere[:, None], 0))
 
     def _write_kv(
-        self, x: torch.Tensor, layer: Layer, batch: ForwardBatch, cache: tuple[torch.Tensor, torch.Tensor]
+        self,
+        x: torch.Tensor,
+        layer: Layer,
+        batch: ForwardBatch,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        adapted: _Adapted,
     ) -> torch.Tensor:
         """The layer's queries, [T, H, D]; keys and values go to the cache."""
         return qkv_to_cache(
-            layer.qkv(x),
+            adapted("self_attn.qkv_proj", layer.qkv, x),
             batch.positions,
             batch.slot_mapping,
             self._rope_table,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from raydata_llm.engine.adapter_slots import load_adapter
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.block_manager import BlockManager
 from raydata_llm.engine.detokenizer import StopStringWatch, Tokenizer
@@ -115,6 +116,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             share_prefixes=config.shares_prefixes,
             num_lanes=min(config.pipeline_parallel_size, sizes.max_num_seqs),
+            max_loras=config.max_loras if config.enable_lora else 0,
         )
         self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks))
         worker.start(self.num_kv_blocks)
@@ -181,6 +183,7 @@ class Engine:
         self._check_token_ids(request)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
+        self._check_adapter(request)
         return prompt
 
     def has_unfinished(self) -> bool:
@@ -338,6 +341,14 @@ class Engine:
                 "output token: shorten it, set truncate_prompt_tokens, or raise max_model_len"
             )
         return prompt
+
+    def _check_adapter(self, request: Request) -> None:
+        adapter = request.lora_request
+        if adapter is None:
+            return
+        if not self.config.enable_lora:
+            raise ValueError(f"lora_request={adapter.lora_name!r} needs enable_lora=True")
+        load_adapter(adapter.lora_path, self.model_config, self.config.max_lora_rank)
 
     def _check_token_ids(self, request: Request) -> None:
         params, vocab_size = request.sampling_params, self.model_config.vocab_size

@@ -46,6 +46,9 @@ class EngineConfig:
             "vllm" leaves the neutral defaults.
         disable_custom_all_reduce: Sum small tensors over GPUs by NCCL too, not through memory that they all map.
         hf_overrides: Values that replace those of the model's config.json.
+        enable_lora: Take requests with an adapter.
+        max_loras: Adapters on the device, so in one step, at most.
+        max_lora_rank: The largest rank of an adapter.
         runner: "generate", "pooling" (embeddings, classes, scores), or "auto": what the model's files are made for.
         convert: "embed" leaves a classifier's head out, "classify" asks for one; "auto" takes what the config names.
         pooler_config: How a pooling model pools, such as {"pooling_type": "MEAN"}; None: as its files say.
@@ -81,6 +84,9 @@ class EngineConfig:
     num_threads: int | None = None
     generation_config: str = "auto"
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
     runner: str = "auto"
     convert: str = "auto"
     pooler_config: PoolerConfig | Mapping[str, Any] | None = None
@@ -149,6 +155,8 @@ _POSITIVE_INTEGERS = (
     "kv_cache_memory_bytes",
     "num_gpu_blocks_override",
     "num_threads",
+    "max_loras",
+    "max_lora_rank",
     "tensor_parallel_size",
     "pipeline_parallel_size",
 )
@@ -157,6 +165,7 @@ _FLAGS = (
     "enable_chunked_prefill",
     "trust_remote_code",
     "skip_tokenizer_init",
+    "enable_lora",
     "enforce_eager",
     "disable_cascade_attn",
     "disable_custom_all_reduce",

@@ -199,7 +199,10 @@ class ModelRunner:
         if len(batch.blocks):
             slots, columns, blocks = self._upload(batch.block_slots, batch.block_columns, batch.blocks)
             self._state.block_table[slots, columns] = blocks
-        self._decode.set_plan(batch.decode_plan)
+        if self._decoder.adapters is not None:
+            for slot, adapter in batch.adapter_loads:
+                self._decoder.adapters.load(slot, adapter.lora_path)
+        self._decode.set_plan(batch.decode_plan, batch.adapter_slots[: batch.num_decodes])
 
     def _forward_batch(self, batch: ScheduledBatch) -> tuple[torch.Tensor, ForwardBatch]:
         """The tensors of a step with prefill, and the slots that it samples for."""
@@ -227,6 +230,10 @@ class ModelRunner:
             slot_mapping = torch.cat([inputs.slot_mapping, slot_mapping])
             decode = self._decode.rows(num_decodes, inputs.context_lens)
         sampled = self._decode.rows(len(sample_slots), state.num_computed[sample_slots])
+        adapters = sampled_adapters = None
+        if len(batch.adapter_slots) and self._decoder.adapters is not None:
+            adapters = self._decoder.adapters.tiles(batch.adapter_slots)
+            sampled_adapters = self._decoder.adapters.tiles(batch.adapter_slots[_sample_tokens(batch)])
         return sample_slots, ForwardBatch(
             token_ids=token_ids,
             positions=positions,
@@ -237,6 +244,8 @@ class ModelRunner:
             sampled=SampledRows(
                 slots=sample_slots, context_lens=sampled.context_lens, shared=sampled.shared, tokens=sample_tokens
             ),
+            adapters=adapters,
+            sampled_adapters=sampled_adapters,
         )
 
     def _upload(self, *arrays: npt.NDArray[np.integer]) -> list[torch.Tensor]:

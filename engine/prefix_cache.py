@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 ROOT = 0
+_NOTHING: tuple[int, bytes, list[int], int] = (ROOT, b"", [], ROOT)
 
 
 class PrefixCache:
@@ -23,8 +24,9 @@ class PrefixCache:
         self._edge_of: dict[int, tuple[int, bytes]] = {}
         self._node_of = np.zeros(num_blocks, dtype=np.int64)
         self._num_nodes = 1
-        # What was found last: a prefix's tokens, blocks and node. Sequences that begin alike come one after the other.
-        self._last: tuple[bytes, list[int], int] = (b"", [], ROOT)
+        # What was found last: the root, a prefix's tokens, blocks and node. Sequences that begin alike come one after
+        # the other.
+        self._last: tuple[int, bytes, list[int], int] = _NOTHING
 
     def __contains__(self, block: int) -> bool:
         return block in self._edge_of
@@ -32,17 +34,18 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._edge_of)
 
-    def match(self, tokens: bytes, width: int, limit: int) -> tuple[list[int], int]:
+    def match(self, tokens: bytes, width: int, limit: int, root: int = ROOT) -> tuple[list[int], int]:
         """The blocks of the longest known prefix, and its node.
 
         Args:
             tokens: A sequence's tokens, as bytes.
             width: Bytes of a block's tokens.
             limit: Blocks to look for at most.
+            root: Where to begin: 0, or a negative number for KV of another kind (of an adapter), a tree of its own.
         """
-        known, blocks, node = self._last
-        if len(blocks) > limit or not tokens.startswith(known):
-            blocks, node = [], ROOT
+        last_root, known, blocks, node = self._last
+        if root != last_root or len(blocks) > limit or not tokens.startswith(known):
+            blocks, node = [], root
         blocks = blocks.copy()
         for start in range(len(blocks) * width, limit * width, width):
             block = self._block_of.get((node, tokens[start : start + width]))
@@ -50,7 +53,7 @@ class PrefixCache:
                 break
             blocks.append(block)
             node = int(self._node_of[block])
-        self._last = (tokens[: len(blocks) * width], blocks, node)
+        self._last = (root, tokens[: len(blocks) * width], blocks, node)
         return blocks, node
 
     def add(self, node: int, edge: bytes, block: int) -> int:
@@ -72,7 +75,7 @@ class PrefixCache:
     def forget(self, block: int) -> None:
         """Take a block out."""
         del self._block_of[self._edge_of.pop(block)]
-        self._last = (b"", [], ROOT)
+        self._last = _NOTHING
 
     def known(self, blocks: np.typing.NDArray[np.int32]) -> np.typing.NDArray[np.bool_]:
         """Which of the blocks hold a prefix."""
@@ -83,7 +86,7 @@ class PrefixCache:
         """Forget everything."""
         self._block_of.clear()
         self._edge_of.clear()
-        self._last = (b"", [], ROOT)
+        self._last = _NOTHING
 
     def check_integrity(self) -> None:
         """Assert that both directions agree."""

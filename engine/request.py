@@ -20,6 +20,26 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 TokenArray = npt.NDArray[np.int32]
 
 
+@dataclass(frozen=True)
+class LoRARequest:
+    """An adapter that a request asks for.
+
+    Args:
+        lora_name: As its user calls it.
+        lora_int_id: vLLM's number of it; of no use here.
+        lora_path: The adapter's folder; for the engine a local one.
+    """
+
+    lora_name: str
+    lora_int_id: int = 1
+    lora_path: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("lora_name", "lora_path"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not valid: give text")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The immutable ask.
@@ -30,12 +50,14 @@ class Request:
         sampling_params: Complete parameters.
         key: 64-bit key of the sampling noise (see `sampling_key`); the draw depends on it, the index in n and the
             position alone.
+        lora_request: The adapter it is run with, if any.
     """
 
     request_id: str
     prompt_token_ids: TokenArray
     sampling_params: SamplingParams
     key: int = 0
+    lora_request: LoRARequest | None = None
 
     def refused(self, error: str) -> RequestOutput:
         """The result of a request that cannot be run."""
@@ -120,8 +142,11 @@ def seeded_key(seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"seed/{seed}".encode(), digest_size=8).digest(), "little")
 
 
-def request_digest(prompt_token_ids: Sequence[int] | TokenArray, sampling_params: SamplingParams) -> bytes:
-    """A 16-byte digest of prompt and parameters."""
+def request_digest(
+    prompt_token_ids: Sequence[int] | TokenArray, sampling_params: SamplingParams, adapter: str = ""
+) -> bytes:
+    """A 16-byte digest of prompt, parameters and the adapter's name."""
     digest = hashlib.blake2b(np.asarray(prompt_token_ids, dtype=np.int32).tobytes(), digest_size=16)
     digest.update(json.dumps(sampling_params.to_mapping(), sort_keys=True, default=str).encode())
+    digest.update(adapter.encode())
     return digest.digest()

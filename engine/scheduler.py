@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from raydata_llm.engine.adapter_pool import AdapterPool
 from raydata_llm.engine.admission import Admission, forecast
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.block_manager import BlockArray, BlockManager
@@ -54,6 +55,7 @@ class SchedulerLimits:
         enable_prefix_caching: Whether equal prefixes share blocks.
         share_prefixes: Whether decode rows with a common prefix are grouped.
         num_lanes: Groups of sequences that take turns.
+        max_loras: Adapters at once.
     """
 
     max_num_seqs: int
@@ -65,13 +67,14 @@ class SchedulerLimits:
     enable_prefix_caching: bool = True
     share_prefixes: bool = False
     num_lanes: int = 1
+    max_loras: int = 0
 
 
 class WaitingQueue:
     """Sequences that wait: preempted ones first, then those that may write most (they would make the tail).
 
-    Among sequences whose outputs are alike within a factor of two, those whose prompts begin alike come together: they
-    share blocks, and attention over them.
+    Among sequences whose outputs are alike within a factor of two, those with one adapter come together, and of these
+    those whose prompts begin alike: they share blocks, and attention over them.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -83,7 +86,10 @@ class WaitingQueue:
         """Add a new sequence."""
         max_outputs = sequence.max_tokens - sequence.num_prompt
         prefixes = (zlib.crc32(sequence.token_ids[:length].data) for length in self._prefixes)
-        heapq.heappush(self._fresh, ((-max_outputs.bit_length(), *prefixes, -max_outputs, sequence.seq_id), sequence))
+        adapter = sequence.request.lora_request
+        group = 0 if adapter is None else zlib.crc32(adapter.lora_path.encode())
+        key = (-max_outputs.bit_length(), group, *prefixes, -max_outputs, sequence.seq_id)
+        heapq.heappush(self._fresh, (key, sequence))
 
     def push_preempted(self, sequence: Sequence) -> None:
         """Put a preempted sequence before all others."""
@@ -122,6 +128,7 @@ class Scheduler:
         self.lengths = LengthModel()
         self._block_bytes = limits.block_size * self.table.token_ids.itemsize
         self.waiting = WaitingQueue(limits.block_size)
+        self.adapters = AdapterPool(limits.max_loras)
         self.num_waiting = 0
         self.num_preemptions = 0
         self._num_admissions = 0
@@ -237,6 +244,7 @@ class Scheduler:
         assert (table.num_computed[slots] <= table.num_blocks[slots] * self.limits.block_size).all()
         assert self.num_waiting == len(self.waiting.sequences())
         assert self._num_penalty_seqs == sum(_uses_penalties(self._sequence(slot)) for slot in slots.tolist())
+        self.adapters.check_integrity()
         self.blocks.check_integrity([table.blocks(slot) for slot in slots.tolist()])
 
     # Decode
@@ -323,6 +331,8 @@ class Scheduler:
                 break
             if _uses_penalties(sequence) and self._num_penalty_seqs >= self.limits.max_penalty_seqs:
                 return admitted
+            if not self.adapters.has_room(sequence.request.lora_request):
+                return admitted
             if not admission.fits(sequence, len(cached), self.blocks.num_evictable(cached)):
                 return admitted
             slot = self._occupy(self.waiting.pop(), cached, node)
@@ -355,7 +365,8 @@ class Scheduler:
         limit = (len(sequence.token_ids) - 1) // self.limits.block_size
         if sequence.lacks_prompt_logprobs or sequence.request.sampling_params.skip_reading_prefix_cache:
             limit = 0
-        return self.blocks.match(sequence.token_bytes, self._block_bytes, limit)
+        root = self.adapters.root(sequence.request.lora_request)
+        return self.blocks.match(sequence.token_bytes, self._block_bytes, limit, root)
 
     def _occupy(self, sequence: Sequence, cached: BlockArray, node: int) -> int:
         self.blocks.share(cached)
@@ -364,6 +375,7 @@ class Scheduler:
         slot = self.table.occupy(
             sequence, blocks, num_shared=len(cached), node=node, admission=self._num_admissions, lane=self._lane
         )
+        self.table.adapter[slot] = self.adapters.acquire(sequence.request.lora_request)
         sequence.num_cached_tokens = max(sequence.num_cached_tokens, len(cached) * self.limits.block_size)
         self._num_admissions += 1
         self._num_penalty_seqs += _uses_penalties(sequence)
@@ -425,7 +437,15 @@ class Scheduler:
             released=released,
             admitted=admitted,
             prompt_logprob_chunks=self._prompt_logprob_chunks(slots),
+            adapter_slots=self._adapter_slots(plan.slots, slots, counts),
+            adapter_loads=self.adapters.take_loads(),
         )
+
+    def _adapter_slots(self, decode_slots: IntArray, prefill_slots: IntArray, counts: IntArray) -> IntArray:
+        if not self.adapters.in_use:
+            return _NO_INTS
+        adapter = self.table.adapter
+        return np.concatenate([adapter[decode_slots], np.repeat(adapter[prefill_slots], counts)])
 
     def _prompt_logprob_chunks(self, slots: IntArray) -> list[tuple[int, Sequence]]:
         sequences = (self._sequence(slot) for slot in slots.tolist())
@@ -453,6 +473,7 @@ class Scheduler:
     def _release(self, slot: int) -> Sequence:
         self.blocks.free(self.table.blocks(slot).copy())
         sequence = self.table.vacate(slot)
+        self.adapters.release(sequence.request.lora_request)
         self._released.append(slot)
         self._num_penalty_seqs -= _uses_penalties(sequence)
         self._num_released += 1

@@ -117,6 +117,8 @@ class SequenceTable:
         self.min_tokens = np.zeros(num_slots, dtype=np.int32)
         self.admission = np.zeros(num_slots, dtype=np.int64)
         self.lane = np.zeros(num_slots, dtype=np.int32)
+        # The slot of its adapter, if it has one.
+        self.adapter = np.zeros(num_slots, dtype=np.int32)
         self.num_blocks = np.zeros(num_slots, dtype=np.int32)
         self.num_shared_blocks = np.zeros(num_slots, dtype=np.int32)
         # Blocks that others can share already, and the prefix cache's node of the last of them.

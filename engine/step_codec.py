@@ -19,7 +19,7 @@ from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.guides import Bitmask
 from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs, Wanted, wanted_of_prompt
-from raydata_llm.engine.request import Request
+from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.sequence import IntArray, Sequence
@@ -37,6 +37,7 @@ _BATCH_ARRAYS = (
     "block_slots",
     "block_columns",
     "blocks",
+    "adapter_slots",
 )
 _PLAN_ARRAYS = ("slots", "group_starts", "group_lens")
 
@@ -79,6 +80,7 @@ class BatchEncoder:
                 *(getattr(batch, name) for name in _BATCH_ARRAYS),
                 np.array(batch.released, dtype=np.int32),
                 np.array(chunks, dtype=np.int64).ravel(),
+                _encode_loads(batch.adapter_loads),
                 *_encode_admitted(batch.admitted),
             ]
         )
@@ -100,7 +102,7 @@ class BatchDecoder:
             self._plan = DecodePlan(version=int(head[0]), **dict(zip(_PLAN_ARRAYS, plan_arrays, strict=True)))
         assert self._plan is not None and self._plan.version == head[0], "the plan was never sent"
         fields, arrays = arrays[: len(_BATCH_ARRAYS)], arrays[len(_BATCH_ARRAYS) :]
-        released, chunks, *admissions = arrays
+        released, chunks, loads, *admissions = arrays
         for slot in released.tolist():
             sequence = self._slots.pop(slot, None)
             if sequence is not None:
@@ -114,7 +116,20 @@ class BatchDecoder:
             released=released.tolist(),
             admitted=admitted,
             prompt_logprob_chunks=[(chunk, self._running[seq]) for chunk, seq in chunks.reshape(-1, 2).tolist()],
+            adapter_loads=_decode_loads(loads),
         )
+
+
+def _encode_loads(loads: list[tuple[int, LoRARequest]]) -> Array:
+    if not loads:
+        return np.zeros(0, dtype=np.uint8)
+    entries = [(slot, adapter.lora_name, adapter.lora_int_id, adapter.lora_path) for slot, adapter in loads]
+    return np.frombuffer(json.dumps(entries).encode(), dtype=np.uint8)
+
+
+def _decode_loads(loads: Array) -> list[tuple[int, LoRARequest]]:
+    entries = json.loads(loads.tobytes()) if len(loads) else []
+    return [(slot, LoRARequest(name, number, path)) for slot, name, number, path in entries]
 
 
 def _encode_admitted(admitted: list[tuple[int, Sequence]]) -> list[Array]:

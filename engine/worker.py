@@ -64,6 +64,8 @@ class Worker:
                 dtype=self._dtype,
                 device=self.device,
                 parallel=parallel,
+                max_loras=config.max_loras if config.enable_lora else 0,
+                max_lora_rank=config.max_lora_rank,
             )
         self._runner: ModelRunner | None = None
 

@@ -1,0 +1,201 @@
+"""Rows with different LoRA adapters in one batch equal models with these adapters merged, run by transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from raydata_llm.engine.adapter import FUSED_PARTS
+from raydata_llm.engine.adapter_slots import AdapterSlots
+from raydata_llm.engine.engine import Engine
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.request import LoRARequest, Request
+from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.engine.shard import ModelShard, RankPlace
+from tests.engine.optimism import optimistic_admission
+
+NUM_ADAPTERS = 16
+MAX_TOKENS = 12
+RANK_LIMIT = 8
+PARTS = [part for parts in FUSED_PARTS.values() for part in parts]
+LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": RANK_LIMIT}
+WAYS: dict[str, dict[str, Any]] = {
+    "all at once": {"max_loras": NUM_ADAPTERS},
+    "three slots for sixteen adapters": {"max_loras": 3},
+    "one slot": {"max_loras": 1},
+    "chunked prefill": {"max_loras": 5, "max_num_batched_tokens": 16, "max_num_seqs": 4},
+    "launched ahead": {"max_loras": 2, "steps_ahead": 2},
+    "no prefix cache": {"max_loras": 4, "enable_prefix_caching": False},
+    "shared prefixes": {"max_loras": 4, "block_size": 4},
+    "preempted": {
+        "max_loras": 4,
+        "max_model_len": 60,
+        "block_size": 5,
+        "num_gpu_blocks_override": 13,
+        "max_num_seqs": 7,
+        "optimistic": True,
+    },
+}
+
+
+def adapter_pairs(model: Any, number: int) -> tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """A rank, and A and B of some linears of all layers; adapters differ in both."""
+    generator = torch.Generator().manual_seed(number)
+    rank = 1 + number % RANK_LIMIT
+    parts = PARTS if number % 3 == 0 else ["self_attn.q_proj", "self_attn.v_proj"] if number % 3 == 1 else PARTS[2::2]
+    pairs = {}
+    for layer in range(model.config.num_hidden_layers):
+        for part in parts:
+            outputs, inputs = model.get_parameter(f"model.layers.{layer}.{part}.weight").shape
+            a = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+            pairs[f"model.layers.{layer}.{part}"] = (a, torch.randn(outputs, rank, generator=generator))
+    return rank, pairs
+
+
+def save_adapter(folder: Path, rank: int, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    sides = {"A": 0, "B": 1}
+    tensors = {
+        f"base_model.model.{name}.lora_{side}.weight": pair[at]
+        for name, pair in pairs.items()
+        for side, at in sides.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+class Reference:
+    """What the plain model and each merged one write."""
+
+    def __init__(self, model_folder: Path, folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        self.model = model_folder
+        shared = rng.integers(3, 90, size=11).tolist()
+        self.prompts = [rng.integers(3, 90, size=9).tolist(), [*shared, 5], [*shared, 6, 7]]
+        self.adapters: list[LoRARequest | None] = [None]
+        self.written = [self.write(self.load())]
+        for number in range(NUM_ADAPTERS):
+            model = self.load()
+            rank, pairs = adapter_pairs(model, number)
+            save_adapter(folder / str(number), rank, pairs)
+            for name, (a, b) in pairs.items():
+                model.get_parameter(f"{name}.weight").data += b @ a
+            self.adapters.append(LoRARequest(f"adapter {number}", number + 1, str(folder / str(number))))
+            self.written.append(self.write(model))
+
+    def load(self) -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        return model.eval()
+
+    def write(self, model: Any) -> list[list[int]]:
+        outputs = []
+        for prompt in self.prompts:
+            ids = torch.tensor([prompt])
+            whole = model.generate(ids, max_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+            outputs.append(whole[0, len(prompt) :].tolist())
+        return outputs
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(tiny_model("llama"), tmp_path_factory.mktemp("adapters"))
+
+
+def generate(engine: Engine, reference: Reference) -> dict[tuple[int, int], list[int]]:
+    """What each adapter (0 is none) writes to each prompt, all rows in one batch, in mixed order."""
+    rows = [(number, index) for number in range(NUM_ADAPTERS + 1) for index in range(len(reference.prompts))]
+    np.random.default_rng(1).shuffle(rows)
+    for number, index in rows:
+        engine.add_request(
+            Request(
+                request_id=f"{number} {index}",
+                prompt_token_ids=np.array(reference.prompts[index], dtype=np.int32),
+                sampling_params=SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True),
+                lora_request=reference.adapters[number],
+            )
+        )
+    written = {}
+    while engine.has_unfinished():
+        for output in engine.step():
+            number, index = map(int, output.request_id.split())
+            written[number, index] = output.outputs[0].token_ids
+        engine.check_integrity()
+    return written
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sixteen_adapters_in_one_batch_equal_sixteen_merged_models(way: str, reference: Reference) -> None:
+    settings = {"max_model_len": 64, **WAYS[way]}
+    optimistic = settings.pop("optimistic", False)
+    engine = Engine(EngineConfig(model=str(reference.model), dtype="float32", device="cpu", **LORA, **settings))
+    with optimistic_admission(optimistic):
+        written = generate(engine, reference)
+    assert len({str(one) for one in reference.written}) == NUM_ADAPTERS + 1, "the adapters change nothing"
+    for number, wanted in enumerate(reference.written):
+        assert [written[number, index] for index in range(len(wanted))] == wanted, (way, number)
+    if way == "preempted":
+        assert engine.stats().num_preemptions > 0
+
+
+def test_a_request_with_a_wrong_adapter_is_refused_alone(reference: Reference, tmp_path: Path) -> None:
+    def request(adapter: LoRARequest) -> Request:
+        prompt = np.array(reference.prompts[0], dtype=np.int32)
+        params = SamplingParams(temperature=0, max_tokens=2)
+        return Request(request_id="a", prompt_token_ids=prompt, sampling_params=params, lora_request=adapter)
+
+    adapter = reference.adapters[RANK_LIMIT]
+    assert adapter is not None
+    plain = EngineConfig(model=str(reference.model), dtype="float32", device="cpu", max_model_len=64)
+    with pytest.raises(ValueError, match="needs enable_lora=True"):
+        Engine(plain).add_request(request(adapter))
+    engine = Engine(
+        EngineConfig(
+            model=str(reference.model),
+            dtype="float32",
+            device="cpu",
+            max_model_len=64,
+            enable_lora=True,
+            max_lora_rank=4,
+        )
+    )
+    with pytest.raises(ValueError, match="max_lora_rank=4"):
+        engine.add_request(request(adapter))
+    with pytest.raises(ValueError, match="is no adapter"):
+        engine.add_request(request(LoRARequest("b", 1, str(tmp_path))))
+    assert not engine.has_unfinished()
+
+
+def test_the_ranks_parts_of_an_adapter_make_the_whole(reference: Reference) -> None:
+    config = ModelConfig.from_hf(json.loads((reference.model / "config.json").read_text()))
+    adapter = reference.adapters[1]  # of all linears
+    assert adapter is not None
+    device = torch.device("cpu")
+
+    def loaded(rank: int, size: int) -> AdapterSlots:
+        shard = ModelShard(config, RankPlace(tp_rank=rank, tp_size=size))
+        slots = AdapterSlots(shard, 2, RANK_LIMIT, torch.float32, device)
+        slots.load(1, adapter.lora_path)
+        return slots
+
+    whole, ranks = loaded(0, 1), [loaded(rank, 2) for rank in range(2)]
+    for layer in range(config.num_layers):
+        for fused in ("self_attn.o_proj", "mlp.down_proj"):
+            joined = torch.cat([rank.layers[layer][fused].a[1] for rank in ranks], dim=1)
+            torch.testing.assert_close(joined, whole.layers[layer][fused].a[1])
+            assert torch.equal(ranks[-1].layers[layer][fused].b[1], whole.layers[layer][fused].b[1])
+        gate_up = [rank.layers[layer]["mlp.gate_up_proj"].b[1].chunk(2) for rank in ranks]
+        joined = torch.cat([part[side] for side in (0, 1) for part in gate_up])
+        torch.testing.assert_close(joined, whole.layers[layer]["mlp.gate_up_proj"].b[1])
+        q = [rank.layers[layer]["self_attn.qkv_proj"] for rank in ranks]
+        joined = torch.cat([one.b[1, : one.parts[0]] for one in q])
+        assert torch.equal(joined, whole.layers[layer]["self_attn.qkv_proj"].b[1, : len(joined)])
