@@ -1,7 +1,7 @@
 """The adapters' memory on the device: for each fused linear of a rank, A and B of every slot.
 
-Owns the copies into it, and a step's rows that have an adapter, as the kernels take them. A rank holds its part: B's
-rows where a linear is split by output, A's columns where it is split by input, so that the ranks' sums come out right.
+Owns the copies into it. A rank holds its part: B's rows where a linear is split by output, A's columns where it is
+split by input, so that the ranks' sums come out right.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from raydata_llm.engine.adapter import FUSED_PARTS, Adapter, read_adapter
 from raydata_llm.engine.model_config import ModelConfig
-from raydata_llm.engine.sequence import IntArray
 from raydata_llm.engine.shard import Cut, ModelShard
-from raydata_llm.engine.upload import upload
-from raydata_llm.kernels.lora import AdapterTiles, add_lora, max_tiles, tiles_of
+from raydata_llm.kernels.lora import AdapterTiles, add_lora
 
 # Adapters that are kept on the host once read.
 _KEPT = 32
@@ -98,46 +95,6 @@ class AdapterSlots:
             there.a[slot, number * self._max_rank : number * self._max_rank + rank] = a_part.to(self._device)
             there.b[slot, here : here + len(b_part), :rank] = b_part.to(self._device)
             here, whole = here + len(b_part), whole + outputs
-
-    def tiles(self, slots: IntArray) -> AdapterTiles:
-        """The tiles of a step.
-
-        Args:
-            slots: [T] each row's adapter slot, NO_ADAPTER for none.
-        """
-        rows, adapters, starts, ends = upload(self._device, *tiles_of(slots))
-        return AdapterTiles(rows=rows, slots=adapters, starts=starts, ends=ends)
-
-
-class TileBuffer:
-    """Tiles that never move, for CUDA graphs: as many as `max_rows` rows may make.
-
-    Args:
-        max_rows: Rows of a step at most.
-        num_slots: Adapters at once.
-    """
-
-    def __init__(self, max_rows: int, num_slots: int, device: torch.device) -> None:
-        self._num_slots = num_slots
-        # Each part begins at 16 bytes: Triton compiles a kernel anew for pointers that do not.
-        most = -(-max_tiles(max_rows, num_slots) // 4) * 4
-        self._sizes = [-(-max_rows // 4) * 4, most, most, most]
-        self._all = torch.full((sum(self._sizes),), -1, dtype=torch.int32, device=device)
-
-    def fill(self, slots: IntArray) -> None:
-        """Take a step's rows; tiles beyond theirs are not there."""
-        padded = np.full(sum(self._sizes), -1, dtype=np.int32)
-        start = 0
-        for values, size in zip(tiles_of(slots), self._sizes, strict=True):
-            padded[start : start + len(values)] = values
-            start += size
-        self._all.copy_(upload(self._all.device, padded)[0], non_blocking=True)
-
-    def tiles(self, num_rows: int) -> AdapterTiles:
-        """The tiles of a step of that many rows at most."""
-        rows, slots, starts, ends = self._all.split(self._sizes)
-        count = max_tiles(num_rows, self._num_slots)
-        return AdapterTiles(rows=rows[:num_rows], slots=slots[:count], starts=starts[:count], ends=ends[:count])
 
 
 def _cut(tensor: torch.Tensor, cut: Cut | None, *, dim: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from raydata_llm.engine.adapter_slots import TileBuffer
+from raydata_llm.engine.adapter_tiles import TileBuffer
 from raydata_llm.engine.batch import DecodeRows, ForwardBatch
 from raydata_llm.engine.decode_plan import MAX_GROUPS, DecodePlan
 from raydata_llm.engine.decoder import Decoder, KVCache

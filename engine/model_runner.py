@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raydata_llm.engine.adapter_tiles import upload_tiles
 from raydata_llm.engine.batch import ForwardBatch, PrefillRows, SampledRows, ScheduledBatch
 from raydata_llm.engine.decode_step import DecodeStep, SlotState
 from raydata_llm.engine.decoder import Decoder, KVCache
@@ -231,9 +232,9 @@ class ModelRunner:
             decode = self._decode.rows(num_decodes, inputs.context_lens)
         sampled = self._decode.rows(len(sample_slots), state.num_computed[sample_slots])
         adapters = sampled_adapters = None
-        if len(batch.adapter_slots) and self._decoder.adapters is not None:
-            adapters = self._decoder.adapters.tiles(batch.adapter_slots)
-            sampled_adapters = self._decoder.adapters.tiles(batch.adapter_slots[_sample_tokens(batch)])
+        if len(batch.adapter_slots):
+            adapters = upload_tiles(batch.adapter_slots, self._device)
+            sampled_adapters = upload_tiles(batch.adapter_slots[_sample_tokens(batch)], self._device)
         return sample_slots, ForwardBatch(
             token_ids=token_ids,
             positions=positions,

@@ -108,6 +108,7 @@ class RequestOutput:
         prompt: The prompt's text where a front end knows it.
         num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
         prompt_logprobs: A prompt position's {token id: Logprob}, when asked; None for the first position.
+        lora_request: The adapter it was run with.
     """
 
     request_id: str
@@ -117,6 +118,7 @@ class RequestOutput:
     prompt: str | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    lora_request: LoRARequest | None = None
 
     @property
     def finished(self) -> bool:

@@ -13,16 +13,12 @@ are padded with zeros. An adapter's scale is in its B.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 # Rows of a tile, so of a program on a GPU.
 TILE_ROWS = 16
-
-Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,39 +37,12 @@ class AdapterTiles:
     ends: torch.Tensor
 
 
-def tiles_of(slots: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-    """The arrays of `AdapterTiles` for a step.
-
-    Args:
-        slots: [T] the adapter's slot of each row, -1 for none.
-    """
-    rows = np.flatnonzero(slots >= 0)
-    rows = rows[np.argsort(slots[rows], kind="stable")]
-    adapters, counts = np.unique(slots[rows], return_counts=True)
-    tiles = -(-counts // TILE_ROWS)
-    ends_of = np.cumsum(counts)
-    firsts = np.repeat(ends_of - counts, tiles)
-    starts = firsts + TILE_ROWS * (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles))
-    ends = np.minimum(starts + TILE_ROWS, np.repeat(ends_of, tiles))
-    return (
-        rows.astype(np.int32),
-        np.repeat(adapters, tiles).astype(np.int32),
-        starts.astype(np.int32),
-        ends.astype(np.int32),
-    )
-
-
-def max_tiles(num_rows: int, num_slots: int) -> int:
-    """Tiles of that many rows at most."""
-    return num_rows // TILE_ROWS + min(num_rows, num_slots)
-
-
 def add_lora_ref(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tiles: AdapterTiles, parts: tuple[int, ...]
 ) -> None:
     """The equation, tile by tile; see `add_lora`."""
     rank = b.shape[2]
-    columns = list(pairwise(np.cumsum((0, *parts)).tolist()))
+    columns = list(pairwise(accumulate(parts, initial=0)))
     places = zip(tiles.slots.tolist(), tiles.starts.tolist(), tiles.ends.tolist(), strict=True)
     for slot, start, end in places:
         if slot < 0:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ScoringOutput,
         ScoringRequestOutput,
     )
+    from raydata_llm.engine.request import LoRARequest
     from raydata_llm.engine.sampling_params import SamplingParams
     from raydata_llm.engine.structured_outputs import StructuredOutputsParams
     from raydata_llm.job_report import JobReport
@@ -50,6 +51,7 @@ __all__ = [
     "EmbeddingRequestOutput",
     "EngineProcessorConfig",
     "JobReport",
+    "LoRARequest",
     "PoolerConfig",
     "PoolingOutput",
     "PoolingParams",
@@ -86,6 +88,7 @@ _MODULES = {
     "ScoringRequestOutput": "raydata_llm.engine.pooling_request",
     "JobReport": "raydata_llm.job_report",
     "LLM": "raydata_llm.llm",
+    "LoRARequest": "raydata_llm.engine.request",
     "report_of": "raydata_llm.job_run",
     "SamplingParams": "raydata_llm.engine.sampling_params",
     "StructuredOutputsParams": "raydata_llm.engine.structured_outputs",

@@ -92,6 +92,8 @@ class EngineProcessorConfig(ProcessorConfig):
         tokenize: Older name for `tokenize_stage`.
         detokenize: Older name for `detokenize_stage`.
         log_engine_metrics: Export the job's figures as Prometheus metrics, at the metrics ports of Ray's nodes.
+        dynamic_lora_loading_path: The folder of the LoRA adapters that rows name in their `model` column, with
+            `engine_kwargs={"enable_lora": True}`; None takes the name itself as a folder, a Hub id or an address.
         report_path: A local or remote folder; each run leaves its report there, a page and the same as JSON.
     """
 
@@ -117,6 +119,7 @@ class EngineProcessorConfig(ProcessorConfig):
     tokenize: Flag | None = None
     detokenize: Flag | None = None
     log_engine_metrics: Flag = True
+    dynamic_lora_loading_path: str | None = None
     report_path: str | None = None
 
     @field_validator("model_source", mode="before")
@@ -160,6 +163,9 @@ class EngineProcessorConfig(ProcessorConfig):
             raise ValueError(
                 f"engine_kwargs['runner']={runner!r} does not fit task_type={self.task_type!r}: leave the runner out"
             )
+        adapters = self.dynamic_lora_loading_path
+        if adapters is not None and not self.engine_config().enable_lora:
+            raise ValueError(f"dynamic_lora_loading_path={adapters!r} needs engine_kwargs={{'enable_lora': True}}")
         device = self.engine_config().device
         if device.startswith("cuda:"):
             raise ValueError(
@@ -230,12 +236,10 @@ class vLLMEngineProcessorConfig(EngineProcessorConfig):
     Args:
         prepare_multimodal_stage: False, or a stage that is switched off.
         placement_group_config: {"bundle_per_worker": {...}} or {"bundles": [{...}]}, as `resources_per_bundle`.
-        dynamic_lora_loading_path: None.
     """
 
     prepare_multimodal_stage: bool | dict[str, Any] | PrepareMultimodalStageConfig = False
     placement_group_config: dict[str, Any] | None = None
-    dynamic_lora_loading_path: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -251,13 +255,6 @@ class vLLMEngineProcessorConfig(EngineProcessorConfig):
     @classmethod
     def _check_placement(cls, value: object) -> object:
         return None if value is None else placement_group(value)
-
-    @field_validator("dynamic_lora_loading_path")
-    @classmethod
-    def _check_lora(cls, value: str | None) -> str | None:
-        if value is not None:
-            raise ValueError(f"dynamic_lora_loading_path={value!r} is not supported yet: leave it out")
-        return value
 
     @model_validator(mode="after")
     def _check_one_placement(self) -> vLLMEngineProcessorConfig:

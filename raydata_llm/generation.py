@@ -111,11 +111,18 @@ class Generation:
         elif params.seed is not None:
             key = seeded_key(params.seed)
         else:
-            digest = request_digest(token_ids, params)
+            adapter = "" if prompt.lora_request is None else prompt.lora_request.lora_name
+            digest = request_digest(token_ids, params, adapter)
             key = sampling_key(self._seed, digest, self._occurrences[digest])
             self._occurrences[digest] += 1
         self._engine.add_request(
-            Request(request_id=request_id, prompt_token_ids=token_ids, sampling_params=params, key=key)
+            Request(
+                request_id=request_id,
+                prompt_token_ids=token_ids,
+                sampling_params=params,
+                key=key,
+                lora_request=prompt.lora_request,
+            )
         )
         self._running[request_id] = prompt
 

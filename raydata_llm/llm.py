@@ -17,14 +17,22 @@ from typing import TYPE_CHECKING, Any
 from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.pooling_model import runner_of
-from raydata_llm.engine.request import Logprob, RequestOutput
+from raydata_llm.engine.request import Logprob, LoRARequest, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.generation import Encode, Generation
 from raydata_llm.llm_pooling import PoolingMethods, read_older_settings
 from raydata_llm.model_source import resolve_model
 from raydata_llm.openmp import wait_passively
 from raydata_llm.progress import Progress
-from raydata_llm.prompts import ParamsLike, Prompt, list_conversations, list_prompts, pair_params, read_prompt
+from raydata_llm.prompts import (
+    ParamsLike,
+    Prompt,
+    list_conversations,
+    list_prompts,
+    pair_adapters,
+    pair_params,
+    read_prompt,
+)
 from raydata_llm.tokenizer import check_chat_template, encode_chat, encode_texts, load_tokenizer
 
 if TYPE_CHECKING:
@@ -88,6 +96,7 @@ class LLM(PoolingMethods):
         sampling_params: ParamsLike | Sequence[ParamsLike] | None = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Generate from prompts.
 
@@ -95,6 +104,7 @@ class LLM(PoolingMethods):
             prompts: One or a list, mixed at will: text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`, token ids.
             sampling_params: For all, or a list with one each; None takes the model's defaults.
             use_tqdm: Show a progress bar (on a terminal or in a notebook), or a class to use as tqdm.
+            lora_request: An adapter for all, or a list with one (or None) each; needs `enable_lora=True`.
 
         Returns:
             Results in the order of the prompts. A prompt that cannot be run has `error` set and no outputs.
@@ -110,6 +120,7 @@ class LLM(PoolingMethods):
                     f"prompts[{prompt.index}] is text, but skip_tokenizer_init=True left the tokenizer out: "
                     'give {"prompt_token_ids": [...]}'
                 )
+        pair_adapters(asked, lora_request)
         return self._run(asked, self._encode_texts, use_tqdm)
 
     def chat(
@@ -118,6 +129,7 @@ class LLM(PoolingMethods):
         sampling_params: ParamsLike | Sequence[ParamsLike] | None = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -130,6 +142,7 @@ class LLM(PoolingMethods):
             messages: One conversation (a list of dicts with `role` and `content`) or a list of them.
             sampling_params: As in `generate`.
             use_tqdm: As in `generate`.
+            lora_request: As in `generate`.
             chat_template: A Jinja template instead of the tokenizer's own.
             add_generation_prompt: Open the assistant's turn.
             continue_final_message: Go on in the last message; needs `add_generation_prompt=False`.
@@ -156,6 +169,7 @@ class LLM(PoolingMethods):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
+        pair_adapters(asked, lora_request)
         return self._run(asked, functools.partial(_encode_conversations, render), use_tqdm)
 
     def get_tokenizer(self) -> Any:
@@ -240,7 +254,7 @@ class LLM(PoolingMethods):
         prompt.token_ids = encode_texts(self._tokenizer, [prompt.text or ""])[0]
 
     def _finish(self, prompt: Prompt, output: RequestOutput) -> None:
-        output.prompt = prompt.text
+        output.prompt, output.lora_request = prompt.text, prompt.lora_request
         prompt.attempt(functools.partial(self._fill_text, output))
         if prompt.error is not None:
             output.outputs, output.error = [], prompt.error

@@ -46,10 +46,10 @@ def resolve_model(model_source: str, *, weights: bool = True, load_format: str =
     weights = weights and load_format != "dummy"
     if is_remote(model_source):
         return _check_folder(model_source, fetch_model(model_source, weights=weights, load_format=load_format))
-    local = _local_path(model_source)
+    local = local_path(model_source)
     if local.exists():
         return _check_folder(model_source, str(local))
-    return _fetch_from_hub(model_source, weights=weights, load_format=load_format)
+    return _check_folder(model_source, fetch_from_hub(model_source, weights=weights, load_format=load_format))
 
 
 def check_model(model_source: str, engine_config: EngineConfig, task: PoolingTask | None = None) -> None:
@@ -70,15 +70,17 @@ def check_model(model_source: str, engine_config: EngineConfig, task: PoolingTas
 
 
 def is_remote(model_source: str) -> bool:
+    """Whether it is in a store, not in a folder and not on the Hub."""
     return "://" in model_source and not model_source.startswith("file://")
 
 
-def _local_path(model_source: str) -> Path:
+def local_path(model_source: str) -> Path:
+    """Where it lies if it is on this node."""
     return Path(model_source.removeprefix("file://")).expanduser()
 
 
 def _is_local(model_source: str) -> bool:
-    return _local_path(model_source).exists()
+    return local_path(model_source).exists()
 
 
 def _check_folder(model_source: str, path: str) -> str:
@@ -161,7 +163,12 @@ def _checked_ranges(remote: RemoteModel, name: str) -> list[tuple[int, int]]:
     return [(0, size)]
 
 
-def _fetch_from_hub(model_source: str, *, weights: bool, load_format: str) -> str:
+def fetch_from_hub(model_source: str, *, weights: bool, load_format: str) -> str:
+    """The local path of what the Hub calls so.
+
+    Raises:
+        ValueError: when it cannot be read there.
+    """
     named = _HUB_ID.fullmatch(model_source)
     if named is None:
         raise ValueError(f"model_source={model_source!r} not found: no such folder or file here; {_KINDS}")
@@ -178,7 +185,7 @@ def _fetch_from_hub(model_source: str, *, weights: bool, load_format: str) -> st
             f"that can be read ({str(error).splitlines()[0]}); {_KINDS}. Without a network, or with HF_HUB_OFFLINE=1, "
             "only models in the Hub's own cache can be read; a gated model needs HF_TOKEN"
         ) from error
-    return _check_folder(model_source, path)
+    return path
 
 
 def _list_hub_files(repo: str, revision: str | None) -> list[str] | None:

@@ -19,6 +19,7 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.pooling_model import PoolingModel
 from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
+from raydata_llm.engine.request import LoRARequest
 from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
 from raydata_llm.pooled_rows import PooledTexts, is_pair, read_pooling
@@ -59,6 +60,9 @@ class PreparePlan:
         tokenize: Off, `tokenized_prompt` is taken before anything else.
         keep_going: Turn failures into error rows instead of raising.
         resume: Leave out rows that are committed.
+        adapters: The folder of the adapters that rows name in their `model` column, "" where the name is the place;
+            None takes no adapters.
+        adapters_of: The model that such a column may name too.
         task: Of a pooling model; None generates.
         engine: The engine's settings, for a pooling model.
     """
@@ -73,6 +77,8 @@ class PreparePlan:
     tokenize: bool = True
     keep_going: bool = False
     resume: ResumePlan | None = None
+    adapters: str | None = None
+    adapters_of: str = ""
     task: PoolingTask | None = None
     engine: EngineConfig | None = None
 
@@ -103,6 +109,7 @@ class _Draft:
     error: str | None = None
     pooling: PoolingParams | None = None
     token_types: list[int] | None = None
+    lora_request: LoRARequest | None = None
 
     @property
     def columns(self) -> Row:
@@ -134,6 +141,9 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
         _tokenize(drafts, plan, tokenizer)
     else:
         _tokenize_whole(drafts, plan, tokenizer)
+    if plan.adapters is not None:
+        for draft in drafts:
+            _attempt(draft, plan, "lora", lambda draft: _choose_adapter(draft, plan))
     requests = [_request(draft, draft.columns) for draft in drafts]
     table = append_packed(table, REQUEST_COLUMN, requests)
     table = append_tickets(table, TICKET_COLUMN, requests)
@@ -149,9 +159,20 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
 def _request(draft: _Draft, columns: Row) -> RowRequest:
     digest = row_digest(columns)
     if draft.pooling is None:
-        return RowRequest(draft.token_ids, columns.get("sampling_params"), digest, draft.error)
+        params = columns.get("sampling_params")
+        return RowRequest(draft.token_ids, params, digest, draft.error, lora_request=draft.lora_request)
     types = None if draft.token_types is None else np.asarray(draft.token_types, dtype=np.int32)
     return RowRequest(draft.token_ids, None, digest, draft.error, draft.pooling.to_mapping(), types)
+
+
+def _choose_adapter(draft: _Draft, plan: PreparePlan) -> None:
+    """Take the row's `model` column, where it names another model than the job's, as the name of an adapter."""
+    name = draft.columns.get("model")
+    if name is None or name == plan.adapters_of:
+        return
+    if not isinstance(name, str):
+        raise TypeError(f"model={name!r} is a {type(name).__name__}: give the name of an adapter")
+    draft.lora_request = LoRARequest(name, lora_path=f"{plan.adapters.rstrip('/')}/{name}" if plan.adapters else name)
 
 
 def _attempt(draft: _Draft, plan: PreparePlan, stage: str, step: Callable[[_Draft], None]) -> None:

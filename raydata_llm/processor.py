@@ -78,6 +78,8 @@ class Processor:
             tokenize=tokenize.enabled,
             keep_going=config.should_continue_on_error,
             resume=resume_plan(config),
+            adapters=(config.dynamic_lora_loading_path or "") if engine.enable_lora else None,
+            adapters_of=config.model_source,
             task=pooling_task(config.task_type),
             engine=None if config.task_type == "generate" else engine,
         )

@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from raydata_llm.adapter_source import on_this_node
+from raydata_llm.engine.request import LoRARequest
 from raydata_llm.engine.sampling_params import SamplingParams
 
 ParamsLike = SamplingParams | Mapping[str, Any]
@@ -29,6 +31,7 @@ class Prompt:
         text: As given, or rendered by the chat template; None when only token ids are known.
         token_ids: As given, or encoded later.
         error: Why it cannot be run, as `Type: message`.
+        lora_request: The adapter it is run with.
     """
 
     index: int
@@ -37,6 +40,7 @@ class Prompt:
     text: str | None = None
     token_ids: list[int] | None = None
     error: str | None = None
+    lora_request: LoRARequest | None = None
 
     def attempt(self, work: Callable[[Self], None]) -> None:
         """Do something with this prompt, unless it failed before; what goes wrong becomes its error."""
@@ -93,6 +97,26 @@ def pair_params(given: list[Any], sampling_params: Any, defaults: Mapping[str, A
     for prompt, one in zip(prompts, sampling_params, strict=True):
         prompt.attempt(functools.partial(_read_params, one, defaults))
     return prompts
+
+
+def pair_adapters(prompts: list[Prompt], lora_request: Any) -> None:
+    """Give prompts their adapters: none, one for all, or a list with one (or None) each.
+
+    Raises:
+        ValueError: for anything else; an adapter that cannot be read is its prompts' error.
+    """
+    is_list = isinstance(lora_request, Sequence) and not isinstance(lora_request, str)
+    each = lora_request if is_list else [lora_request] * len(prompts)
+    if len(each) != len(prompts):
+        raise ValueError(f"lora_request has {len(each)} entries for {len(prompts)} prompts: give one each or one")
+    for prompt, adapter in zip(prompts, each, strict=True):
+        if adapter is not None and not isinstance(adapter, LoRARequest):
+            raise ValueError(f"lora_request={adapter!r} is a {type(adapter).__name__}: give a LoRARequest")
+        prompt.attempt(functools.partial(_take_adapter, adapter))
+
+
+def _take_adapter(adapter: LoRARequest | None, prompt: Prompt) -> None:
+    prompt.lora_request = None if adapter is None else on_this_node(adapter)
 
 
 def read_prompt(prompt: Prompt) -> None:

@@ -105,10 +105,15 @@ def wanted_files(names: Iterable[str], *, weights: bool, load_format: str = "aut
 def weight_files(names: Iterable[str], load_format: str = "auto") -> list[str]:
     """The files that hold the weights, in the formats that `load_format` takes (as the engine's `ModelFiles`)."""
     names = sorted(names)
-    safetensors = [name for name in names if fnmatch(name, "model*.safetensors")]
-    pickled = [name for name in names if fnmatch(name, "pytorch_model*.bin")]
+    # A folder without a model's weights may hold an adapter's.
+    safetensors = _matching(names, "model*.safetensors") or _matching(names, "adapter_model.safetensors")
+    pickled = _matching(names, "pytorch_model*.bin") or _matching(names, "adapter_model.bin")
     by_format = {"auto": safetensors or pickled, "safetensors": safetensors, "pt": pickled}
     return by_format.get(load_format, [])
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    return [name for name in names if fnmatch(name, pattern)]
 
 
 def _open_filesystem(uri: str) -> tuple[Any, str]:

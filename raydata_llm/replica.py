@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from raydata_llm.adapter_source import on_this_node
 from raydata_llm.engine.phases import announce
 from raydata_llm.engine.pooling_params import PoolingParams
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, PoolingRequestOutput
@@ -186,10 +187,13 @@ class Replica:
                 asked[str(row_id)] = (json.dumps(row.pooling_params, sort_keys=True), len(row.prompt_token_ids))
                 requests.append(_pooling_request(row_id, row.prompt_token_ids, row))
                 continue
+            stage = "sampling_params"
             try:
                 params = self._params(row.sampling_params)
+                stage = "lora"
+                adapter = None if row.lora_request is None else on_this_node(row.lora_request)
             except Exception as error:
-                failed = RowOutput(None, "", row_id, 0.0, describe_failure(error, "sampling_params"))
+                failed = RowOutput(None, "", row_id, 0.0, describe_failure(error, stage))
                 self._finish(_Finished(row_id, failed, 0, 0))
                 continue
             seed = params.value.seed
@@ -198,6 +202,7 @@ class Replica:
                 prompt_token_ids=row.prompt_token_ids,
                 sampling_params=params.value,
                 key=key if seed is None else seeded_key(seed),
+                lora_request=adapter,
             )
             asked[request.request_id] = (params.text, len(row.prompt_token_ids))
             requests.append(request)

@@ -83,7 +83,10 @@ class ResumePlan:
             b"" if request.prompt_token_ids is None else np.ascontiguousarray(request.prompt_token_ids).tobytes()
         )
         # The dataset's own columns too: two rows with one prompt are two rows, and one's answer is not the other's.
-        return _digest(_digest(token_ids) + row_digest({"sampling_params": request.sampling_params}) + row_digest(row))
+        asked = {"sampling_params": request.sampling_params}
+        if request.lora_request is not None:
+            asked["lora"] = request.lora_request.lora_path
+        return _digest(_digest(token_ids) + row_digest(asked) + row_digest(row))
 
 
 class Carried(NamedTuple):

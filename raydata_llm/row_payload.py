@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequestOutput
-from raydata_llm.engine.request import RequestOutput, TokenArray
+from raydata_llm.engine.request import LoRARequest, RequestOutput, TokenArray
 
 REQUEST_COLUMN = "__raydata_llm_request"
 CARRIED_COLUMN = "__raydata_llm_carried"
@@ -36,7 +36,8 @@ _ROW_TEXT_LIMIT = 500
 class RowRequest(NamedTuple):
     """What a replica needs to know of a row; `digest` tells rows apart, `error` says why there is no request.
 
-    `pooling_params` (a mapping with a task) and `token_type_ids` are those of a row for a pooling model.
+    `pooling_params` (a mapping with a task) and `token_type_ids` are those of a row for a pooling model; `lora_request`
+    names the row's adapter, wherever it is.
     """
 
     prompt_token_ids: TokenArray | None
@@ -45,6 +46,7 @@ class RowRequest(NamedTuple):
     error: str | None = None
     pooling_params: Mapping[str, Any] | None = None
     token_type_ids: TokenArray | None = None
+    lora_request: LoRARequest | None = None
 
 
 class Carried(NamedTuple):

@@ -80,7 +80,7 @@ _LEFT_OUT_FOR = {
         interleave_mm_strings language_model_only limit_mm_per_prompt long_lora_scaling_factors lora_dtype
         lora_extra_vocab_size lora_target_modules mamba_backend mamba_block_size mamba_cache_dtype
         mamba_cache_mode mamba_cache_philox_rounds mamba_config mamba_ssm_cache_dtype max_cpu_loras
-        max_lora_rank max_loras max_prompt_adapter_token max_prompt_adapters media_io_kwargs
+        max_prompt_adapter_token max_prompt_adapters media_io_kwargs
         mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin
         mm_encoder_fp8_scale_save_path mm_encoder_only mm_encoder_tp_mode mm_processor_cache_gb
         mm_processor_cache_type mm_processor_kwargs mm_shm_cache_max_object_size_mb mm_tensor_ipc
@@ -95,7 +95,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "config_format": (None, "auto", "hf"),
     "data_parallel_size": (None, 1),
     "disable_sliding_window": (None, False),
-    "enable_lora": (None, False),
     "enable_prompt_adapter": (None, False),
     "enable_prompt_embeds": (None, False),
     "hf_config_path": (None,),

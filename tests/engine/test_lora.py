@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from raydata_llm.engine.adapter import FUSED_PARTS
 from raydata_llm.engine.adapter_slots import AdapterSlots
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
@@ -21,12 +19,11 @@ from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.shard import ModelShard, RankPlace
+from tests.engine.lora_adapters import RANK_LIMIT, adapter_pairs, save_adapter
 from tests.engine.optimism import optimistic_admission
 
 NUM_ADAPTERS = 16
 MAX_TOKENS = 12
-RANK_LIMIT = 8
-PARTS = [part for parts in FUSED_PARTS.values() for part in parts]
 LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": RANK_LIMIT}
 WAYS: dict[str, dict[str, Any]] = {
     "all at once": {"max_loras": NUM_ADAPTERS},
@@ -36,6 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "launched ahead": {"max_loras": 2, "steps_ahead": 2},
     "no prefix cache": {"max_loras": 4, "enable_prefix_caching": False},
     "shared prefixes": {"max_loras": 4, "block_size": 4},
+    "two ranks": {"max_loras": 3, "tensor_parallel_size": 2},
+    "two stages": {"max_loras": 3, "pipeline_parallel_size": 2},
     "preempted": {
         "max_loras": 4,
         "max_model_len": 60,
@@ -45,33 +44,6 @@ WAYS: dict[str, dict[str, Any]] = {
         "optimistic": True,
     },
 }
-
-
-def adapter_pairs(model: Any, number: int) -> tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """A rank, and A and B of some linears of all layers; adapters differ in both."""
-    generator = torch.Generator().manual_seed(number)
-    rank = 1 + number % RANK_LIMIT
-    parts = PARTS if number % 3 == 0 else ["self_attn.q_proj", "self_attn.v_proj"] if number % 3 == 1 else PARTS[2::2]
-    pairs = {}
-    for layer in range(model.config.num_hidden_layers):
-        for part in parts:
-            outputs, inputs = model.get_parameter(f"model.layers.{layer}.{part}.weight").shape
-            a = torch.randn(rank, inputs, generator=generator) / inputs**0.5
-            pairs[f"model.layers.{layer}.{part}"] = (a, torch.randn(outputs, rank, generator=generator))
-    return rank, pairs
-
-
-def save_adapter(folder: Path, rank: int, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    folder.mkdir()
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    sides = {"A": 0, "B": 1}
-    tensors = {
-        f"base_model.model.{name}.lora_{side}.weight": pair[at]
-        for name, pair in pairs.items()
-        for side, at in sides.items()
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 class Reference:
@@ -138,8 +110,11 @@ def test_sixteen_adapters_in_one_batch_equal_sixteen_merged_models(way: str, ref
     settings = {"max_model_len": 64, **WAYS[way]}
     optimistic = settings.pop("optimistic", False)
     engine = Engine(EngineConfig(model=str(reference.model), dtype="float32", device="cpu", **LORA, **settings))
-    with optimistic_admission(optimistic):
-        written = generate(engine, reference)
+    try:
+        with optimistic_admission(optimistic):
+            written = generate(engine, reference)
+    finally:
+        engine.shutdown()
     assert len({str(one) for one in reference.written}) == NUM_ADAPTERS + 1, "the adapters change nothing"
     for number, wanted in enumerate(reference.written):
         assert [written[number, index] for index in range(len(wanted))] == wanted, (way, number)

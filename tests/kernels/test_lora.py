@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from raydata_llm.kernels.lora import TILE_ROWS, AdapterTiles, add_lora, max_tiles, tiles_of
+from raydata_llm.engine.adapter_tiles import max_tiles, tiles_of
+from raydata_llm.kernels.lora import TILE_ROWS, AdapterTiles, add_lora
 
 NONE = -1
 

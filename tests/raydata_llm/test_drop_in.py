@@ -130,9 +130,10 @@ ENGINE_KWARGS: list[tuple[str, Any, Any]] = [
     ("seed", 3, 3),
     ("skip_tokenizer_init", True, True),
     ("distributed_executor_backend", "ray", ...),
-    ("enable_lora", False, None),
-    ("max_lora_rank", 32, ...),
-    ("max_loras", 4, ...),
+    ("enable_lora", False, False),
+    ("enable_lora", True, True),
+    ("max_lora_rank", 32, 32),
+    ("max_loras", 4, 4),
     ("guided_decoding_backend", "xgrammar", ...),
     ("structured_outputs_config", {"backend": "auto"}, ...),
     ("pooler_config", {"pooling_type": "CLS"}, {"pooling_type": "CLS"}),
@@ -174,7 +175,6 @@ def test_what_is_left_out_is_said_in_one_warning(caplog: pytest.LogCaptureFixtur
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"engine_kwargs": {"enable_lora": True}}, "enable_lora=True is not supported yet"),
     ({"engine_kwargs": {"quantization": "awq"}}, "quantization='awq' is not supported yet"),
     ({"engine_kwargs": {"revision": "v2"}}, "revision='v2' is not supported yet: download that revision"),
     ({"engine_kwargs": {"rope_scaling": {"factor": 2}}}, "set hf_overrides"),
@@ -185,7 +185,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"has_image": True}, "has_image=True is not supported yet"),
     ({"prepare_multimodal_stage": True}, "prepare_multimodal_stage is not supported yet: set it to False"),
     ({"prepare_multimodal_stage": 3}, "give True, False, a dict or PrepareMultimodalStageConfig"),
-    ({"dynamic_lora_loading_path": "s3://b/l"}, "dynamic_lora_loading_path='s3://b/l' is not supported yet"),
+    ({"dynamic_lora_loading_path": "s3://b/l"}, "dynamic_lora_loading_path='s3://b/l' needs engine_kwargs"),
     ({"placement_group_config": {"strategy": "PACK"}}, "give one of bundle_per_worker and bundles"),
     ({"placement_group_config": {"bundle_per_worker": {"GPU": -1}}}, "bundle['GPU']=-1 is not valid: give 0 or"),
     (
