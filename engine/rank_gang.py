@@ -39,6 +39,7 @@ from raydata_llm.engine.rank_line import (
     Line,
     LineAddress,
     LineListener,
+    RankError,
 )
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sequence import IntArray
@@ -53,10 +54,6 @@ _WORK_SECONDS = 1.0
 # When one rank fails, its neighbours do as well: how long the others' words are waited for.
 _LAST_WORDS_SECONDS = 1.0
 _CONNECT_SECONDS = 180.0
-
-
-class RankError(RuntimeError):
-    """A rank died or hung, and with it the engine."""
 
 
 class RankHandle(Protocol):

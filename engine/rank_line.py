@@ -20,6 +20,10 @@ SETTINGS, START, BATCH, GUIDED_BATCH, BITMASK = b"S", b"K", b"B", b"G", b"M"
 JOINED, LOADED, READY, RESULT, HEARTBEAT, FAILURE, PHASE = b"J", b"L", b"R", b"T", b"H", b"E", b"P"
 
 
+class RankError(RuntimeError):
+    """A rank died or hung, and with it the engine."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One end. Threads may send at once; one receives."""

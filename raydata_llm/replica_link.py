@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from raydata_llm.dispatch_plan import ReplicaPlan
+from raydata_llm.engine.rank_line import RankError
 from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, LeaseBook, Outcome, Quarantined
 from raydata_llm.replica import Collected, Replica
 
@@ -80,6 +81,9 @@ class ReplicaLink:
             self.is_placed = True
             num_slots = ray.get(self._actor.start.remote())
         except RayTaskError as error:
+            if isinstance(error.cause, RankError):
+                self._note_loss(number, f"while it started: {error.cause}", blame=0)
+                return
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except RayActorError as error:
             self._note_loss(number, f"while it started: {error}", blame=0)

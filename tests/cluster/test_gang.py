@@ -54,7 +54,7 @@ def processor(
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
         token_ids = [3 + row["id"], 5, 9, 300]
-        params = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+        params = {"temperature": 0.0, "max_tokens": 100, "ignore_eos": True, "detokenize": False}
         return {"id": row["id"], "tokenized_prompt": token_ids, "sampling_params": params}
 
     def answer(row: dict[str, Any]) -> dict[str, Any]:
@@ -122,19 +122,30 @@ def test_ranks_on_ray_write_what_one_rank_writes(
     assert len(nodes) == 2
 
 
-def test_a_killed_rank_costs_no_row(model: str, expected: dict[int, list[int]]) -> None:
+@pytest.mark.parametrize("seconds", [1.0, 4.0], ids=["while it loads", "among the rows"])
+def test_a_killed_rank_costs_no_row(model: str, expected: dict[int, list[int]], seconds: float) -> None:
     found: dict[int, list[int]] = {}
+    before = {actor["ActorID"] for actor in rank_actors()}
+
+    def ranks() -> list[dict[str, Any]]:
+        return [actor for actor in rank_actors() if actor["ActorID"] not in before]
+
     asked = processor(model, "STRICT_SPREAD", tensor_parallel_size=2)
     job = threading.Thread(target=lambda: found.update(answers(asked)))
     job.start()
     deadline = time.monotonic() + 60
-    while len(ranks := rank_actors()) < 2 and time.monotonic() < deadline:
+    while len(ranks()) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    # Any moment: while it loads, or in the midst of the rows.
-    time.sleep(random.uniform(0.0, 6.0))
-    os.kill(random.choice(ranks)["Pid"], signal.SIGKILL)
-    job.join(120)
+    time.sleep(seconds)
+    killed = random.choice(ranks())
+    os.kill(killed["Pid"], signal.SIGKILL)
+    seen = {killed["ActorID"]}
+    while job.is_alive() and time.monotonic() < deadline + 120:
+        seen.update(actor["ActorID"] for actor in ranks())
+        time.sleep(0.1)
     assert not job.is_alive() and found == expected
+    # Two of the first replica, and two of the one that took its place.
+    assert len(seen) >= 3
 
 
 def test_ranks_without_a_place_are_one_error_with_the_numbers(model: str, cluster: Cluster) -> None:

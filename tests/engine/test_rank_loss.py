@@ -17,7 +17,7 @@ from raydata_llm.engine import local_ranks, rank_gang
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.local_ranks import LocalRanks
-from raydata_llm.engine.rank_gang import RankError
+from raydata_llm.engine.rank_line import RankError
 from raydata_llm.engine.request import Request
 from raydata_llm.engine.sampling_params import SamplingParams
 
