@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"hidden_size": 88},
     "mistral": {"hidden_size": 104, "sliding_window": None},
 }
+
+
+def pytest_configure() -> None:
+    """Have Ctrl-C raise KeyboardInterrupt, as tests of it expect: a shell's background processes ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

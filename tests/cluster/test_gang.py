@@ -122,7 +122,10 @@ def test_ranks_on_ray_write_what_one_rank_writes(
     assert len(nodes) == 2
 
 
-@pytest.mark.parametrize("seconds", [1.0, 4.0], ids=["while it loads", "among the rows"])
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(1.0, id="while it loads", marks=pytest.mark.slow), pytest.param(4.0, id="among the rows")],
+)
 def test_a_killed_rank_costs_no_row(model: str, expected: dict[int, list[int]], seconds: float) -> None:
     found: dict[int, list[int]] = {}
     before = {actor["ActorID"] for actor in rank_actors()}
