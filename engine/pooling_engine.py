@@ -58,6 +58,8 @@ class PoolingEngine:
                 f"{config.pipeline_parallel_size} are not supported for pooling models: leave them at 1, and set "
                 "concurrency to as many replicas as there are GPUs"
             )
+        if config.enable_lora:
+            raise ValueError("enable_lora=True is not supported for pooling models: merge the adapter into its model")
         files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
         self.model = model = PoolingModel.open(files, config)
         self.default_sampling_params: dict[str, Any] = {}

@@ -163,6 +163,11 @@ class EngineProcessorConfig(ProcessorConfig):
             raise ValueError(
                 f"engine_kwargs['runner']={runner!r} does not fit task_type={self.task_type!r}: leave the runner out"
             )
+        if self.engine_config().enable_lora and self.task_type != "generate":
+            raise ValueError(
+                f"engine_kwargs['enable_lora']=True is not supported with task_type={self.task_type!r}: merge the "
+                "adapter into its model"
+            )
         adapters = self.dynamic_lora_loading_path
         if adapters is not None and not self.engine_config().enable_lora:
             raise ValueError(f"dynamic_lora_loading_path={adapters!r} needs engine_kwargs={{'enable_lora': True}}")

@@ -6,6 +6,7 @@ Owns their arguments and the making of each method's kind of result. What happen
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,17 +68,18 @@ def read_older_settings(engine_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**_TASKS.get(task or "auto", {}), **older, **settings}
 
 
-class PoolingMethods:
+class PoolingMethods(ABC):
     """What `LLM` has for pooling models."""
 
     _request_ids: Iterator[int]
 
+    @abstractmethod
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _live_pooling_engine(self) -> PoolingEngine:
-        raise NotImplementedError
+        """The engine, if it is one of pooling."""
 
     def encode(
         self,

@@ -83,9 +83,11 @@ class ResumePlan:
             b"" if request.prompt_token_ids is None else np.ascontiguousarray(request.prompt_token_ids).tobytes()
         )
         # The dataset's own columns too: two rows with one prompt are two rows, and one's answer is not the other's.
-        asked = {"sampling_params": request.sampling_params}
+        asked: dict[str, Any] = {"sampling_params": request.sampling_params}
         if request.lora_request is not None:
             asked["lora"] = request.lora_request.lora_path
+        if request.pooling_params is not None:
+            asked["pooling_params"] = request.pooling_params
         return _digest(_digest(token_ids) + row_digest(asked) + row_digest(row))
 
 

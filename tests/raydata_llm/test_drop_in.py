@@ -185,6 +185,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"has_image": True}, "has_image=True is not supported yet"),
     ({"prepare_multimodal_stage": True}, "prepare_multimodal_stage is not supported yet: set it to False"),
     ({"prepare_multimodal_stage": 3}, "give True, False, a dict or PrepareMultimodalStageConfig"),
+    (
+        {"engine_kwargs": {"enable_lora": True}, "task_type": "embed"},
+        "engine_kwargs['enable_lora']=True is not supported with task_type='embed'",
+    ),
     ({"dynamic_lora_loading_path": "s3://b/l"}, "dynamic_lora_loading_path='s3://b/l' needs engine_kwargs"),
     ({"placement_group_config": {"strategy": "PACK"}}, "give one of bundle_per_worker and bundles"),
     ({"placement_group_config": {"bundle_per_worker": {"GPU": -1}}}, "bundle['GPU']=-1 is not valid: give 0 or"),

@@ -12,6 +12,7 @@ import pytest
 
 from raydata_llm import EngineProcessorConfig, ResumeConfig
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.request import LoRARequest
 from raydata_llm.ledger_index import KEY_BYTES
 from raydata_llm.ledger_layout import Entry
 from raydata_llm.resume import ResumePlan, mark_failed, read_carried
@@ -38,6 +39,22 @@ def test_a_key_follows_the_request_and_the_datasets_own_columns() -> None:
         key({"id": 1}, [5, 6], {"top_k": 6, "stop": ["x"]}),
     ]
     assert len({same, *others}) == 4
+
+
+def test_a_key_follows_the_adapter_and_the_pooling_parameters() -> None:
+    asked: list[dict[str, Any]] = [
+        {},
+        {"lora_request": LoRARequest("a", 1, "adapters/a")},
+        {"lora_request": LoRARequest("b", 1, "adapters/b")},
+        {"pooling_params": {"task": "embed", "dimensions": 8}},
+        {"pooling_params": {"task": "embed", "dimensions": 16}},
+    ]
+    requests = [RowRequest(np.array([5], np.int32), None, b"", **one) for one in asked]
+    rows = [{"id": 1}] * len(asked)
+    table = PLAN.admit(pa.table({"x": [0] * len(asked)}), requests, rows, [{}] * len(asked))
+    keys = read_carried(table.column(RESUME_COLUMN), "").keys
+    width = len(keys) // len(asked)
+    assert len({keys[start : start + width] for start in range(0, len(keys), width)}) == len(asked)
 
 
 def test_a_key_column_stands_for_the_row_alone() -> None:
