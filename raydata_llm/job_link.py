@@ -154,7 +154,8 @@ class JobLink:
             num_cpus=0,
             max_restarts=0,
             max_pending_calls=_MAX_PENDING_CALLS,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
+            # Softly, a node that has just joined and knows no other yet would keep it.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             **options,
         )
         return actor.remote(self._job_id, self._started_at, self._with_metrics)

@@ -117,7 +117,8 @@ def _this_node() -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Softly, a node that has just joined and knows no other yet would keep what it is asked to place.
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def with_own_context(dataset: Dataset, *, preserve_order: bool) -> Dataset:
