@@ -30,6 +30,15 @@ class AdapterPool:
         """Whether a running sequence has an adapter."""
         return bool(self._users)
 
+    @property
+    def num_available(self) -> int:
+        """Slots that another adapter can have now."""
+        return len(self._free) + len(self._unused)
+
+    def has(self, adapter: LoRARequest) -> bool:
+        """Whether it has a slot."""
+        return adapter in self._slot_of
+
     def root(self, adapter: LoRARequest | None) -> int:
         """Where the prefix cache keeps the KV of its sequences."""
         return ROOT if adapter is None else self._roots.setdefault(adapter, -1 - len(self._roots))

@@ -31,7 +31,8 @@ from raydata_llm.engine.parallel import alone
 from raydata_llm.engine.rank_gang import LauncherFactory, RankGang, RemoteStep
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
 from raydata_llm.engine.sampler import SampledLogprobs
-from raydata_llm.engine.scheduler import Scheduler, SchedulerLimits
+from raydata_llm.engine.scheduler import Scheduler
+from raydata_llm.engine.scheduler_limits import SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, Sequence
 from raydata_llm.engine.shard import check_split
 from raydata_llm.engine.worker import MOST_PENALTY_SEQS, Worker
@@ -242,7 +243,7 @@ class Engine:
         idle_seconds, starved_seconds = self._idle_clock.seconds()
         return EngineStats(
             num_running=self._scheduler.table.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.intake.num_waiting,
             kv_usage=blocks.num_held / blocks.num_usable,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,

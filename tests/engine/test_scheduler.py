@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.block_manager import BlockManager
-from raydata_llm.engine.request import Request
+from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampling_params import SamplingParams
-from raydata_llm.engine.scheduler import Scheduler, SchedulerLimits
+from raydata_llm.engine.scheduler import Scheduler
+from raydata_llm.engine.scheduler_limits import SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, Sequence
 from tests.engine.optimism import optimistic_admission
 
@@ -33,13 +35,23 @@ def make_scheduler(num_blocks: int = 40, block_size: int = 4, **limits: int | bo
 
 
 def make_sequence(
-    seq_id: int, prompt: list[int], max_tokens: int, max_model_len: int = MAX_MODEL_LEN, **params: object
+    seq_id: int,
+    prompt: list[int],
+    max_tokens: int,
+    max_model_len: int = MAX_MODEL_LEN,
+    adapter: int = 0,
+    **params: object,
 ) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
     token_ids = np.array(prompt, dtype=np.int32)
     return Sequence(
         seq_id=seq_id,
-        request=Request(request_id=str(seq_id), prompt_token_ids=token_ids, sampling_params=sampling),
+        request=Request(
+            request_id=str(seq_id),
+            prompt_token_ids=token_ids,
+            sampling_params=sampling,
+            lora_request=LoRARequest(f"adapter {adapter}", adapter, f"/{adapter}") if adapter else None,
+        ),
         index=0,
         token_ids=token_ids,
         num_prompt=len(prompt),
@@ -57,7 +69,8 @@ class FakeModel:
     def __init__(self, scheduler: Scheduler, eos_every: int) -> None:
         self._scheduler, self._eos_every = scheduler, eos_every
         self._last: dict[int, int] = {}
-        self._cache: dict[tuple[int, int], tuple[int, ...]] = {}
+        # What is at a place of a block: tokens, computed with an adapter.
+        self._cache: dict[tuple[int, int], tuple[LoRARequest | None, tuple[int, ...]]] = {}
 
     def token(self, seq_id: int, position: int) -> int:
         draw = (seq_id * 7919 + position * 104729) % 1009
@@ -74,16 +87,20 @@ class FakeModel:
                 strict=True,
             )
         )
+
+        def content(slot: int, position: int) -> tuple[LoRARequest | None, tuple[int, ...]]:
+            sequence = table.sequences[slot]
+            assert sequence is not None
+            return sequence.request.lora_request, tuple(history[sequence.seq_id][: position + 1])
+
         for slot, start, count in spans:
-            tokens = history[int(table.seq_id[slot])]
             for position in range(start, start + count):
                 place = (int(table.block_table[slot, position // size]), position % size)
-                self._cache[place] = tuple(tokens[: position + 1])
+                self._cache[place] = content(slot, position)
         for slot, start, count in spans:
-            tokens = history[int(table.seq_id[slot])]
             for position in range(start + count):
                 place = (int(table.block_table[slot, position // size]), position % size)
-                assert self._cache[place] == tuple(tokens[: position + 1]), "attention would read another's KV"
+                assert self._cache[place] == content(slot, position), "attention would read another's KV"
         drawn = []
         for seq_id, position in zip(batch.sample_seq_ids.tolist(), batch.sample_positions.tolist(), strict=True):
             token = self.token(seq_id, position)
@@ -145,6 +162,7 @@ requests = st.lists(
         st.integers(0, 2),  # which shared prefix
         st.booleans(),  # ignore_eos
         st.booleans(),  # penalties
+        st.integers(0, 3),  # adapter, 0 for none
     ),
     min_size=1,
     max_size=20,
@@ -163,10 +181,11 @@ requests = st.lists(
     prefix_caching=st.booleans(),
     optimistic=st.booleans(),
     eos_every=st.sampled_from([0, 5, 30]),
+    max_loras=st.integers(1, 3),
     aborted=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 19)), max_size=3),
 )
 def test_every_request_finishes_once_with_its_own_tokens(
-    requests: list[tuple[int, int, int, bool, bool]],
+    requests: list[tuple[int, int, int, bool, bool, int]],
     steps_ahead: int,
     num_blocks: int,
     block_size: int,
@@ -176,6 +195,7 @@ def test_every_request_finishes_once_with_its_own_tokens(
     prefix_caching: bool,
     optimistic: bool,
     eos_every: int,
+    max_loras: int,
     aborted: list[tuple[int, int]],
 ) -> None:
     scheduler = make_scheduler(
@@ -185,6 +205,7 @@ def test_every_request_finishes_once_with_its_own_tokens(
         max_num_batched_tokens=budget if chunked else max(budget, MAX_MODEL_LEN),
         enable_chunked_prefill=chunked,
         enable_prefix_caching=prefix_caching,
+        max_loras=max_loras,
     )
     sequences = [
         make_sequence(
@@ -193,8 +214,9 @@ def test_every_request_finishes_once_with_its_own_tokens(
             max_tokens,
             ignore_eos=ignore_eos,
             presence_penalty=0.5 if penalties else 0.0,
+            adapter=adapter,
         )
-        for seq_id, (length, max_tokens, prefix, ignore_eos, penalties) in enumerate(requests)
+        for seq_id, (length, max_tokens, prefix, ignore_eos, penalties, adapter) in enumerate(requests)
     ]
     prompts = {sequence.seq_id: sequence.token_ids for sequence in sequences}
     abort_at = {step: str(seq_id) for step, seq_id in aborted}
@@ -222,7 +244,7 @@ def test_rows_of_unknown_lengths_fill_the_blocks_and_are_hardly_ever_preempted()
     while scheduler.has_unfinished():
         batch = scheduler.schedule(0)
         assert batch is not None
-        if scheduler.num_waiting and scheduler.lengths.num_finished > 100:
+        if scheduler.intake.num_waiting and scheduler.lengths.num_finished > 100:
             peaks.append(scheduler.simulated_peak() / 1000)
             held.append(scheduler.blocks.num_held / 1000)
         written = batch.sample_positions + 1 - 64
@@ -279,6 +301,28 @@ def test_penalty_rows_never_outnumber_their_pool() -> None:
     finished = run(scheduler, sequences, steps_ahead=0, eos_every=0, abort_at={})
     assert len(finished) == 7
     assert peak == 2
+
+
+@pytest.mark.parametrize("lack", [{"adapter": 2}, {"frequency_penalty": 1.0}])
+def test_rows_that_lack_something_hold_back_none_that_do_not(lack: dict[str, Any]) -> None:
+    scheduler = make_scheduler(max_num_seqs=4, max_penalty_seqs=1, max_loras=1)
+    blocking = make_sequence(0, [5, 6], 40, **({"adapter": 1} if "adapter" in lack else lack))
+    lacking = [make_sequence(i, [5, 6], 30, **lack) for i in range(1, 4)]
+    others = [make_sequence(i, [5, 6], 20) for i in range(4, 10)]
+    steps: dict[int, int] = {}
+    original = scheduler.schedule
+
+    def watched(num_in_flight: int) -> ScheduledBatch | None:
+        batch = original(num_in_flight)
+        assert batch is not None
+        for _, sequence in batch.admitted:
+            steps[sequence.seq_id] = len(steps)
+        return batch
+
+    scheduler.schedule = watched  # type: ignore[method-assign]
+    run(scheduler, [blocking, *lacking, *others], steps_ahead=0, eos_every=0, abort_at={})
+    assert [seq_id for seq_id in steps if seq_id not in (1, 2, 3)] == [0, 4, 5, 6, 7, 8, 9]
+    assert min(steps[1], steps[2], steps[3]) > steps[6], "the first three go beside the one that blocks"
 
 
 def test_an_end_is_kept_back_until_min_tokens() -> None:
