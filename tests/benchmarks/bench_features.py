@@ -1,0 +1,208 @@
+"""What rows' parameters cost: `decode`'s rows with log-probabilities, drawn tokens, a JSON schema, adapters, and none.
+
+    python -m tests.benchmarks.bench_features [--model llama-3.2-1b] [--case logprobs json …] [--runs 3] [--out FILE]
+
+Dummy weights, 1024 rows of 64 tokens in and 512 out, EOS ignored, so that all cases do the same steps; every run's
+output counts are asserted. The case `none` runs first and again last, in the same process, and shares are of the faster
+of the two; `lora-none` is an engine made for adapters whose rows have none. The schema is one that cannot be satisfied
+within the output, over a made-up vocabulary of the model's size, and the tokens drawn are checked against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import string
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from raydata_llm.engine.engine import Engine
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.request import LoRARequest, Request
+from raydata_llm.engine.sampling_params import SamplingParams
+from tests.benchmarks.workloads import SHAPES, decode, write_shape
+
+NUM_ADAPTERS, LORA_RANK = 16, 16
+_SCHEMA = {
+    "type": "array",
+    "minItems": 400,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 1, "maxLength": 40},
+            "kind": {"enum": ["person", "place", "thing"]},
+            "count": {"type": "integer", "minimum": 0, "maximum": 9999},
+        },
+        "required": ["name", "kind", "count"],
+        "additionalProperties": False,
+    },
+}
+# Case: what each row asks for besides a greedy draw.
+CASES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "sampled": {"temperature": 0.8, "top_p": 0.95, "top_k": 50},
+    "logprobs": {"logprobs": 5},
+    "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.1},
+    "json": {"structured_outputs": {"json": _SCHEMA}},
+    "lora-none": {},
+    "lora": {},
+}
+
+
+class Rows:
+    """One engine and the timed runs of `decode`'s rows on it."""
+
+    def __init__(self, model: str, path: Path, engine_kwargs: dict[str, Any]) -> None:
+        self.work = decode(SHAPES[model]["vocab_size"])
+        self.tokenizer: Any = made_up_tokenizer(SHAPES[model]["vocab_size"], SHAPES[model]["eos_token_id"])
+        config = EngineConfig(model=str(path), load_format="dummy", **engine_kwargs)
+        self.engine = Engine(config, tokenizer=self.tokenizer)
+
+    def time(self, case: str, runs: int, adapters: list[LoRARequest]) -> float:
+        """The best wall of some runs, after one of 16 tokens."""
+        self.generate(case, adapters, most=16)
+        gc.collect()
+        return min(self.generate(case, adapters) for _ in range(runs))
+
+    def generate(self, case: str, adapters: list[LoRARequest], most: int = 1 << 30) -> float:
+        """Wall seconds of all rows, their outputs checked."""
+        self.engine.reset_prefix_cache()
+        outputs: dict[int, list[int]] = {}
+        began = time.perf_counter()
+        for index, (prompt, max_tokens) in enumerate(self.work):
+            self.engine.add_request(
+                Request(
+                    request_id=str(index),
+                    prompt_token_ids=np.fromiter(prompt, dtype=np.int32, count=len(prompt)),
+                    sampling_params=SamplingParams(
+                        **{"temperature": 0.0, "max_tokens": min(most, max_tokens), "ignore_eos": True} | CASES[case]
+                    ),
+                    key=index,
+                    lora_request=adapters[index % len(adapters)] if adapters else None,
+                )
+            )
+        while self.engine.has_unfinished():
+            for output in self.engine.step():
+                assert output.error is None, output.error
+                outputs[int(output.request_id)] = output.outputs[0].token_ids
+                assert case != "logprobs" or len(output.outputs[0].logprobs or ()) == len(
+                    outputs[int(output.request_id)]
+                )
+        wall = time.perf_counter() - began
+        assert [len(outputs[row]) for row in range(len(self.work))] == [min(most, asked) for _, asked in self.work]
+        if case == "json":
+            for token_ids in outputs.values():
+                assert str(self.tokenizer.decode(token_ids)).lstrip().startswith("["), "the schema was not followed"
+        return wall
+
+
+def measure(model: str, cases: list[str], runs: int) -> list[dict[str, Any]]:
+    """A line for each case."""
+    walls: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_shape(model, Path(folder))
+        rows = Rows(model, path, {})
+        for case in ["none", *(case for case in cases if "lora" not in case), "none"]:
+            wall = rows.time(case, runs, [])
+            walls[case] = min(wall, walls.get(case, wall))
+            print(f"{model} {case}: {wall:.3f} s", flush=True)
+        rows.engine.shutdown()
+        del rows
+        gc.collect()
+        adapted = [case for case in cases if "lora" in case]
+        if adapted:
+            adapters = list(save_adapters(SHAPES[model], Path(folder)))
+            rows = Rows(model, path, {"enable_lora": True, "max_loras": NUM_ADAPTERS, "max_lora_rank": LORA_RANK})
+            for case in adapted:
+                walls[case] = rows.time(case, runs, adapters if case == "lora" else [])
+                print(f"{model} {case}: {walls[case]:.3f} s", flush=True)
+            rows.engine.shutdown()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return [
+        {
+            "model": model,
+            "case": case,
+            "gpu": gpu,
+            "wall_s": round(wall, 3),
+            "over_none": round(wall / walls["none"], 3),
+        }
+        for case, wall in walls.items()
+    ]
+
+
+def save_adapters(shape: dict[str, Any], folder: Path) -> Iterator[LoRARequest]:
+    """Random adapters of all linears, as PEFT saves them."""
+    hidden, inner, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+    head_dim = shape.get("head_dim", hidden // heads)
+    queries, keys = heads * head_dim, shape["num_key_value_heads"] * head_dim
+    sizes = {
+        "self_attn.q_proj": (hidden, queries),
+        "self_attn.k_proj": (hidden, keys),
+        "self_attn.v_proj": (hidden, keys),
+        "self_attn.o_proj": (queries, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    for number in range(NUM_ADAPTERS):
+        generator = torch.Generator().manual_seed(number)
+        tensors = {}
+        for layer in range(shape["num_hidden_layers"]):
+            for name, (inputs, outputs) in sizes.items():
+                prefix = f"base_model.model.model.layers.{layer}.{name}.lora"
+                tensors[f"{prefix}_A.weight"] = torch.randn(LORA_RANK, inputs, generator=generator).bfloat16() * 0.02
+                tensors[f"{prefix}_B.weight"] = torch.randn(outputs, LORA_RANK, generator=generator).bfloat16() * 0.02
+        path = folder / f"adapter-{number}"
+        path.mkdir()
+        settings = {"peft_type": "LORA", "r": LORA_RANK, "lora_alpha": LORA_RANK, "bias": "none"}
+        (path / "adapter_config.json").write_text(json.dumps(settings))
+        save_file(tensors, path / "adapter_model.safetensors")
+        yield LoRARequest(path.name, number + 1, str(path))
+
+
+def made_up_tokenizer(vocab_size: int, eos_token_id: int) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of any size: all bytes, then random words of 2 to 8 characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    rng = np.random.default_rng(8)
+    letters = list(string.ascii_letters + string.digits + ' "{}[]:,._-')
+    tokens = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    while len(tokens) < vocab_size - 1:
+        for length in rng.integers(2, 9, size=1000).tolist():
+            tokens["".join(rng.choice(letters, size=length)).replace(" ", "Ġ")] = None
+    words = list(tokens)[: vocab_size - 1]
+    words.insert(eos_token_id, "<|end|>")
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def main() -> int:
+    """Time the asked cases; prints a line each and writes a JSON list."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--case", choices=CASES, nargs="+", default=[case for case in CASES if case != "none"])
+    parser.add_argument("--runs", type=int, default=3, help="timed runs of a case")
+    parser.add_argument("--out", help="file for the JSON list")
+    args = parser.parse_args()
+    results = measure(args.model, args.case, args.runs)
+    for line in results:
+        print(f"{line['case']:>10} {line['wall_s']:8.3f} s {line['over_none']:6.3f} of none")
+    if args.out:
+        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
