@@ -64,7 +64,7 @@ class Rows:
 
     def __init__(self, model: str, path: Path, engine_kwargs: dict[str, Any]) -> None:
         self.work = decode(SHAPES[model]["vocab_size"])
-        self.tokenizer: Any = made_up_tokenizer(SHAPES[model]["vocab_size"], SHAPES[model]["eos_token_id"])
+        self.tokenizer = made_up_tokenizer(SHAPES[model]["vocab_size"], SHAPES[model]["eos_token_id"])
         config = EngineConfig(model=str(path), load_format="dummy", **engine_kwargs)
         self.engine = Engine(config, tokenizer=self.tokenizer)
 
@@ -170,7 +170,7 @@ def save_adapters(shape: dict[str, Any], folder: Path) -> Iterator[LoRARequest]:
         yield LoRARequest(path.name, number + 1, str(path))
 
 
-def made_up_tokenizer(vocab_size: int, eos_token_id: int) -> PreTrainedTokenizerFast:
+def made_up_tokenizer(vocab_size: int, eos_token_id: int) -> Any:
     """A byte-level tokenizer of any size: all bytes, then random words of 2 to 8 characters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
