@@ -6,6 +6,7 @@ Dummy weights, 1024 rows of 64 tokens in and 512 out, EOS ignored, so that all c
 output counts are asserted. The case `none` runs first and again last, in the same process, and shares are of the faster
 of the two; `lora-none` is an engine made for adapters whose rows have none. The schema is one that cannot be satisfied
 within the output, over a made-up vocabulary of the model's size, and the tokens drawn are checked against it.
+`prompt-logprobs` runs when it is asked for: four prompts of 32,768 tokens, one token out, beside the same without.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampling_params import SamplingParams
-from tests.benchmarks.workloads import SHAPES, decode, write_shape
+from tests.benchmarks.workloads import SHAPES, Work, decode, write_shape
 
 NUM_ADAPTERS, LORA_RANK = 16, 16
 _SCHEMA = {
@@ -56,6 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
     "json": {"structured_outputs": {"json": _SCHEMA}},
     "lora-none": {},
     "lora": {},
+    "prompt-none": {},
+    "prompt-logprobs": {"prompt_logprobs": 1},
 }
 
 
@@ -63,7 +66,10 @@ class Rows:
     """One engine and the timed runs of `decode`'s rows on it."""
 
     def __init__(self, model: str, path: Path, engine_kwargs: dict[str, Any]) -> None:
-        self.work = decode(SHAPES[model]["vocab_size"])
+        self.works = {
+            "decode": decode(SHAPES[model]["vocab_size"]),
+            "prompt": long_prompts(SHAPES[model]["vocab_size"]),
+        }
         self.tokenizer = made_up_tokenizer(SHAPES[model]["vocab_size"], SHAPES[model]["eos_token_id"])
         config = EngineConfig(model=str(path), load_format="dummy", **engine_kwargs)
         self.engine = Engine(config, tokenizer=self.tokenizer)
@@ -77,9 +83,10 @@ class Rows:
     def generate(self, case: str, adapters: list[LoRARequest], most: int = 1 << 30) -> float:
         """Wall seconds of all rows, their outputs checked."""
         self.engine.reset_prefix_cache()
+        work = self.works["prompt" if "prompt" in case else "decode"]
         outputs: dict[int, list[int]] = {}
         began = time.perf_counter()
-        for index, (prompt, max_tokens) in enumerate(self.work):
+        for index, (prompt, max_tokens) in enumerate(work):
             self.engine.add_request(
                 Request(
                     request_id=str(index),
@@ -94,12 +101,12 @@ class Rows:
         while self.engine.has_unfinished():
             for output in self.engine.step():
                 assert output.error is None, output.error
-                outputs[int(output.request_id)] = output.outputs[0].token_ids
-                assert case != "logprobs" or len(output.outputs[0].logprobs or ()) == len(
-                    outputs[int(output.request_id)]
-                )
+                row, written = int(output.request_id), output.outputs[0]
+                outputs[row] = written.token_ids
+                assert case != "logprobs" or len(written.logprobs or ()) == len(written.token_ids)
+                assert case != "prompt-logprobs" or len(output.prompt_logprobs or ()) == len(work[row][0])
         wall = time.perf_counter() - began
-        assert [len(outputs[row]) for row in range(len(self.work))] == [min(most, asked) for _, asked in self.work]
+        assert [len(outputs[row]) for row in range(len(work))] == [min(most, asked) for _, asked in work]
         if case == "json":
             for token_ids in outputs.values():
                 assert str(self.tokenizer.decode(token_ids)).lstrip().startswith("["), "the schema was not followed"
@@ -109,17 +116,20 @@ class Rows:
 def measure(model: str, cases: list[str], runs: int) -> list[dict[str, Any]]:
     """A line for each case."""
     walls: dict[str, float] = {}
+    adapted = [case for case in cases if "lora" in case]
+    plain = [case for case in cases if case not in adapted and "prompt" not in case]
+    order = ["none", *plain, "none"] if plain or adapted else []
+    order += ["prompt-none", "prompt-logprobs"] if "prompt-logprobs" in cases else []
     with tempfile.TemporaryDirectory() as folder:
         path = write_shape(model, Path(folder))
         rows = Rows(model, path, {})
-        for case in ["none", *(case for case in cases if "lora" not in case), "none"]:
+        for case in order:
             wall = rows.time(case, runs, [])
             walls[case] = min(wall, walls.get(case, wall))
             print(f"{model} {case}: {wall:.3f} s", flush=True)
         rows.engine.shutdown()
         del rows
         gc.collect()
-        adapted = [case for case in cases if "lora" in case]
         if adapted:
             adapters = list(save_adapters(SHAPES[model], Path(folder)))
             rows = Rows(model, path, {"enable_lora": True, "max_loras": NUM_ADAPTERS, "max_lora_rank": LORA_RANK})
@@ -134,10 +144,16 @@ def measure(model: str, cases: list[str], runs: int) -> list[dict[str, Any]]:
             "case": case,
             "gpu": gpu,
             "wall_s": round(wall, 3),
-            "over_none": round(wall / walls["none"], 3),
+            "over_none": round(wall / walls["prompt-none" if "prompt" in case else "none"], 3),
         }
         for case, wall in walls.items()
     ]
+
+
+def long_prompts(vocab_size: int) -> Work:
+    """Four prompts of 32,768 tokens, one token out."""
+    rng = np.random.default_rng(9)
+    return [(rng.integers(100, vocab_size - 100, size=32768).tolist(), 1) for _ in range(4)]
 
 
 def save_adapters(shape: dict[str, Any], folder: Path) -> Iterator[LoRARequest]:
@@ -192,7 +208,9 @@ def main() -> int:
     """Time the asked cases; prints a line each and writes a JSON list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="llama-3.2-1b")
-    parser.add_argument("--case", choices=CASES, nargs="+", default=[case for case in CASES if case != "none"])
+    parser.add_argument(
+        "--case", choices=CASES, nargs="+", default=[case for case in CASES if case != "none" and "prompt" not in case]
+    )
     parser.add_argument("--runs", type=int, default=3, help="timed runs of a case")
     parser.add_argument("--out", help="file for the JSON list")
     args = parser.parse_args()
