@@ -1,7 +1,8 @@
-"""One call of `LLM.generate` or `LLM.chat`: from prompts to results in their order.
+"""Prompts on their way through an engine: fed in, stepped, and handed out as results as they finish.
 
 Owns the loop that feeds the engine while a thread tokenises ahead of it, the noise keys, and Ctrl-C. Knows no text.
-Invariant: it leaves nothing in the engine, however it ends; a prompt that fails is one result with `error` set.
+Invariants: a prompt that fails is one result with `error` set; whatever raises in a step leaves nothing in the engine;
+results that were made are kept until they are taken.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Finish = Callable[[Prompt, RequestOutput], None]
 
 
 class Generation:
-    """The requests and results of one call.
+    """The prompts that are under way in an engine.
 
     Args:
         engine: With nothing unfinished in it.
@@ -46,61 +47,148 @@ class Generation:
         request_ids: Gives each request its id.
         occurrences: How often each drawn request was asked before, by digest; kept over calls, so that asking again
             draws anew, as one call with the prompt twice does.
+        finish: Fills in a result's text.
     """
 
     def __init__(
-        self, engine: Engine | EngineGroup, seed: int, request_ids: Iterator[int], occurrences: Counter[bytes]
+        self,
+        engine: Engine | EngineGroup,
+        seed: int,
+        request_ids: Iterator[int],
+        occurrences: Counter[bytes],
+        finish: Finish,
     ) -> None:
         self._engine = engine
         self._seed = seed
         self._request_ids = request_ids
         self._occurrences = occurrences
-        self._running: dict[str, Prompt] = {}
-        self._results: dict[int, RequestOutput] = {}
+        self._finish = finish
+        self._tokenising = ThreadPoolExecutor(1, "tokenise")
+        self._chunks: deque[tuple[dict[str, Prompt], Future[None]]] = deque()
+        self._unfinished: dict[str, Prompt] = {}
+        self._done: deque[RequestOutput] = deque()
 
-    def run(self, prompts: list[Prompt], encode: Encode, finish: Finish, progress: Progress) -> list[RequestOutput]:
-        """Generate; returns results in the order of the prompts.
+    def add(self, prompts: list[Prompt], encode: Encode) -> list[str]:
+        """Queue prompts; returns the ids that their results will have.
 
         Args:
-            prompts: Their `index` counts from 0.
             encode: Fills in the token ids, or errors, of some prompts; runs in a thread of its own.
-            finish: Fills in a result's text.
-            progress: Is told of each result.
+        """
+        named = {str(next(self._request_ids)): prompt for prompt in prompts}
+        for chunk in _chunks(named):
+            self._chunks.append((chunk, self._tokenising.submit(encode, list(chunk.values()))))
+        self._unfinished |= named
+        return list(named)
+
+    @property
+    def num_untaken(self) -> int:
+        """Prompts whose results have not been taken."""
+        return len(self._unfinished) + len(self._done)
+
+    def results(self) -> Iterator[RequestOutput]:
+        """Run, and yield results as they finish.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, when what ran has been aborted.
+            KeyboardInterrupt: after Ctrl-C; everything is kept, and another call goes on.
         """
-        with noted_interrupts() as interrupted, ThreadPoolExecutor(1, "tokenise") as pool:
-            chunks = deque((chunk, pool.submit(encode, chunk)) for chunk in _chunks(prompts))
-            try:
-                while chunks or self._engine.has_unfinished():
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
-                    for output in [*self._feed(chunks), *self._step(finish)]:
+        while self.num_untaken:
+            yield from self._take_done()
+            if not self._unfinished:
+                continue
+            with noted_interrupts() as interrupted:
+                self._advance()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+
+    def run_keeping(self, progress: Progress) -> list[RequestOutput]:
+        """As `run`, but what is interrupted is kept, done or not, and another call goes on.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+        """
+        results = []
+        try:
+            for output in self.results():
+                results.append(output)
+                progress.advance(output)
+        except BaseException:
+            self._done.extendleft(reversed(results))
+            raise
+        return sorted(results, key=lambda output: int(output.request_id))
+
+    def run(self, progress: Progress) -> list[RequestOutput]:
+        """Run to the end; returns results in the order in which they were asked for.
+
+        After Ctrl-C those that were not done have `error` set, and nothing is left.
+
+        Args:
+            progress: Is told of each result.
+        """
+        asked, results = list(self._unfinished), dict[str, RequestOutput]()
+        try:
+            with noted_interrupts() as interrupted:
+                while self.num_untaken and not interrupted.is_set():
+                    self._advance()
+                    for output in self._take_done():
+                        results[output.request_id] = output
                         progress.advance(output)
-            except BaseException:
-                for _, encoding in chunks:
-                    encoding.cancel()
-                self._engine.abort_all()
-                raise
-        return self._ordered_results()
+            results |= self._given_up()
+        finally:
+            self.abort()
+        ordered = [results[request_id] for request_id in asked]
+        tell_failures(ordered)
+        return ordered
 
-    def _feed(self, chunks: deque[tuple[list[Prompt], Future[None]]]) -> list[RequestOutput]:
+    def abort(self) -> None:
+        """Forget all prompts, and the results that were not taken."""
+        self._forget_unfinished()
+        self._done.clear()
+        self._tokenising.shutdown()
+
+    def _forget_unfinished(self) -> None:
+        for _, encoding in self._chunks:
+            encoding.cancel()
+        self._chunks.clear()
+        self._unfinished.clear()
+        self._engine.abort_all()
+
+    def _take_done(self) -> Iterator[RequestOutput]:
+        while self._done:
+            yield self._done.popleft()
+
+    def _given_up(self) -> dict[str, RequestOutput]:
+        """Results of prompts that are not done."""
+        error = "KeyboardInterrupt: interrupted before this prompt was done"
+        return {
+            request_id: RequestOutput(request_id, prompt.token_ids or [], error=error, prompt=prompt.text)
+            for request_id, prompt in self._unfinished.items()
+        }
+
+    def _advance(self) -> None:
+        """Feed the engine and run a step."""
+        try:
+            self._feed()
+            if self._engine.has_unfinished():
+                for output in self._engine.step():
+                    self._finish(self._unfinished.pop(output.request_id), output)
+                    self._done.append(output)
+        except BaseException:
+            # A second Ctrl-C is one of them: the step is half done.
+            self._forget_unfinished()
+            raise
+
+    def _feed(self) -> None:
         """Hand the next tokenised prompts to the engine, waiting only when it has nothing to do."""
-        if not chunks or (self._engine.has_unfinished() and not chunks[0][1].done()):
-            return []
-        chunk, encoding = chunks.popleft()
-        encoding.result()
-        return [output for prompt in chunk if (output := self._add(prompt)) is not None]
-
-    def _add(self, prompt: Prompt) -> RequestOutput | None:
-        request_id = str(next(self._request_ids))
-        prompt.attempt(functools.partial(self._submit, request_id))
-        if prompt.error is None:
-            return None
-        output = RequestOutput(request_id, prompt.token_ids or [], error=prompt.error, prompt=prompt.text)
-        self._results[prompt.index] = output
-        return output
+        if not self._chunks or (self._engine.has_unfinished() and not self._chunks[0][1].done()):
+            return
+        self._chunks[0][1].result()
+        chunk, _ = self._chunks.popleft()
+        for request_id, prompt in chunk.items():
+            prompt.attempt(functools.partial(self._submit, request_id))
+            if prompt.error is not None:
+                refused = RequestOutput(request_id, prompt.token_ids or [], error=prompt.error, prompt=prompt.text)
+                self._done.append(refused)
+                del self._unfinished[request_id]
 
     def _submit(self, request_id: str, prompt: Prompt) -> None:
         params = prompt.params
@@ -124,27 +212,18 @@ class Generation:
                 lora_request=prompt.lora_request,
             )
         )
-        self._running[request_id] = prompt
-
-    def _step(self, finish: Finish) -> list[RequestOutput]:
-        outputs = self._engine.step() if self._engine.has_unfinished() else []
-        for output in outputs:
-            prompt = self._running.pop(output.request_id)
-            finish(prompt, output)
-            self._results[prompt.index] = output
-        return outputs
-
-    def _ordered_results(self) -> list[RequestOutput]:
-        results = [self._results[index] for index in range(len(self._results))]
-        failed = [output for output in results if output.error is not None]
-        if failed:
-            logger.warning("%d of %d prompts failed; the first: %s", len(failed), len(results), failed[0].error)
-        return results
 
 
-def _chunks(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-    waiting = iter(prompts)
-    while chunk := list(itertools.islice(waiting, _CHUNK)):
+def tell_failures(results: list[RequestOutput]) -> None:
+    """Warn of prompts that failed."""
+    failed = [output for output in results if output.error is not None]
+    if failed:
+        logger.warning("%d of %d prompts failed; the first: %s", len(failed), len(results), failed[0].error)
+
+
+def _chunks(named: dict[str, Prompt]) -> Iterator[dict[str, Prompt]]:
+    waiting = iter(named.items())
+    while chunk := dict(itertools.islice(waiting, _CHUNK)):
         yield chunk
 
 

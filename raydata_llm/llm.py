@@ -19,8 +19,10 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.pooling_model import runner_of
 from raydata_llm.engine.request import Logprob, LoRARequest, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
-from raydata_llm.generation import Encode, Generation
+from raydata_llm.generation import Generation
+from raydata_llm.llm_metrics import Metric, list_metrics
 from raydata_llm.llm_pooling import PoolingMethods, read_older_settings
+from raydata_llm.llm_queue import Asked, ChatOptions, QueueMethods
 from raydata_llm.model_source import resolve_model
 from raydata_llm.openmp import wait_passively
 from raydata_llm.progress import Progress
@@ -36,12 +38,12 @@ from raydata_llm.prompts import (
 from raydata_llm.tokenizer import check_chat_template, encode_chat, encode_texts, load_tokenizer
 
 if TYPE_CHECKING:
-    from raydata_llm.engine.engine import Engine, EngineStats
+    from raydata_llm.engine.engine import Engine
     from raydata_llm.engine.engine_group import EngineGroup
     from raydata_llm.engine.pooling_engine import PoolingEngine
 
 
-class LLM(PoolingMethods):
+class LLM(QueueMethods, PoolingMethods):
     """Loads a model and answers lists of prompts: with text, or with embeddings, classes and scores.
 
     Args:
@@ -85,7 +87,7 @@ class LLM(PoolingMethods):
             self._engine = _make_group(config, data_parallel_size, self._tokenizer, is_pooling=is_pooling)
         else:
             self._engine = PoolingEngine(config) if is_pooling else Engine(config, tokenizer=self._tokenizer)
-        self._seed = config.seed
+        self._seed, self._model = config.seed, model
         self._request_ids = itertools.count()
         self._occurrences: Counter[bytes] = Counter()
         self._decode_token = functools.lru_cache(maxsize=1 << 16)(self._decode_one)
@@ -107,11 +109,15 @@ class LLM(PoolingMethods):
             lora_request: An adapter for all, or a list with one (or None) each; needs `enable_lora=True`.
 
         Returns:
-            Results in the order of the prompts. A prompt that cannot be run has `error` set and no outputs.
+            Results in the order of the prompts. A prompt that cannot be run has `error` set and no outputs; so have
+            those that were not done when Ctrl-C interrupted the call.
 
         Raises:
             ValueError: for arguments that are wrong for all prompts.
         """
+        return self._run(self._ask_prompts(prompts, sampling_params, lora_request), use_tqdm)
+
+    def _ask_prompts(self, prompts: Any, sampling_params: Any, lora_request: Any) -> Asked:
         asked = pair_params(list_prompts(prompts), sampling_params, self._live_engine().default_sampling_params)
         for prompt in asked:
             prompt.attempt(read_prompt)
@@ -121,7 +127,7 @@ class LLM(PoolingMethods):
                     'give {"prompt_token_ids": [...]}'
                 )
         pair_adapters(asked, lora_request)
-        return self._run(asked, self._encode_texts, use_tqdm)
+        return asked, self._encode_texts
 
     def chat(
         self,
@@ -155,22 +161,24 @@ class LLM(PoolingMethods):
         Raises:
             ValueError: for arguments that are wrong for all conversations.
         """
-        if add_generation_prompt and continue_final_message:
-            raise ValueError("continue_final_message=True needs add_generation_prompt=False: go on, or begin anew")
-        check_chat_template(self.get_tokenizer(), chat_template, chat_template_kwargs)
-        defaults = self._live_engine().default_sampling_params
-        asked = pair_params(list_conversations(messages), sampling_params, defaults)
-        render = functools.partial(
-            encode_chat,
-            self._tokenizer,
+        template = ChatOptions(
             chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs,
-            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
         )
+        return self._run(self._ask_conversations(messages, sampling_params, lora_request, template), use_tqdm)
+
+    def _ask_conversations(self, messages: Any, sampling_params: Any, lora_request: Any, options: ChatOptions) -> Asked:
+        if options.add_generation_prompt and options.continue_final_message:
+            raise ValueError("continue_final_message=True needs add_generation_prompt=False: go on, or begin anew")
+        check_chat_template(self.get_tokenizer(), options.chat_template, options.chat_template_kwargs)
+        defaults = self._live_engine().default_sampling_params
+        asked = pair_params(list_conversations(messages), sampling_params, defaults)
+        render = functools.partial(encode_chat, self._tokenizer, **dataclasses.asdict(options))
         pair_adapters(asked, lora_request)
-        return self._run(asked, functools.partial(_encode_conversations, render), use_tqdm)
+        return asked, functools.partial(_encode_conversations, render)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer.
@@ -190,13 +198,14 @@ class LLM(PoolingMethods):
         """Forget all cached prompt prefixes."""
         self._live_engine().reset_prefix_cache()
 
-    def get_metrics(self) -> EngineStats:
-        """The engine's counts."""
-        return self._open_engine().stats()
+    def get_metrics(self) -> list[Metric]:
+        """The engine's figures: `Counter`s since it started, and `Gauge`s, each with `name`, `labels` and `value`."""
+        return list_metrics(self._open_engine().stats(), self._model)
 
     def shutdown(self) -> None:
         """Free the device; the LLM cannot generate after. Done again it does nothing."""
         if self._engine is not None:
+            self.reset()
             self._engine.shutdown()
             self._engine = None
 
@@ -234,10 +243,16 @@ class LLM(PoolingMethods):
             )
         return engine
 
-    def _run(self, prompts: list[Prompt], encode: Encode, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
-        generation = Generation(self._live_engine(), self._seed, self._request_ids, self._occurrences)
+    def _begin(self) -> Generation:
+        return Generation(self._live_engine(), self._seed, self._request_ids, self._occurrences, self._finish)
+
+    def _run(self, asked: Asked, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+        self._check_nothing_enqueued()
+        prompts, encode = asked
+        generation = self._begin()
+        generation.add(prompts, encode)
         with Progress(len(prompts), use_tqdm, "Processed prompts") as progress:
-            return generation.run(prompts, encode, self._finish, progress)
+            return generation.run(progress)
 
     def _encode_texts(self, prompts: list[Prompt]) -> None:
         texts = [prompt for prompt in prompts if prompt.error is None and prompt.token_ids is None]

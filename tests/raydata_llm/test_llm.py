@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,9 @@ import numpy as np
 import pytest
 
 from raydata_llm import LLM, SamplingParams, generation
+from raydata_llm.engine.engine import EngineStats
 from raydata_llm.engine.request import RequestOutput
+from raydata_llm.llm_metrics import Counter, Gauge
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -133,7 +137,7 @@ def test_bad_prompts_are_error_results_and_the_others_finish(llm: LLM) -> None:
     assert "has the keys ['text']: give prompt or prompt_token_ids" in messages[4]
     assert "5000000000" in messages[7] and "below 2**31" in messages[7]
     assert results[0].error is None and token_ids([results[0]]) == token_ids([results[-1]])
-    assert llm.get_metrics().num_running == llm.get_metrics().num_waiting == 0
+    assert not llm._live_engine().has_unfinished()
 
 
 def test_failed_prompts_are_told_once(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
@@ -321,16 +325,37 @@ def interrupt_after(llm: LLM, num_steps: int, monkeypatch: pytest.MonkeyPatch) -
     return whole
 
 
-def test_ctrl_c_aborts_between_steps_and_leaves_the_llm_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_returns_what_is_done_and_leaves_the_llm_usable(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = token_ids(llm.generate(["a", "b"], GREEDY))
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=2 if index == 5 else 60, ignore_eos=True) for index in range(8)
+    ]
     with monkeypatch.context() as patch:
-        whole = interrupt_after(llm, 2, patch)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate([f"row {index}" for index in range(300)], GREEDY)
-        assert len(whole) == 3
+        whole = interrupt_after(llm, 5, patch)
+        results = llm.generate([f"row {index}" for index in range(8)], params)
+        assert len(whole) == 6
+    assert [result.prompt for result in results] == [f"row {index}" for index in range(8)]
+    assert len(results[5].outputs[0].token_ids) == 2 and results[5].error is None
+    for result in [*results[:5], *results[6:]]:
+        assert result.finished and result.outputs == [] and "interrupted before" in str(result.error)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not llm._live_engine().has_unfinished()
     assert token_ids(llm.generate(["a", "b"], GREEDY)) == expected
+
+
+def test_a_second_ctrl_c_raises_and_leaves_the_llm_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient_step() -> list[RequestOutput]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._live_engine(), "step", impatient_step)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["a", "b"], GREEDY)
+    assert llm.generate("a", GREEDY)[0].error is None
 
 
 def test_steps_in_flight_at_ctrl_c_do_not_reach_the_next_call(
@@ -340,8 +365,7 @@ def test_steps_in_flight_at_ctrl_c_do_not_reach_the_next_call(
     with LLM(str(model_folder), steps_ahead=2, **SETTINGS) as ahead:
         with monkeypatch.context() as patch:
             interrupt_after(ahead, 4, patch)
-            with pytest.raises(KeyboardInterrupt):
-                ahead.generate(["c", "d", "e"], {"max_tokens": 50, "temperature": 0.0, "ignore_eos": True})
+            ahead.generate(["c", "d", "e"], {"max_tokens": 50, "temperature": 0.0, "ignore_eos": True})
         assert token_ids(ahead.generate(["a", "b"], GREEDY)) == expected
 
 
@@ -357,7 +381,7 @@ def test_an_engine_failure_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.M
     assert len(llm.generate(["a"], GREEDY)) == 1
 
 
-def test_ctrl_c_in_a_script_ends_it_cleanly(model_folder: Path) -> None:
+def test_ctrl_c_in_a_script_ends_the_call_and_nothing_else(model_folder: Path) -> None:
     script = f"""
 import sys
 from raydata_llm import LLM
@@ -367,12 +391,10 @@ class Bar:
     def update(self, count): print("running", flush=True)
     def close(self): pass
 with LLM({str(model_folder)!r}, num_threads=1, **{SETTINGS!r}) as llm:
-    try:
-        llm.generate(["a"] * 20_000, {{"max_tokens": 4, "ignore_eos": True}}, use_tqdm=Bar)
-    except KeyboardInterrupt:
-        after = llm.generate("a", {{"max_tokens": 2, "ignore_eos": True}}, use_tqdm=False)
-        print("usable", len(after[0].outputs[0].token_ids), flush=True)
-        raise
+    results = llm.generate(["a"] * 20_000, {{"max_tokens": 4, "ignore_eos": True}}, use_tqdm=Bar)
+    print("done", sum(result.error is None for result in results), "of", len(results), flush=True)
+    after = llm.generate("a", {{"max_tokens": 2, "ignore_eos": True}}, use_tqdm=False)
+    print("usable", len(after[0].outputs[0].token_ids), flush=True)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -385,16 +407,36 @@ with LLM({str(model_folder)!r}, num_threads=1, **{SETTINGS!r}) as llm:
     finally:
         process.kill()
         process.wait()
-    assert "usable 2" in out
-    assert err.rstrip().endswith("KeyboardInterrupt"), err
-    assert process.returncode == -signal.SIGINT
+    done = re.search(r"done (\d+) of 20000", out)
+    assert done is not None and 0 < int(done[1]) < 20_000
+    assert "usable 2" in out and process.returncode == 0, err
+
+
+def test_metrics_are_vllms_kinds_with_the_engines_figures(model_folder: Path) -> None:
+    with LLM(str(model_folder), **SETTINGS) as llm:
+        llm.generate(["a", "b"], GREEDY)
+        metrics = llm.get_metrics()
+    values = {metric.name: metric.value for metric in metrics if isinstance(metric, Counter | Gauge)}
+    assert len(values) == len(metrics) == len(dataclasses.fields(EngineStats))
+    assert values["raydata_llm:output_tokens"] == 12 and values["raydata_llm:prompt_tokens"] == 4
+    assert values["raydata_llm:running_rows"] == values["raydata_llm:waiting_rows"] == 0
+    assert {type(metric) for metric in metrics} == {Counter, Gauge}
+    assert metrics[0].labels == {"model_name": str(model_folder)}
+
+
+def test_a_reset_prefix_cache_is_empty(model_folder: Path) -> None:
+    long = "the quick brown fox " * 6
+    with LLM(str(model_folder), **{**SETTINGS, "block_size": 8}) as llm:
+        cached = [llm.generate(long, GREEDY)[0].num_cached_tokens for _ in range(2)]
+        llm.reset_prefix_cache()
+        assert cached[0] == 0 < cached[1]
+        assert llm.generate(long, GREEDY)[0].num_cached_tokens == 0
 
 
 def test_shutdown_frees_the_engine_and_can_be_repeated(model_folder: Path) -> None:
     llm = LLM(str(model_folder), **SETTINGS)
     llm.generate("a", GREEDY)
     llm.reset_prefix_cache()
-    assert llm.get_metrics().num_output_tokens == 6
     llm.shutdown()
     llm.shutdown()
     with pytest.raises(RuntimeError, match="this LLM was shut down"):

@@ -19,7 +19,7 @@ def written(model: str, **sizes: Any) -> list[list[int]]:
     with LLM(model, **SETTINGS, **sizes) as llm:
         first = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         again = llm.generate([*PROMPTS, []], PARAMS, use_tqdm=False)
-        assert llm.get_metrics().num_output_tokens == 2 * 20 * len(PROMPTS)
+        assert llm._open_engine().stats().num_output_tokens == 2 * 20 * len(PROMPTS)
     tokens = [output.outputs[0].token_ids for output in first]
     assert again[-1].error is not None and "empty" in again[-1].error
     assert [output.outputs[0].token_ids for output in again[:-1]] == tokens

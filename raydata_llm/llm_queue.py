@@ -1,0 +1,144 @@
+"""The methods of `LLM` that take prompts now and give results later: `enqueue`, `as_completed`, `wait_for_completion`.
+
+Owns the queue: what was enqueued and not yet taken. How prompts are run is `generation.py`'s.
+Invariant: until `reset`, no result of an enqueued prompt is lost: Ctrl-C, or a loop that is left early, keeps them all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raydata_llm.engine.request import LoRARequest, RequestOutput
+from raydata_llm.generation import Encode, Generation, tell_failures
+from raydata_llm.progress import Progress
+from raydata_llm.prompts import ParamsLike, Prompt
+
+Asked = tuple[list[Prompt], Encode]
+ManyParams = ParamsLike | Sequence[ParamsLike] | None
+ManyAdapters = LoRARequest | Sequence[LoRARequest | None] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """What `LLM.chat` hands to the chat template."""
+
+    chat_template: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+
+class QueueMethods(ABC):
+    """What `LLM` has for prompts whose results are taken later."""
+
+    _queue: Generation | None = None
+
+    @abstractmethod
+    def _ask_prompts(self, prompts: Any, sampling_params: Any, lora_request: Any) -> Asked:
+        """Prompts as `LLM.generate` takes them."""
+
+    @abstractmethod
+    def _ask_conversations(self, messages: Any, sampling_params: Any, lora_request: Any, options: ChatOptions) -> Asked:
+        """Conversations as `LLM.chat` takes them."""
+
+    @abstractmethod
+    def _begin(self) -> Generation:
+        """A generation with no prompts."""
+
+    def enqueue(
+        self, prompts: Any, sampling_params: ManyParams = None, *, lora_request: ManyAdapters = None
+    ) -> list[str]:
+        """Queue prompts; arguments and errors as `generate`'s.
+
+        They are tokenised at once, and run by `as_completed` or `wait_for_completion`.
+
+        Returns:
+            The `request_id` of each prompt's result.
+        """
+        return self._enqueue(self._ask_prompts(prompts, sampling_params, lora_request))
+
+    def enqueue_chat(
+        self,
+        messages: Any,
+        sampling_params: ManyParams = None,
+        *,
+        lora_request: ManyAdapters = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Queue conversations; arguments as `chat`'s, the rest as `enqueue`'s."""
+        options = ChatOptions(
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self._enqueue(self._ask_conversations(messages, sampling_params, lora_request, options))
+
+    def as_completed(self) -> Iterator[RequestOutput]:
+        """Run what is enqueued, and yield each result as it finishes.
+
+        The loop may enqueue more, so that prompts can come from a source that is larger than memory:
+
+            llm.enqueue(first_prompts)
+            for output in llm.as_completed():
+                write(output)
+                llm.enqueue(next_prompts())
+
+        Nothing is computed while the loop's body runs, but for steps that a GPU has begun.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C; nothing is lost, and another call goes on.
+        """
+        if self._queue is not None:
+            yield from self._queue.results()
+
+    def wait_for_completion(
+        self, output_type: type | tuple[type, ...] | None = None, *, use_tqdm: bool | Callable[..., Any] = True
+    ) -> list[RequestOutput]:
+        """Run what is enqueued to the end.
+
+        Args:
+            output_type: The results' type, as vLLM's callers say it: `RequestOutput`.
+            use_tqdm: As in `generate`.
+
+        Returns:
+            The results not yet taken, in the order in which they were enqueued; none if nothing is.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C; nothing is lost, and another call goes on.
+        """
+        if output_type is not None and not issubclass(RequestOutput, output_type):
+            raise ValueError(f"output_type={output_type!r} is not valid: enqueued prompts give RequestOutput")
+        if self._queue is None:
+            return []
+        with Progress(self._queue.num_untaken, use_tqdm, "Processed prompts") as progress:
+            results = self._queue.run_keeping(progress)
+        tell_failures(results)
+        return results
+
+    def reset(self) -> None:
+        """Forget what is enqueued, done or not; the LLM can be asked anew."""
+        if self._queue is not None:
+            self._queue.abort()
+            self._queue = None
+
+    def _enqueue(self, asked: Asked) -> list[str]:
+        if self._queue is None:
+            self._queue = self._begin()
+        return self._queue.add(*asked)
+
+    def _check_nothing_enqueued(self) -> None:
+        if self._queue is not None and self._queue.num_untaken:
+            raise ValueError(
+                f"{self._queue.num_untaken} enqueued prompts have results that were not taken: call "
+                "wait_for_completion(), or reset() to forget them"
+            )
