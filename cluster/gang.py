@@ -45,15 +45,38 @@ class GangPlan:
     actor_options: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankPlacement:
+    """Where a rank came to be: its node's address and id, its process, and the GPUs that Ray gave it."""
+
+    host: str
+    pid: int
+    node: str
+    gpus: tuple[str, ...]
+
+
 class RankActor:
     """One rank's process."""
 
-    def where(self) -> tuple[str, int]:
-        """The node's address and the process."""
-        return str(ray.util.get_node_ip_address()), os.getpid()  # type: ignore[no-untyped-call]
+    def where(self) -> RankPlacement:
+        """Where it is, and which GPUs are its own."""
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        return RankPlacement(host=host, pid=os.getpid(), node=context.get_node_id(), gpus=tuple(gpus))
 
-    def run(self, serve: Serve, address: Any, rank: int) -> None:
-        """Be a rank until there is nothing more to do; Ray shows the process its own GPU alone."""
+    def run(self, serve: Serve, address: Any, rank: int, visible: Sequence[str]) -> None:
+        """Be a rank until there is nothing more to do.
+
+        Args:
+            visible: The GPUs of all ranks on this node. Ray shows a process its own alone; ranks that are to map each
+                other's memory must see each other's.
+        """
+        own = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        if len(own) == 1 and set(own) <= set(visible):
+            # In time: CUDA reads it when it is first used, and no rank has imported torch yet.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+            return serve(address, rank, list(visible).index(own[0]))
         serve(address, rank, 0)
 
 
@@ -108,6 +131,12 @@ class RankOnRay:
         return f"{self._place}: it returned"
 
 
+def node_gpus(places: Sequence[RankPlacement], node: str) -> list[str]:
+    """The GPUs of a node's ranks, in their order; nothing where a rank has none or several."""
+    there = [place.gpus for place in places if place.node == node]
+    return list(dict.fromkeys(gpus[0] for gpus in there)) if all(len(gpus) == 1 for gpus in there) else []
+
+
 class Gang:
     """Starts ranks.
 
@@ -147,8 +176,13 @@ class Gang:
             ) from error
         self._num_left = num_ranks
         return [
-            RankOnRay(self, actor, actor.run.remote(self._serve, address, rank), f"process {pid} on {host}")
-            for rank, (actor, (host, pid)) in enumerate(zip(actors, places, strict=True))
+            RankOnRay(
+                self,
+                actor,
+                actor.run.remote(self._serve, address, rank, node_gpus(places, place.node)),
+                f"process {place.pid} on {place.host}",
+            )
+            for rank, (actor, place) in enumerate(zip(actors, places, strict=True))
         ]
 
     def leave(self) -> None:

@@ -7,6 +7,7 @@ what counts, and each GPU reading the others' buffers once is quicker. Multicast
 from __future__ import annotations
 
 import logging
+import os
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 # One shot moves (ranks - 1) times the data to each GPU: it pays where latency outweighs that.
 _MOST_BYTES = 256 << 10
+# What torch's kernel adds, 16 bytes at a time.
+_DTYPES = (torch.float32, torch.bfloat16)
+_ALIGNMENT = 16
 
 
 class SmallSum:
@@ -36,21 +40,28 @@ class SmallSum:
             return None
         from torch.distributed import _symmetric_memory as symmetric
 
+        # Read by torch where the buffer is made known: a multicast object is a scarce thing that no sum here uses.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         buffer = symmetric.empty(_MOST_BYTES, dtype=torch.uint8, device=device)
         symmetric.rendezvous(buffer, group=group.group_name)
         logger.info("Sums of up to %d KiB go through symmetric memory", _MOST_BYTES >> 10)
         return cls(group, buffer)
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether `x` is small enough; the kernel reads 16 bytes at a time."""
-        return x.nbytes <= _MOST_BYTES and x.nbytes % 16 == 0
+        """Whether `x` is small enough, and as the kernel wants it."""
+        is_small = x.nbytes <= _MOST_BYTES and x.dtype in _DTYPES
+        return is_small and x.is_contiguous() and x.nbytes % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks."""
+        """The sum over the ranks.
+
+        Each rank adds in an order of its own, from itself on, so with three ranks or more their sums may differ in the
+        last bit; tokens are chosen from what was gathered, and are the same.
+        """
         shared = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        shared.copy_(x)
-        # Waits for the others before it reads and before it ends, so the buffer may be written again at once.
-        total: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", self._group_name)
+        # Copies `x` to the buffer, and waits for the others before it reads and before it ends, so that the next sum may
+        # write there at once.
+        total: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x, "sum", self._group_name)
         return total
 
 

@@ -22,7 +22,7 @@ from raydata_llm.engine.sampler import SampledLogprobs, Sampler, output_key
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.sequence import IntArray, Sequence
 from raydata_llm.engine.upload import upload
-from raydata_llm.kernels.sampling import row_seeds, token_noise, truncate_ref
+from raydata_llm.kernels.sampling import greedy, row_seeds, sample, token_noise, truncate_ref
 
 # Likeliest tokens of each rank that are gathered for rows with a top_k of this or less.
 _CANDIDATES = 64
@@ -54,8 +54,6 @@ class VocabParallelSampler:
         self._min_p = torch.zeros(num_slots, device=self._device)
         self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
         self._keys = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
-        tokens = decoder.shard.tokens
-        self._tokens = torch.arange(tokens.start, tokens.stop, dtype=torch.int32, device=self._device)
 
     def release(self, slots: list[int]) -> None:
         """Forget what slots held that are given up."""
@@ -93,26 +91,43 @@ class VocabParallelSampler:
         """As `Sampler.sample`, of this rank's part of the logits."""
         kinds = self._kind[batch.sample_slots]
         slots = slots_on_device.long()
+        present = np.unique(kinds).tolist()
+        if len(present) == 1:
+            # Mostly so, and a part of the logits is not to be copied for it.
+            return self._sample_kind(present[0], part, batch, np.arange(len(kinds)), slots, positions, bitmask)
         tokens = torch.zeros(len(part), dtype=torch.int64, device=self._device)
         logprobs = None
-        for kind in np.unique(kinds).tolist():
+        for kind in present:
             chosen = np.flatnonzero(kinds == kind)
             (rows,) = upload(self._device, chosen)
-            if kind == _WHOLE:
-                whole = self._decoder.whole_logits(part[rows])
-                found = self._sample_whole(whole, batch, chosen, slots[rows], positions[rows], bitmask)
-                tokens[rows], logprobs = found
-            elif kind == _CUT:
-                tokens[rows] = self._draw_cut(part[rows], slots[rows], positions[rows])
-            else:
-                is_random = bool(self._random[batch.sample_slots[chosen]].any())
-                tokens[rows] = self._draw_plain(part[rows], slots[rows], positions[rows], is_random=is_random)
+            found = self._sample_kind(kind, part[rows], batch, chosen, slots[rows], positions[rows], bitmask)
+            tokens[rows], logprobs = found[0], found[1] or logprobs
         return tokens, logprobs
+
+    def _sample_kind(
+        self,
+        kind: int,
+        part: torch.Tensor,
+        batch: ScheduledBatch,
+        rows: np.ndarray[tuple[int], np.dtype[np.int64]],
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        bitmask: Bitmask | None,
+    ) -> tuple[torch.Tensor, SampledLogprobs | None]:
+        """Sample for some rows of the batch, all of one kind."""
+        if kind == _WHOLE:
+            whole = self._decoder.whole_logits(part)
+            return self._sample_whole(whole, batch, rows, slots, positions, bitmask)
+        if kind == _CUT:
+            return self._draw_cut(part, slots, positions), None
+        is_random = bool(self._random[batch.sample_slots[rows]].any())
+        return self._draw_plain(part, slots, positions, is_random=is_random), None
 
     def warm_up(self, num_rows: int) -> None:
         """Run the kernels that a step of so many rows may need, and the gathers, in the same order on each rank."""
         slots = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
-        part = torch.zeros((num_rows, len(self._tokens)), dtype=self._decoder.dtype, device=self._device)
+        num_tokens = len(self._decoder.shard.tokens)
+        part = torch.zeros((num_rows, num_tokens), dtype=self._decoder.dtype, device=self._device)
         for is_random in (False, True):
             self._draw_plain(part, slots, slots, is_random=is_random)
         self._draw_cut(part, slots, slots)
@@ -144,13 +159,17 @@ class VocabParallelSampler:
     def _draw_plain(
         self, part: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, *, is_random: bool
     ) -> torch.Tensor:
-        scores = part.float()
-        if is_random:
-            temperature = self._temperature[slots][:, None]
-            noise = token_noise(row_seeds(self._keys[slots], positions.long()), self._tokens)
-            scores = torch.where(temperature > 0, scores / temperature.clamp(min=1e-30) + noise, scores)
-        values, tokens = self._gathered(*scores.max(dim=-1, keepdim=True), width=1)
-        return _likeliest(values, tokens)
+        first = self._decoder.shard.tokens.start
+        if not is_random:
+            best = greedy(part)[:, None]
+            return _likeliest(*self._gathered(part.gather(1, best).float(), best, width=1))
+        temperature, keys, positions = self._temperature[slots], self._keys[slots], positions.long()
+        uncut = (self._top_k[slots], self._top_p[slots], self._min_p[slots])
+        best = sample(part, temperature, *uncut, keys, positions, any_truncated=False, first_token=first)[:, None]
+        scores = part.gather(1, best).float()
+        noise = token_noise(row_seeds(keys, positions), (best + first).int())
+        scores = torch.where(temperature[:, None] > 0, scores / temperature.clamp(min=1e-30)[:, None] + noise, scores)
+        return _likeliest(*self._gathered(scores, best, width=1))
 
     def _draw_cut(self, part: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         top = part.float().topk(min(_CANDIDATES, part.shape[1]), dim=-1)

@@ -62,7 +62,7 @@ def gumbel(seed: tl.tensor, token: tl.tensor) -> tl.tensor:
     return -tl.log(exponential)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits", "first_token"])
 def _draw_kernel(
     logits_ptr: tl.tensor,
     temperature_ptr: tl.tensor,
@@ -74,6 +74,7 @@ def _draw_kernel(
     tokens_ptr: tl.tensor,
     part_ptr: tl.tensor,
     num_splits: tl.tensor,
+    first_token: tl.tensor,
     ROW_STRIDE: tl.constexpr,
     VOCAB: tl.constexpr,
     RANDOM: tl.constexpr,
@@ -106,7 +107,7 @@ def _draw_kernel(
                 # Noise costs more than the logits' way here: none where a truncated row keeps nothing.
                 keeps = tl.max(score, axis=0) > float("-inf")
             if keeps:
-                score = score / temperature + gumbel(seed, token)
+                score = score / temperature + gumbel(seed, token + first_token)
         better = score > best
         best, best_token = tl.where(better, score, best), tl.where(better, token, best_token)
     score = tl.max(best, axis=0)
@@ -150,13 +151,15 @@ def launch_draw(
     keys: torch.Tensor,
     positions: torch.Tensor,
     cut: Cut | None = None,
+    first_token: int = 0,
 ) -> torch.Tensor:
     """A token a row: the likeliest where the temperature is 0, else a draw.
 
     Args:
         cut: of `truncate_triton.launch_cut`; rows that it drew are not drawn again.
+        first_token: The first column's, as in `sampling.sample`.
     """
-    return _launch(logits, temperature, keys, positions, cut)
+    return _launch(logits, temperature, keys, positions, cut, first_token)
 
 
 def _launch(
@@ -165,6 +168,7 @@ def _launch(
     keys: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     cut: Cut | None = None,
+    first_token: int = 0,
 ) -> torch.Tensor:
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, logits.stride()
@@ -188,6 +192,7 @@ def _launch(
         part_tokens,
         parts,
         num_splits,
+        first_token,
         ROW_STRIDE=logits.stride(0),
         VOCAB=vocab_size,
         RANDOM=temperature is not None,

@@ -111,6 +111,7 @@ def sample(
     positions: torch.Tensor,
     *,
     any_truncated: bool = True,
+    first_token: int = 0,
 ) -> torch.Tensor:
     """A token a row, [N] int64: the likeliest where the temperature is 0, otherwise a draw.
 
@@ -119,7 +120,10 @@ def sample(
         top_k, top_p, min_p: as in `truncate_ref`, of the logits divided by the temperature.
         keys, positions: [N] int64, as in `row_seeds`.
         any_truncated: False if the caller knows that no row has a top_k, top_p or min_p.
+        first_token: The token of the first column, of logits that are a part of the vocabulary's; they cannot be
+            truncated. Tokens are told from it on.
     """
+    assert not (any_truncated and first_token), "a part of the logits cannot be truncated"
     if logits.is_cuda:
         from raydata_llm.kernels.draw_triton import launch_draw
         from raydata_llm.kernels.truncate_triton import launch_cut
@@ -127,7 +131,7 @@ def sample(
         cut = None
         if any_truncated:
             cut = launch_cut(logits, temperature, top_k, top_p, min_p, keys, positions)
-        return launch_draw(logits, temperature, keys, positions, cut)
+        return launch_draw(logits, temperature, keys, positions, cut, first_token)
     tokens = logits.argmax(dim=-1)
     rows = temperature.nonzero()[:, 0]
     scaled = logits[rows].float() / temperature[rows, None]
@@ -135,7 +139,8 @@ def sample(
     if any_truncated and cut_rows.any():
         of = rows[cut_rows]
         scaled[cut_rows] = truncate(scaled[cut_rows], top_k[of], top_p[of], min_p[of])
-    noise = gumbel_noise(row_seeds(keys[rows], positions[rows]), logits.shape[-1])
+    columns = torch.arange(first_token, first_token + logits.shape[-1], dtype=torch.int32, device=logits.device)
+    noise = token_noise(row_seeds(keys[rows], positions[rows]), columns)
     tokens[rows] = (scaled + noise).argmax(dim=-1)
     return tokens
 

@@ -61,6 +61,26 @@ def test_draws_are_those_of_the_torch_noise(spread: float, triton_device: torch.
     assert result.tolist() == expected.tolist()
 
 
+def test_draws_of_the_parts_of_a_vocabulary_have_its_noise(triton_device: torch.device) -> None:
+    from raydata_llm.kernels.draw_triton import launch_draw
+
+    rows, first = 12, 600
+    logits = logits_of(3, rows=rows, spread=2.0, vocab=1501)
+    keys, positions = torch.arange(rows) * 0x123456789ABCDEF - 2**62, torch.arange(rows) * 7
+    none = (full(0, torch.int64, rows), full(1, rows=rows), full(0, rows=rows))
+    temperature = full(0.7, rows=rows)
+    temperature[3] = 0.0
+    banned = logits.clone()
+    banned[:, :first] = float("-inf")
+    expected = sample(banned, temperature, *none, keys, positions) - first
+    part = logits[:, first:]
+    assert torch.equal(
+        sample(part, temperature, *none, keys, positions, any_truncated=False, first_token=first), expected
+    )
+    on_device = (value.to(triton_device) for value in (part.contiguous(), temperature, keys, positions))
+    assert launch_draw(*on_device, first_token=first).tolist() == expected.tolist()
+
+
 CUTS = [
     (5, 1.0, 0.0),
     (0, 0.7, 0.0),
