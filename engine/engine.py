@@ -28,7 +28,8 @@ from raydata_llm.engine.logprobs import position_maps
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.model_runner import LaunchedStep
 from raydata_llm.engine.parallel import alone
-from raydata_llm.engine.rank_gang import LauncherFactory, RankGang, RemoteStep
+from raydata_llm.engine.rank_gang import RankGang, RemoteStep
+from raydata_llm.engine.rank_launcher import LauncherFactory
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.scheduler import Scheduler

@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.engine.rank_gang import RankHandle
+from raydata_llm.engine.rank_launcher import RankHandle
 from raydata_llm.engine.rank_line import LineAddress
 
 _CODE = "from raydata_llm.engine.rank_process import main; main()"

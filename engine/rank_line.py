@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 from dataclasses import dataclass
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
@@ -94,10 +95,20 @@ class LineListener:
             self.address = LineAddress((host, port), key.hex())
 
     def accept(self) -> tuple[int, Line]:
-        """The next rank that calls, and its line."""
-        line = _line(self._listener.accept())
-        _, content = line.receive()
-        return int(json.loads(content)), line
+        """The next rank that calls, and its line.
+
+        Others may call as well, such as those that look for open ports: they are hung up on.
+
+        Raises:
+            OSError: when it was closed.
+        """
+        while True:
+            try:
+                line = _line(self._listener.accept())
+                _, content = line.receive()
+            except (AuthenticationError, EOFError, ConnectionError):
+                continue
+            return int(json.loads(content)), line
 
     def close(self) -> None:
         """Take no more calls."""

@@ -59,8 +59,8 @@ class SmallSum:
         last bit; tokens are chosen from what was gathered, and are the same.
         """
         shared = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        # Copies `x` to the buffer, and waits for the others before it reads and before it ends, so that the next sum may
-        # write there at once.
+        # Copies `x` to the buffer, and waits for the others before it reads and before it ends, so that the next sum
+        # may write there at once.
         total: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x, "sum", self._group_name)
         return total
 

@@ -28,7 +28,7 @@ from raydata_llm.replica_sampler import ReplicaSampler
 from raydata_llm.row_payload import RowOutput, RowRequest, describe_failure, pack, unpack
 
 if TYPE_CHECKING:
-    from raydata_llm.engine.rank_gang import LauncherFactory
+    from raydata_llm.engine.rank_launcher import LauncherFactory
 
 AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raydata_llm.engine import local_ranks, rank_gang
+from raydata_llm.engine import local_ranks, rank_watch
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.local_ranks import LocalRanks
@@ -109,13 +109,13 @@ SLEEP, STOP = "time.sleep(3600)", "import os, signal; os.kill(os.getpid(), signa
 
 
 def test_a_hung_rank_is_found_out_and_says_where_it_is(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_gang, "_STANDSTILL_SECONDS", 5.0)
+    monkeypatch.setattr(rank_watch, "_STANDSTILL_SECONDS", 5.0)
     said = check_hang(model, SLEEP, 15, monkeypatch)
     assert "rank 1 is at:" in said and "in faulty" in said
 
 
 def test_a_stopped_rank_is_found_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_gang, "_SILENCE_SECONDS", 4.0)
+    monkeypatch.setattr(rank_watch, "_SILENCE_SECONDS", 4.0)
     assert "rank 1 of 2 hangs: no sign of life" in check_hang(model, STOP, 15, monkeypatch)
 
 

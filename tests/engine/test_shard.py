@@ -118,7 +118,9 @@ def test_no_other_split_of_the_layers_has_a_cheaper_dearest_stage(
     layer += 3 * model.hidden_size * model.intermediate_size
 
     def dearest(counts: tuple[int, ...]) -> int:
-        return max([*(count * layer for count in counts[:-1]), counts[-1] * layer + model.vocab_size * model.hidden_size])
+        return max(
+            [*(count * layer for count in counts[:-1]), counts[-1] * layer + model.vocab_size * model.hidden_size]
+        )
 
     cuts = itertools.combinations(range(1, model.num_layers), pp_size - 1)
     every = (tuple(np.diff([0, *cut, model.num_layers]).tolist()) for cut in cuts)

@@ -58,6 +58,15 @@ def sequence(seq_id: int, index: int, key: int, prompt: list[int], params: dict[
     )
 
 
+def empty_step(**fields: Any) -> ScheduledBatch:
+    """A step with nothing in it but these fields."""
+    none: Any = np.zeros(0, dtype=np.int32)
+    arrays = {f.name: none for f in dataclasses.fields(ScheduledBatch) if "IntArray" in str(f.type)}
+    plan = DecodePlan(version=3, slots=none, group_starts=none, group_lens=none)
+    rest = {"decode_plan": plan, "sample_seq_ids": none.astype(np.int64), "released": [], "admitted": []}
+    return ScheduledBatch(**{**arrays, **rest, **fields})
+
+
 PARAMS = st.sampled_from(
     [
         {},
@@ -97,8 +106,8 @@ def batches(draw: Any) -> list[ScheduledBatch]:
                 running[slot] = dataclasses.replace(draw(SEQUENCES), seq_id=next_id)
                 admitted.append((slot, running[slot]))
                 next_id += 1
-        names = ("prefill_slots", "prefill_starts", "prefill_counts", "prefill_token_ids", "sample_slots")
-        names += ("sample_positions", "block_slots", "block_columns", "blocks", "adapter_slots")
+        names = ["prefill_slots", "prefill_starts", "prefill_counts", "prefill_token_ids", "sample_slots"]
+        names += ["sample_positions", "block_slots", "block_columns", "blocks", "adapter_slots"]
         steps.append(
             ScheduledBatch(
                 decode_plan=plan,
@@ -159,20 +168,18 @@ def assert_same_sequence(one: Sequence, other: Sequence) -> None:
         assert not len(one.token_ids)
 
 
-def test_a_step_of_running_rows_is_small(plan_slots: int = 1024) -> None:
+def test_a_step_of_running_rows_is_small() -> None:
+    plan_slots = 1024
     none, some = np.zeros(0, dtype=np.int32), np.arange(plan_slots, dtype=np.int32)
     grown = np.arange(plan_slots // 16, dtype=np.int32)
-    step = ScheduledBatch(
+    step = empty_step(
         decode_plan=DecodePlan(version=3, slots=some, group_starts=none, group_lens=none),
-        **dict.fromkeys(("prefill_slots", "prefill_starts", "prefill_counts", "prefill_token_ids"), none),
         sample_slots=some,
         sample_seq_ids=some.astype(np.int64),
         sample_positions=some,
         block_slots=grown,
         block_columns=grown,
         blocks=grown,
-        released=[],
-        admitted=[],
     )
     encoder = BatchEncoder()
     first, second = encoder.encode(step), encoder.encode(step)
@@ -182,10 +189,7 @@ def test_a_step_of_running_rows_is_small(plan_slots: int = 1024) -> None:
 
 
 def test_a_plan_that_was_never_sent_is_noticed() -> None:
-    encoder, none = BatchEncoder(), np.zeros(0, dtype=np.int32)
-    names = [f.name for f in dataclasses.fields(ScheduledBatch) if "Array" in str(f.type) or "int64" in str(f.type)]
-    plan = DecodePlan(version=3, slots=none, group_starts=none, group_lens=none)
-    step = ScheduledBatch(decode_plan=plan, released=[], admitted=[], **dict.fromkeys(names, none))
+    encoder, step = BatchEncoder(), empty_step()
     encoder.encode(step)
     with pytest.raises(AssertionError, match="never sent"):
         BatchDecoder().decode(encoder.encode(step))
@@ -223,13 +227,7 @@ def test_results_come_back(tokens: Any, wanted: list[tuple[int, list[int]]] | No
         each = [Wanted(num_top, tuple(named)) for num_top, named in wanted]
         width, named = max((one.num_top for one in each), default=0), max((len(w.token_ids) for w in each), default=0)
         logprobs = SampledLogprobs(np.arange(len(each)) * 2, each, rows(len(each), width, named))
-    none = np.zeros(0, dtype=np.int32)
-    names = [f.name for f in dataclasses.fields(ScheduledBatch) if "Array" in str(f.type) or "int64" in str(f.type)]
-    plan = DecodePlan(version=3, slots=none, group_starts=none, group_lens=none)
-    chunks = list(enumerate(sequences))
-    batch = ScheduledBatch(
-        decode_plan=plan, released=[], admitted=[], prompt_logprob_chunks=chunks, **dict.fromkeys(names, none)
-    )
+    batch = empty_step(prompt_logprob_chunks=list(enumerate(sequences)))
     back, back_logprobs, back_pieces = decode_result(encode_result(tokens, logprobs, sent), batch, VOCAB)
     assert back.tolist() == tokens.tolist()
     assert (back_logprobs is None) == (logprobs is None)

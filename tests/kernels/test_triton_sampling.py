@@ -77,8 +77,8 @@ def test_draws_of_the_parts_of_a_vocabulary_have_its_noise(triton_device: torch.
     assert torch.equal(
         sample(part, temperature, *none, keys, positions, any_truncated=False, first_token=first), expected
     )
-    on_device = (value.to(triton_device) for value in (part.contiguous(), temperature, keys, positions))
-    assert launch_draw(*on_device, first_token=first).tolist() == expected.tolist()
+    on = [value.to(triton_device) for value in (part.contiguous(), temperature, keys, positions)]
+    assert launch_draw(on[0], on[1], on[2], on[3], first_token=first).tolist() == expected.tolist()
 
 
 CUTS = [
