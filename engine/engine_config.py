@@ -118,7 +118,10 @@ class EngineConfig:
         if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
             raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")
         if self.logits_processors and self.num_ranks > 1:
-            raise ValueError("logits_processors are run by engines of one GPU: leave tensor_parallel_size at 1")
+            raise ValueError(
+                f"logits_processors are run by engines of one GPU, and tensor_parallel_size={self.tensor_parallel_size} "
+                f"times pipeline_parallel_size={self.pipeline_parallel_size} is {self.num_ranks}: leave both at 1"
+            )
 
     @property
     def shares_prefixes(self) -> bool:
