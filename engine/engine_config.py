@@ -118,9 +118,10 @@ class EngineConfig:
         if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
             raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")
         if self.logits_processors and self.num_ranks > 1:
+            asked = f"tensor_parallel_size={self.tensor_parallel_size} times pipeline_parallel_size="
             raise ValueError(
-                f"logits_processors are run by engines of one GPU, and tensor_parallel_size={self.tensor_parallel_size} "
-                f"times pipeline_parallel_size={self.pipeline_parallel_size} is {self.num_ranks}: leave both at 1"
+                f"logits_processors are run by engines of one GPU, and {asked}{self.pipeline_parallel_size} is "
+                f"{self.num_ranks}: leave both at 1"
             )
 
     @property

@@ -62,7 +62,7 @@ def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     return str(save_tokenizer(folder))
 
 
-def written(model: str, **sizes: int) -> list[Any]:
+def written(model: str, **sizes: Any) -> list[Any]:
     params = [SamplingParams(**{"max_tokens": 24} | asked) for asked in ASKED]
     with LLM(model, **SETTINGS, **sizes) as llm:
         results = llm.generate(PROMPTS, params, use_tqdm=False)
