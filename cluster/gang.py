@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 Serve = Callable[[Any, int, int], None]
 
 # The actor itself once its group is placed: a worker process that starts.
-_START_SECONDS = 60.0
+_START_SECONDS = 120.0
 # How often a group's keeper looks after its owner, and how long it waits for the answer of a busy one.
 _LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 60.0

@@ -49,13 +49,13 @@ class ParallelState:
         self._forward: list[dist.ProcessGroup] = []
         self._back: dist.ProcessGroup | None = None
         self._sends: deque[tuple[Work, torch.Tensor]] = deque()
-        self._small_sum: SmallSum | None = None
+        self.small_sum: SmallSum | None = None
         if place.num_ranks == 1:
             return
         assert store is not None, "ranks that are not alone need a store"
         self._join(store, timedelta(seconds=timeout_s))
         if small_sums and self._tp_group is not None:
-            self._small_sum = SmallSum.make(self._tp_group, device)
+            self.small_sum = SmallSum.make(self._tp_group, device)
 
     def _join(self, store: Store, timeout: timedelta) -> None:
         on_gpu = self.device.type == "cuda"
@@ -89,8 +89,12 @@ class ParallelState:
         """The sum over the tensor-parallel ranks; `x` may be changed."""
         if self._tp_group is None or not x.numel():
             return x
-        if self._small_sum is not None and self._small_sum.takes(x):
-            return self._small_sum(x)
+        if self.small_sum is not None and self.small_sum.takes(x):
+            return self.small_sum(x)
+        return self.all_reduce_by_group(x)
+
+    def all_reduce_by_group(self, x: torch.Tensor) -> torch.Tensor:
+        """As `all_reduce`, of any size and in place, by NCCL or gloo."""
         dist.all_reduce(x, group=self._tp_group)
         return x
 

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 # Packed requests held outside the object store at once.
 _MAX_BYTES = 512 << 20
+# For a worker process to start, on a busy machine.
+_PROCESS_SECONDS = 60.0
 _WATCH_SECONDS = 1.0
 
 
@@ -109,7 +111,11 @@ class Dispatcher:
             logger.error("A row kills engines and is given up: %s", row.cause)
 
     def _watch_pool(self) -> None:
-        deadline = time.monotonic() + self._plan.placement_timeout_s
+        patience = self._plan.placement_timeout_s
+        if not self._asked():
+            # Its ranks' places are asked for apart: there is room for it anywhere, and it waits for a process alone.
+            patience = max(patience, _PROCESS_SECONDS)
+        deadline = time.monotonic() + patience
         while not any(link.is_placed for link in self._links):
             if time.monotonic() > deadline:
                 self._book.fail(ValueError(self._describe_unplaced()))
@@ -126,8 +132,11 @@ class Dispatcher:
             self._grow(min(size, self._plan.max_replicas - size))
             logger.info("The pool grows from %d replicas to %d", size, len(self._links))
 
+    def _asked(self) -> dict[str, float]:
+        return {name: value for name, value in _resources(self._plan.replica.actor_options).items() if value}
+
     def _describe_unplaced(self) -> str:
-        asked = {name: value for name, value in _resources(self._plan.replica.actor_options).items() if value}
+        asked = self._asked()
         total = {name: value for name, value in ray.cluster_resources().items() if "node:" not in name}  # type: ignore[no-untyped-call]
         free = ray.available_resources()  # type: ignore[no-untyped-call]
         available = {name: f"{free.get(name, 0):g} of {value:g}" for name, value in sorted(total.items())}

@@ -69,12 +69,13 @@ def answers(asked: Processor) -> dict[int, list[int]]:
     return {row["id"]: list(row["tokens"]) for row in rows}
 
 
-def rank_actors() -> list[dict[str, Any]]:
-    """The ranks that live."""
+def rank_actors(*states: str) -> list[dict[str, Any]]:
+    """The ranks that live, or are in one of these states."""
     from ray._private.state import actors
 
     known = actors().values()
-    return [actor for actor in known if actor["ActorClassName"] == "RankActor" and actor["State"] == "ALIVE"]
+    wanted = states or ("ALIVE",)
+    return [actor for actor in known if actor["ActorClassName"] == "RankActor" and actor["State"] in wanted]
 
 
 @pytest.fixture(scope="module")
@@ -122,33 +123,54 @@ def test_ranks_on_ray_write_what_one_rank_writes(
     assert len(nodes) == 2
 
 
+LAYOUTS: dict[str, tuple[str, int, dict[str, int]]] = {
+    "tp2 over two nodes": ("STRICT_SPREAD", 1, {"tensor_parallel_size": 2}),
+    "pp2 over two nodes": ("STRICT_SPREAD", 1, {"pipeline_parallel_size": 2}),
+    "two replicas of tp2": ("STRICT_PACK", 2, {"tensor_parallel_size": 2}),
+}
+
+
+def check_kill(model: str, expected: dict[int, list[int]], layout: str, seconds: float) -> None:
+    """Kill one rank some time after all are there; the rows must be whole."""
+    strategy, concurrency, sizes = LAYOUTS[layout]
+    found: dict[int, list[int]] = {}
+    before = {actor["ActorID"] for actor in rank_actors("ALIVE", "DEAD")}
+
+    def ranks() -> list[dict[str, Any]]:
+        return [actor for actor in rank_actors() if actor["ActorID"] not in before]
+
+    asked = processor(model, strategy, concurrency, **sizes)
+    job = threading.Thread(target=lambda: found.update(answers(asked)))
+    job.start()
+    deadline = time.monotonic() + 120
+    while len(ranks()) < 2 * concurrency and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(seconds)
+    os.kill(random.choice(ranks())["Pid"], signal.SIGKILL)
+    job.join(timeout=200)
+    assert not job.is_alive() and found == expected
+    # Those of the first replicas, and those of the one that took a replica's place.
+    seen = {actor["ActorID"] for actor in rank_actors("ALIVE", "DEAD")} - before
+    assert len(seen) > 2 * concurrency
+
+
 @pytest.mark.parametrize(
     "seconds",
     [pytest.param(1.0, id="while it loads", marks=pytest.mark.slow), pytest.param(4.0, id="among the rows")],
 )
 def test_a_killed_rank_costs_no_row(model: str, expected: dict[int, list[int]], seconds: float) -> None:
-    found: dict[int, list[int]] = {}
-    before = {actor["ActorID"] for actor in rank_actors()}
+    check_kill(model, expected, "tp2 over two nodes", seconds)
 
-    def ranks() -> list[dict[str, Any]]:
-        return [actor for actor in rank_actors() if actor["ActorID"] not in before]
 
-    asked = processor(model, "STRICT_SPREAD", tensor_parallel_size=2)
-    job = threading.Thread(target=lambda: found.update(answers(asked)))
-    job.start()
-    deadline = time.monotonic() + 60
-    while len(ranks()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(seconds)
-    killed = random.choice(ranks())
-    os.kill(killed["Pid"], signal.SIGKILL)
-    seen = {killed["ActorID"]}
-    while job.is_alive() and time.monotonic() < deadline + 120:
-        seen.update(actor["ActorID"] for actor in ranks())
-        time.sleep(0.1)
-    assert not job.is_alive() and found == expected
-    # Two of the first replica, and two of the one that took its place.
-    assert len(seen) >= 3
+@pytest.mark.slow
+@pytest.mark.parametrize("time_no", range(3))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_killed_at_random_cost_no_row(
+    model: str, expected: dict[int, list[int]], layout: str, time_no: int
+) -> None:
+    seconds = random.uniform(0, 5)
+    print(f"{layout}, time {time_no}: killed {seconds:.1f} s after the ranks were there")
+    check_kill(model, expected, layout, seconds)
 
 
 def test_ranks_without_a_place_are_one_error_with_the_numbers(model: str, cluster: Cluster) -> None:
