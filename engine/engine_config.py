@@ -117,6 +117,12 @@ class EngineConfig:
         _check_reasoning(self.reasoning_config)
         if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
             raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")
+        if self.num_ranks > 1 and ":" in self.device:
+            raise ValueError(
+                f"device={self.device!r} names one GPU, and tensor_parallel_size={self.tensor_parallel_size} times "
+                f"pipeline_parallel_size={self.pipeline_parallel_size} is {self.num_ranks}: give 'cuda', and choose "
+                "GPUs by CUDA_VISIBLE_DEVICES"
+            )
         if self.logits_processors and self.num_ranks > 1:
             asked = f"tensor_parallel_size={self.tensor_parallel_size} times pipeline_parallel_size="
             raise ValueError(

@@ -97,9 +97,10 @@ class Processor:
     [
         ({"logits_processors": [Processor]}, "logits_processors .*tensor_parallel_size=2.*leave"),
         ({"runner": "pooling"}, "tensor_parallel_size=2 "),
+        ({"device": "cuda:1"}, "device='cuda:1' names one GPU.*tensor_parallel_size=2 .* is 2: give 'cuda'"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide num_attention_heads=4.* 1, 2, 4$"),
     ],
-    ids=["logits processors", "pooling", "heads"],
+    ids=["logits processors", "pooling", "one GPU's name", "heads"],
 )
 def test_what_ranks_do_not_do_is_refused_by_name(model: str, settings: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
