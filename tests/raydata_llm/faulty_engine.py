@@ -142,6 +142,15 @@ def pids_of_replicas() -> list[int]:
     return [actor["Pid"] for actor in known if actor["ActorClassName"] == "Replica" and actor["State"] == "ALIVE"]
 
 
+def nodes_of_replicas() -> set[str]:
+    """Nodes of the replicas that live."""
+    from ray._private.state import actors
+
+    known = actors().values()
+    live = [actor for actor in known if actor["ActorClassName"] == "Replica" and actor["State"] == "ALIVE"]
+    return {actor["Address"]["NodeID"] for actor in live}
+
+
 def live_actors() -> list[str]:
     """Classes of all actors that live, Ray Data's own services left out."""
     from ray._private.state import actors

@@ -17,6 +17,7 @@ from ray import cloudpickle
 from raydata_llm.engine.engine_thread import EngineThread
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput
 from raydata_llm.replica import EngineFactory, RunningEngine
+from tests.raydata_llm.patience import wait_until
 
 # The pool's actors do not have the tests' folder on their path.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
@@ -112,9 +113,7 @@ def start_together(folder: Path, size: int, seconds: float) -> EngineFactory:
 
     def start(model_source: str, engine_kwargs: Mapping[str, Any]) -> tuple[RunningEngine, Mapping[str, Any]]:
         (folder / str(os.getpid())).touch()
-        patience = time.monotonic() + 60
-        while len(list(folder.iterdir())) < size and time.monotonic() < patience:
-            time.sleep(0.05)
+        wait_until(lambda: len(list(folder.iterdir())) >= size)
         return serve(EchoEngine(engine_kwargs, seconds)), {"temperature": 0.25}
 
     return start

@@ -16,9 +16,10 @@ import ray
 from ray import cloudpickle
 
 from raydata_llm import EngineProcessorConfig
-from raydata_llm.engine.request import Request
+from raydata_llm.engine.request import Request, RequestOutput
 from raydata_llm.processor import Processor
 from raydata_llm.replica import EngineFactory, RunningEngine
+from tests.raydata_llm.patience import on_this_machine
 from tests.raydata_llm.processor_fakes import EchoEngine, ray_session, serve, start_nothing
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
@@ -153,13 +154,27 @@ def test_a_dataset_of_one_row_with_nulls_and_nested_columns(model: str, tmp_path
     assert table.cast(pa.table(columns).schema).equals(pa.table(columns))
 
 
-def start_slow(source: str, kwargs: Mapping[str, Any]) -> tuple[RunningEngine, Mapping[str, Any]]:
-    return serve(EchoEngine(kwargs, seconds=0.4)), {}
+class LonelyEngine(EchoEngine):
+    """Answers a row at a time until there are two of its kind, so that some wait however late the second comes."""
+
+    def __init__(self, engine_kwargs: Mapping[str, Any], folder: Path) -> None:
+        super().__init__(engine_kwargs, seconds=0.2)
+        self._folder = folder
+        (folder / f"{os.getpid()}.engine").touch()
+
+    def step(self) -> list[RequestOutput]:
+        if len(list(self._folder.glob("*.engine"))) > 1:
+            return super().step()
+        time.sleep(0.1)
+        return [self._answer(self._running.pop())] if self._running else []
 
 
 def test_a_pool_grows_while_rows_wait(model: str, tmp_path: Path) -> None:
+    def start(source: str, kwargs: Mapping[str, Any]) -> tuple[RunningEngine, Mapping[str, Any]]:
+        return serve(LonelyEngine(kwargs, tmp_path)), {}
+
     settings = config(model, batch_size=64, concurrency=(1, 2))
-    processor = Processor(settings, ask, lambda row: {"process": row["stop_reason"]}, engine_factory=start_slow)
+    processor = Processor(settings, ask, lambda row: {"process": row["stop_reason"]}, engine_factory=start)
     rows = processor(ray.data.range(3000)).take_all()
     assert len(rows) == 3000 and len({row["process"] for row in rows}) == 2
 
@@ -169,7 +184,7 @@ def stopped(processor: Processor, source: Any, kind: type[Exception] = ValueErro
     started = time.monotonic()
     with pytest.raises(kind) as error:
         processor(source).materialize()
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < on_this_machine(30)
     return str(error.value)
 
 

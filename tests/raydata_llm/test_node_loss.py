@@ -12,15 +12,17 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.raydata_llm.faulty_engine import check_rows, faulty_processor, with_ids
+from tests.raydata_llm.faulty_engine import check_rows, faulty_processor, nodes_of_replicas, with_ids
+from tests.raydata_llm.patience import PATIENCE
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
 ROWS = 1500
-# Ray notices a dead node after 15 s otherwise.
+# Ray notices a dead node after 15 s otherwise. A dead one refuses at once; one that is slow to answer on a loaded
+# machine must not be taken for dead, so the time to answer stays long.
 _QUICK = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
+    "health_check_timeout_ms": 30_000,
     "health_check_failure_threshold": 3,
 }
 
@@ -53,10 +55,13 @@ def test_a_lost_node_costs_only_the_rows_that_were_on_it(cluster: Cluster, tmp_p
 
     consumer = threading.Thread(target=consume)
     consumer.start()
-    assert flowing.wait(120)
+    assert flowing.wait(PATIENCE)
+    # One that works: the other may still be on its way.
+    lost = next(spot for spot in spots if spot.node_id in nodes_of_replicas())
     seen = len(rows)
-    cluster.remove_node(spots[0], allow_graceful=False)  # in the main thread, as Ray asks
-    consumer.join(timeout=120)
+    cluster.remove_node(lost, allow_graceful=False)  # in the main thread, as Ray asks
+    consumer.join(timeout=PATIENCE)
     assert not consumer.is_alive() and seen < ROWS
     check_rows(rows, ROWS)
-    assert len(processor.report().replicas) >= 2
+    report = processor.report()
+    assert (report.status, report.rows, report.gap) == ("finished", ROWS, None), "what watches the job was elsewhere"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import ray
 
 from tests.raydata_llm.faulty_engine import check_rows, faulty_processor, live_actors, pids_of_replicas, with_ids
+from tests.raydata_llm.patience import wait_until
 from tests.raydata_llm.processor_fakes import ray_session
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
@@ -31,9 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def wait_until_gone() -> list[str]:
-    patience = time.monotonic() + 15
-    while live_actors() and time.monotonic() < patience:
-        time.sleep(0.2)
+    wait_until(lambda: not live_actors())
     return live_actors()
 
 
@@ -41,19 +39,18 @@ def test_a_replica_killed_in_mid_job_loses_and_repeats_no_row(model: str, tmp_pa
     processor = faulty_processor(model, "", tmp_path, concurrency=2)
     rows: list[dict[str, Any]] = []
     killed = None
-    for row in processor(with_ids(ROWS, 20)).iter_rows():
+    for row in processor(with_ids(2 * ROWS, 40)).iter_rows():
         rows.append(row)
-        if killed is None and len(pids_of_replicas()) == 2:
+        if killed is None:  # whether the other has come or not
             killed = pids_of_replicas()[0]
             os.kill(killed, signal.SIGKILL)
-    assert killed is not None
-    check_rows(rows, ROWS)
+    check_rows(rows, 2 * ROWS)
     assert wait_until_gone() == []
 
 
 @pytest.mark.parametrize("fault", ["die", "hang", pytest.param("kill", marks=pytest.mark.slow)])
 def test_an_engine_that_fails_once_costs_no_row(fault: str, model: str, tmp_path: Path) -> None:
-    processor = faulty_processor(model, fault, tmp_path, hang_timeout_s=1.5)
+    processor = faulty_processor(model, fault, tmp_path, hang_timeout_s=4)
     check_rows(processor(with_ids(ROWS, 1)).take_all(), ROWS)
     assert (tmp_path / "fault").exists(), "it did fail"
 
@@ -76,5 +73,5 @@ def test_a_second_job_starts_where_the_first_has_left_nothing(model: str, tmp_pa
         assert wait_until_gone() == []
     groups = placement_group_table().values()
     assert [group for group in groups if group["state"] != "REMOVED"] == []
-    available = ray.available_resources()  # type: ignore[no-untyped-call]
-    assert available["CPU"] == 2
+    # A node tells of what came back a moment later.
+    assert wait_until(lambda: ray.available_resources()["CPU"] == 2)  # type: ignore[no-untyped-call]

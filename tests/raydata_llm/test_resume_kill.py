@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from tests.raydata_llm.patience import PATIENCE, on_this_machine
 from tests.raydata_llm.processor_fakes import ray_session
 from tests.raydata_llm.resume_job import run
 from tests.raydata_llm.s3_stand import BUCKET, S3Stand, s3_stand
@@ -75,7 +76,7 @@ class Job:
 
     def summary(self) -> tuple[int, int]:
         """Rows written and rows skipped, at the end."""
-        output, _ = self.process.communicate(timeout=120)
+        output, _ = self.process.communicate(timeout=PATIENCE)
         found = re.search(r"summary (\[.*\])", output)
         assert found, output
         rows, skipped = json.loads(found[1])
@@ -109,8 +110,8 @@ def ids_in(folder: Path) -> list[int]:
     return [row for file in files for row in pq.read_table(file)["id"].to_pylist()]
 
 
-def wait_for(condition: Callable[[], object], job: Job, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object], job: Job) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert job.process.poll() is None, job.process.communicate()[0]
         assert time.monotonic() < deadline, "it never came to that"
@@ -184,8 +185,8 @@ def test_a_driver_told_to_stop_writes_what_is_finished(start: Start, tmp_path: P
     wait_for(lambda: len(list(progress.iterdir())) >= 30, job)
     began = time.monotonic()
     os.kill(job.process.pid, number)
-    output, _ = job.process.communicate(timeout=60)
-    assert time.monotonic() - began < 10, output
+    output, _ = job.process.communicate(timeout=PATIENCE)
+    assert time.monotonic() - began < on_this_machine(10), output
     done = len(ids_in(tmp_path / "out"))
     assert 0 < done < len(IDS), output
     rows, skipped = start().summary()

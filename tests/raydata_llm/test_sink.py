@@ -20,6 +20,7 @@ from raydata_llm import EngineProcessorConfig, ResumeConfig, write_jsonl, write_
 from raydata_llm.processor import Processor
 from raydata_llm.sink import _place
 from tests.raydata_llm.faulty_disks import DeadlyDisk
+from tests.raydata_llm.patience import wait_until
 from tests.raydata_llm.processor_fakes import ray_session, start_echo_engine, start_nothing
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
@@ -131,9 +132,7 @@ def test_a_signal_writes_what_is_finished_and_the_rest_comes_later(model: str, t
         return keep(row)
 
     def interrupt() -> None:
-        deadline = time.monotonic() + 60
-        while len(list(progress.iterdir())) < 40 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: len(list(progress.iterdir())) >= 40)
         signal.raise_signal(signal.SIGINT)
 
     ds = processor(model, ResumeConfig(str(out)), keep=slowly)(ray.data.range(160))
