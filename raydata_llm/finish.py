@@ -46,7 +46,7 @@ from raydata_llm.row_payload import (
     row_error,
     unpack_column,
 )
-from raydata_llm.tokenizer import load_tokenizer
+from raydata_llm.tokenizer import load_light_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class FinishPlan:
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded once per process."""
         path = resolve_model(self.model_source, weights=False)
-        return load_tokenizer(path, trust_remote_code=self.trust_remote_code)
+        return load_light_tokenizer(path, trust_remote_code=self.trust_remote_code)
 
 
 def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None = None) -> pa.Table:

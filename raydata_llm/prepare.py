@@ -39,7 +39,7 @@ from raydata_llm.row_payload import (
     row_error,
 )
 from raydata_llm.row_ticket import append_tickets
-from raydata_llm.tokenizer import encode_texts, load_tokenizer, render_chat
+from raydata_llm.tokenizer import encode_texts, load_light_tokenizer, load_tokenizer, render_chat
 
 Row = dict[str, Any]
 RowFunction = Callable[[Row], Mapping[str, Any]]
@@ -94,7 +94,9 @@ class PreparePlan:
         if self.skip_tokenizer:
             return None
         path = resolve_model(self.model_source, weights=False)
-        return load_tokenizer(path, trust_remote_code=self.trust_remote_code)
+        # Texts that are read whole, in pairs or cut, are left to transformers.
+        load = load_light_tokenizer if self.task is None else load_tokenizer
+        return load(path, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass

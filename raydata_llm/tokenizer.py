@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raydata_llm.tokenizer_cache import load_prepared, tokenizer_stamp
+from raydata_llm.tokenizer_cache import load_light, load_prepared, tokenizer_stamp
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -29,13 +29,19 @@ def load_tokenizer(local_path: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: when there is no tokenizer that can be read, with the remedy.
     """
-    return _load(local_path, tokenizer_stamp(Path(local_path)), trust_remote_code)
+    return _load(local_path, tokenizer_stamp(Path(local_path)), trust_remote_code, False)
+
+
+def load_light_tokenizer(local_path: str, *, trust_remote_code: bool = False) -> Any:
+    """As `load_tokenizer`, for `encode_texts`, `render_chat` and `decode` alone: without transformers if possible."""
+    return _load(local_path, tokenizer_stamp(Path(local_path)), trust_remote_code, True)
 
 
 @functools.lru_cache(maxsize=8)
-def _load(local_path: str, stamp: str, trust_remote_code: bool) -> Any:
+def _load(local_path: str, stamp: str, trust_remote_code: bool, light: bool) -> Any:
+    load = load_light if light else load_prepared
     try:
-        return load_prepared(Path(local_path), stamp, trust_remote_code=trust_remote_code)
+        return load(Path(local_path), stamp, trust_remote_code=trust_remote_code)
     except (OSError, ImportError, KeyError, TypeError, ValueError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(

@@ -3,7 +3,8 @@
 Owns a folder per tokenizer with `tokenizer.json` and the settings, written by the first process and read by all
 others without `AutoTokenizer`, which imports torch, and without converting a GGUF vocabulary. Measured for
 SmolLM2-135M, import and load (CPU seconds, peak memory; transformers 5.23): its GGUF 10.6 s and 415 MB, a folder
-3.5 s and 305 MB, prepared 1.5 s and 120 MB.
+3.5 s and 305 MB, prepared 1.5 s and 120 MB. What plain texts and chats need is there without transformers too, as a
+`LightTokenizer`.
 
 Invariant: only a tokenizer whose prepared form is exactly the same is kept: its class adds no behaviour to
 transformers' `TokenizersBackend`, and the reloaded state is compared before the folder gets its name.
@@ -21,6 +22,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+from raydata_llm.light_tokenizer import SETTINGS_FILE, LightSettings, LightTokenizer
 from raydata_llm.model_cache import cache_folder, locked
 
 _SETTINGS = (
@@ -35,6 +37,8 @@ _SETTINGS = (
     "padding_side",
     "truncation_side",
 )
+# Changes with what a prepared folder holds.
+_LAYOUT = b"2"
 _BEHAVIOUR = (types.FunctionType, classmethod, staticmethod, property)
 # These build the state that is kept; they do nothing after.
 _CONSTRUCTION = {"__init__", "convert_to_native_format"}
@@ -43,7 +47,7 @@ _TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
 def tokenizer_stamp(source: Path) -> str:
     """A digest that changes with the tokenizer's files (their names, sizes and times) and the reading libraries."""
-    digest = hashlib.blake2b(digest_size=12)
+    digest = hashlib.blake2b(_LAYOUT, digest_size=12)
     for library in ("transformers", "tokenizers"):
         digest.update(f"{library} {_version(library)}\n".encode())
     for file in _tokenizer_files(source):
@@ -58,6 +62,14 @@ def _version(library: str) -> str:
     return importlib.metadata.version(library)
 
 
+def load_light(source: Path, stamp: str, *, trust_remote_code: bool) -> Any:
+    """As `load_prepared`, as a `LightTokenizer` where one is prepared that can stand for it."""
+    prepared = _prepared_folder(source, stamp)
+    if not trust_remote_code and (prepared / SETTINGS_FILE).exists():
+        return LightTokenizer(prepared, _load_from_prepared)
+    return load_prepared(source, stamp, trust_remote_code=trust_remote_code)
+
+
 def load_prepared(source: Path, stamp: str, *, trust_remote_code: bool) -> Any:
     """Load the tokenizer from its prepared folder, or prepare it.
 
@@ -68,8 +80,8 @@ def load_prepared(source: Path, stamp: str, *, trust_remote_code: bool) -> Any:
     """
     if trust_remote_code:
         return _load_from_source(source, trust_remote_code=True)
-    folder = cache_folder("tokenizers")
-    prepared = folder / f"{source.stem}-{stamp}"
+    prepared = _prepared_folder(source, stamp)
+    folder = prepared.parent
     if not prepared.exists() and _can_write(folder):
         with locked(folder):  # the other processes of a node wait here: one conversion instead of many at once
             if not prepared.exists() and not _as_is(prepared).exists():
@@ -77,6 +89,10 @@ def load_prepared(source: Path, stamp: str, *, trust_remote_code: bool) -> Any:
     if prepared.exists():
         return _load_from_prepared(prepared)
     return _load_from_source(source, trust_remote_code=False)
+
+
+def _prepared_folder(source: Path, stamp: str) -> Path:
+    return cache_folder("tokenizers") / f"{source.stem}-{stamp}"
 
 
 def _as_is(prepared: Path) -> Path:
@@ -134,10 +150,20 @@ def _prepare(tokenizer: Any, prepared: Path) -> bool:
         tokenizer.save_pretrained(str(written))
         same = _state(_load_from_prepared(written)) == _state(tokenizer)
         if same:
+            _prepare_light(tokenizer, written)
             os.rename(written, prepared)
         return same
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+def _prepare_light(tokenizer: Any, written: Path) -> None:
+    settings = LightSettings.of(tokenizer)
+    if settings is None:
+        return
+    settings.write(written)
+    if not LightTokenizer(written, _load_from_prepared).is_equal(tokenizer):
+        (written / SETTINGS_FILE).unlink()
 
 
 def _state(tokenizer: Any) -> list[Any]:

@@ -14,7 +14,15 @@ import pyarrow as pa
 import pytest
 
 from raydata_llm import tokenizer_cache
-from raydata_llm.tokenizer import encode_chat, encode_text, encode_texts, load_tokenizer, render_chat
+from raydata_llm.light_tokenizer import LightTokenizer
+from raydata_llm.tokenizer import (
+    encode_chat,
+    encode_text,
+    encode_texts,
+    load_light_tokenizer,
+    load_tokenizer,
+    render_chat,
+)
 from tests.raydata_llm.tiny_tokenizer import CHAT_TEMPLATE, save_tokenizer
 
 TEXTS = ["", "hello world", " the  quick\n\tfox", "naïve café 你好 🦊", "<|user|>a</s>b<s>", "\x00\x7f", "x" * 300]
@@ -72,13 +80,96 @@ def test_prepared_form_equals_auto_tokenizer(
     reference = AutoTokenizer.from_pretrained(str(folder))
     assert_equal_tokenizers(first, reference)
     assert_equal_tokenizers(again, reference)
+    assert_light_equals(folder, reference)
+
+
+def assert_light_equals(source: Path, theirs: Any) -> None:
+    """What a task does with a tokenizer comes out the same without transformers."""
+    light = load_light_tokenizer(str(source))
+    assert isinstance(light, LightTokenizer)
+    for special in (True, False):
+        expected = encode_texts(theirs, TEXTS, add_special_tokens=special)
+        assert encode_texts(light, TEXTS, add_special_tokens=special) == expected
+        for token_ids in expected:
+            assert light.decode(token_ids, skip_special_tokens=special) == theirs.decode(token_ids, special)
+    if theirs.chat_template is not None:
+        for messages in CHATS:
+            assert render_chat(light, messages) == render_chat(theirs, messages)
+
+
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "What is 2 < 3 & 'so on'?\n"}],
+    [{"role": "system", "content": "be brief"}, {"role": "user", "content": "naïve 🦊"}],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "z "}],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "begun"}],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning": "r"}],
+    [{"role": "user", "content": "q", "name": None, "at": np.float32(0.5)}],
+]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m }}{% endfor %}",
+        "{% set ns = namespace(_n=0) %}{{ ns._n }}",
+        "{{ dict(a=1) }}{{ dict.fromkeys(['b']) }}{{ dict.__class__ }}{{ messages.__class__.__mro__ }}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}",
+        "{{ messages | tojson(indent=2, sort_keys=true) }}\n  {% if tools %}\n{{ tools[0] | tojson }}{% endif %}",
+        "{{ strftime_now('%Y') }}{{ bos_token }}{{ pad_token }}{{ unk_token }}{{ documents }}{{ mood }}",
+        "{% generation %}{{ messages[0].content }}{% endgeneration %}",
+        "{{ messages[0].reasoning_content }}{{ messages[-1].thinking }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no') }}",
+        "{{ messages[0].content.upper() | trim }}{{ messages[0].nothing.more }}",
+        "{% broken",
+    ],
+)
+def test_a_template_renders_without_transformers_as_with_it(template: str, tmp_path: Path) -> None:
+    folder = str(save_tokenizer(tmp_path / "m", chat_template=template))
+    theirs, light = load_tokenizer(folder), load_light_tokenizer(folder)
+    assert isinstance(light, LightTokenizer)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": "<é>"}}}]
+    for messages in CHATS:
+        for more in ({}, {"tools": tools, "chat_template_kwargs": {"mood": "glad"}}, {"tools": ["f"]}):
+            assert rendered(light, messages, more) == rendered(theirs, messages, more)
+
+
+def rendered(tokenizer: Any, messages: Any, more: Any) -> str:
+    try:
+        return render_chat(tokenizer, messages, **more)
+    except ValueError as error:
+        told, kind, _ = str(error).partition("SecurityError")  # its words are our own
+        return told + kind
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_tokenizer_that_splits_special_tokens_does_so_without_transformers(tmp_path: Path, special: bool) -> None:
+    from transformers import AutoTokenizer
+
+    folder = save_tokenizer(tmp_path / "m", split_special_tokens=special, clean_up_tokenization_spaces=True)
+    load_tokenizer(str(folder))
+    assert_light_equals(folder, AutoTokenizer.from_pretrained(str(folder)))
+
+
+def test_a_tokenizer_that_cleans_its_text_is_left_to_transformers(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = save_tokenizer(tmp_path / "m", clean_up_tokenization_spaces=True)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, ".": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(folder / "tokenizer.json"))
+    load_tokenizer(str(folder))
+    light = load_light_tokenizer(str(folder))
+    assert not isinstance(light, LightTokenizer) and light.decode([1, 2]) == "a."
 
 
 def test_a_prepared_tokenizer_loads_without_torch(tmp_path: Path, tokenizer: Any) -> None:
     folder = str(save_tokenizer(tmp_path / "m"))
     load_tokenizer(folder)
     script = (
-        "import sys; from raydata_llm.tokenizer import load_tokenizer, encode_chat; "
+        "import sys; from raydata_llm.tokenizer import load_light_tokenizer, load_tokenizer, encode_chat; "
+        f"encode_chat(load_light_tokenizer({folder!r}), [{{'role': 'user', 'content': 'hi'}}]); "
+        "assert 'transformers' not in sys.modules; "
         f"encode_chat(load_tokenizer({folder!r}), [{{'role': 'user', 'content': 'hi'}}]); "
         "sys.exit('torch' in sys.modules)"
     )
@@ -133,6 +224,7 @@ def test_gguf_tokenizer_equals_auto_tokenizer(demo_model: Path) -> None:
     theirs: Any = AutoTokenizer.from_pretrained(str(demo_model.parent), gguf_file=demo_model.name)
     assert_equal_tokenizers(ours, theirs)
     assert_equal_tokenizers(again, theirs)
+    assert_light_equals(demo_model, theirs)
     messages = [{"role": "user", "content": "hi"}]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert encode_chat(again, messages)[1] == expected["input_ids"]
