@@ -98,12 +98,14 @@ def _check_folder(model_source: str, path: str) -> str:
 
 def _check_files(path: str, engine_config: EngineConfig, *, load_format: str, task: PoolingTask | None = None) -> None:
     from raydata_llm.engine.model_files import ModelFiles
+    from raydata_llm.engine.shard import check_split
 
     files = ModelFiles.open(path, load_format=load_format, hf_overrides=engine_config.hf_overrides)
     if task is not None:
         _check_pooling(files, engine_config, task)
         return
     model_config = files.model_config()
+    check_split(model_config, engine_config.tensor_parallel_size, engine_config.pipeline_parallel_size)
     files.check_weights(model_config)
     longest, wanted = model_config.context_length, engine_config.max_model_len
     if wanted is not None and wanted > longest:

@@ -71,7 +71,9 @@ def _tiles(report: JobReport) -> Iterator[str]:
     tokens_out = report.output_tokens / seconds
     tokens_in = report.prompt_tokens / seconds
     if steady is not None and steady.output_tokens_per_second is not None:
-        tokens_out, tokens_in = steady.output_tokens_per_second, steady.prompt_tokens_per_second or 0.0
+        tokens_out = steady.output_tokens_per_second
+        # A small job's prompts are all read before the span begins: then the rate of the whole run stays.
+        tokens_in = steady.prompt_tokens_per_second or tokens_in
     of_total = f"of {count(report.total_rows)}" if report.total_rows else "finished"
     failed = f", {count(report.failed_rows)} failed" if report.failed_rows else ", none failed"
     before = f", {count(report.skipped_rows)} written before" if report.skipped_rows else ""

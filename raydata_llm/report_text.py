@@ -43,10 +43,11 @@ def _lines(report: JobReport) -> Iterator[str]:
         yield f"  start-up    {duration(report.first_ready)} to the first engine{first_row}"
     steady = report.steady
     if steady is not None and steady.rows_per_second is not None:
-        yield (
-            f"  steady      {rate(steady.rows_per_second)} rows/s, in {rate(steady.prompt_tokens_per_second or 0)} "
-            f"out {rate(steady.output_tokens_per_second or 0)} tokens/s (rows 10 % to 90 %)"
-        )
+        tokens = f"out {rate(steady.output_tokens_per_second or 0)} tokens/s"
+        # A small job's prompts are all read before the span begins.
+        tokens = f"in {rate(steady.prompt_tokens_per_second)} {tokens}" if steady.prompt_tokens_per_second else tokens
+        before = "" if steady.prompt_tokens_per_second or not report.prompt_tokens else "; all prompts were read before"
+        yield f"  steady      {rate(steady.rows_per_second)} rows/s, {tokens} (rows 10 % to 90 %{before})"
     if report.mean_batch_size is not None:
         kv = (
             "" if report.mean_kv_usage is None else f", KV {report.mean_kv_usage:.0%} (peak {report.peak_kv_usage:.0%})"

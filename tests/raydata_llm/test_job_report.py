@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from raydata_llm.job_progress import rate
 from raydata_llm.job_report import JobReport, JobSettings
 from raydata_llm.job_stats import ErrorKind, JobStats
 from tests.raydata_llm.job_fakes import Clock, figures, finished_job, sample
@@ -43,6 +45,18 @@ def test_steady_state_is_the_span_of_the_rows_between_a_tenth_and_nine_tenths() 
     ).steady  # fmt: skip
     assert steady is not None and steady.start == pytest.approx(28, abs=1) and steady.end == pytest.approx(72, abs=1)
     assert steady.rows_per_second == pytest.approx((2 * 12 + 200) / 44, rel=0.05)
+
+
+def test_a_span_in_which_no_prompt_was_read_says_so_instead_of_nought() -> None:
+    report = finished_job(1)
+    assert report.steady is not None and f"rows/s, in {rate(report.steady.prompt_tokens_per_second or 0)} out" in str(
+        report
+    )
+    steady = dataclasses.replace(report.steady, prompt_tokens_per_second=0.0)
+    read_before = dataclasses.replace(report, steady=steady)
+    assert "in 0" not in str(read_before) and "all prompts were read before" in str(read_before)
+    in_all = rate(report.prompt_tokens / report.seconds)
+    assert f'<h3>Prompt tokens/s</h3><p class="value">{in_all}</p>' in read_before.to_html()
 
 
 def test_rows_that_came_out_in_one_burst_have_no_steady_rate() -> None:
