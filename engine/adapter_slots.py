@@ -18,6 +18,8 @@ from raydata_llm.kernels.lora import AdapterTiles, add_lora
 
 # Adapters that are kept on the host once read.
 _KEPT = 32
+# When each folder's adapter was written, as last read.
+_stamps: dict[str, int] = {}
 
 
 @lru_cache(maxsize=_KEPT)
@@ -34,7 +36,16 @@ def load_adapter(path: str, config: ModelConfig, max_rank: int) -> Adapter:
     """
     settings = Path(path) / "adapter_config.json"
     stamp = settings.stat().st_mtime_ns if settings.is_file() else 0
-    return adapter_of(path, stamp, config, max_rank)
+    adapter = adapter_of(path, stamp, config, max_rank)
+    _stamps[path] = stamp
+    return adapter
+
+
+def kept_adapter(path: str, config: ModelConfig, max_rank: int) -> Adapter:
+    """As `load_adapter`; if the folder has vanished since a request with it was accepted, as it was read then."""
+    if path in _stamps and not (Path(path) / "adapter_config.json").is_file():
+        return adapter_of(path, _stamps[path], config, max_rank)
+    return load_adapter(path, config, max_rank)
 
 
 class LinearAdapters:
@@ -75,7 +86,7 @@ class AdapterSlots:
 
     def load(self, slot: int, path: str) -> None:
         """Copy an adapter into a slot; steps launched before still see the one that was there."""
-        adapter = load_adapter(path, self._shard.model, self._max_rank)
+        adapter = kept_adapter(path, self._shard.model, self._max_rank)
         for layer, linears in zip(self._shard.layers, self.layers, strict=True):
             for fused, there in linears.items():
                 there.a[slot].zero_()

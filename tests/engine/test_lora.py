@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,28 @@ def test_sixteen_adapters_in_one_batch_equal_sixteen_merged_models(way: str, ref
         assert [written[number, index] for index in range(len(wanted))] == wanted, (way, number)
     if way == "preempted":
         assert engine.stats().num_preemptions > 0
+
+
+def test_an_adapter_whose_folder_vanishes_once_it_is_accepted_is_used_and_refused_after(
+    reference: Reference, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    there = reference.adapters[3]
+    assert there is not None
+    shutil.copytree(there.lora_path, folder)
+    request = Request(
+        request_id="a",
+        prompt_token_ids=np.array(reference.prompts[0], dtype=np.int32),
+        sampling_params=SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True),
+        lora_request=LoRARequest("a", 1, str(folder)),
+    )
+    engine = Engine(EngineConfig(model=str(reference.model), dtype="float32", device="cpu", max_model_len=64, **LORA))
+    engine.add_request(request)
+    shutil.rmtree(folder)
+    outputs = [output for _ in range(2 * MAX_TOKENS) if engine.has_unfinished() for output in engine.step()]
+    assert [output.outputs[0].token_ids for output in outputs] == [reference.written[3][0]]
+    with pytest.raises(ValueError, match="is no adapter"):
+        engine.add_request(request)
 
 
 def test_a_request_with_a_wrong_adapter_is_refused_alone(reference: Reference, tmp_path: Path) -> None:
