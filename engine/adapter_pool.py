@@ -74,6 +74,14 @@ class AdapterPool:
         loads, self._loads = self._loads, []
         return loads
 
+    def forget(self) -> None:
+        """Take all slots for empty; no running sequence has an adapter."""
+        assert not self._users, "a running sequence needs its adapter"
+        self._free += self._slot_of.values()
+        self._slot_of.clear()
+        self._unused.clear()
+        self._loads.clear()
+
     def check_integrity(self) -> None:
         """Assert that each slot is free, in use or kept, and exactly one of these."""
         assert self._users.keys() | self._unused.keys() == self._slot_of.keys()

@@ -120,13 +120,26 @@ class Decoder:
         self.device = device
         self._scale = config.head_dim**-0.5
         self._rope_table = rope_table(config.rope, config.head_dim, max_model_len, device)
-        self._load(_FusedParameters(self.shard, dtype, device).fill(weights))
-        self.adapters: AdapterSlots | None = None
-        if max_loras:
-            self.adapters = AdapterSlots(self.shard, max_loras, max_lora_rank, dtype, device)
+        self._max_loras, self._max_lora_rank = max_loras, max_lora_rank
+        self.fill(weights)
 
-    def _load(self, parameters: dict[str, torch.Tensor]) -> None:
-        take = parameters.get
+    def fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take in every parameter that this rank holds once, by Hugging Face's names."""
+        self.load(_FusedParameters(self.shard, self.dtype, self.device).fill(weights))
+
+    def unload(self) -> dict[str, torch.Tensor]:
+        """Give up weights and adapters; returns what `load` takes back. Who has captured graphs of them drops these."""
+        parameters, self._parameters = self._parameters, {}
+        self._embedding = self._norm = self._lm_head = torch.empty(0, device=self.device)
+        self._layers, self.adapters = [], None
+        return parameters
+
+    def load(self, parameters: dict[str, torch.Tensor]) -> None:
+        """Take weights, fused and on the device, and make room for adapters."""
+        self._parameters, take = parameters, parameters.get
+        self.adapters: AdapterSlots | None = None
+        if self._max_loras:
+            self.adapters = AdapterSlots(self.shard, self._max_loras, self._max_lora_rank, self.dtype, self.device)
         # A stage in the middle has neither; nor is it asked for them.
         nothing = torch.empty(0, device=self.device)
         self._embedding = parameters.get("model.embed_tokens.weight", nothing)

@@ -261,6 +261,38 @@ class Engine:
         """Forget all cached prefixes."""
         self._scheduler.blocks.reset_prefix_cache()
 
+    def sleep(self, level: int = 1) -> None:
+        """Free the memory of weights, KV and graphs until `wake_up`; every request must have ended.
+
+        Args:
+            level: 1 keeps the weights on the host, 2 reads them anew.
+
+        Raises:
+            ValueError: for several ranks.
+        """
+        worker = self._live_worker()
+        if isinstance(worker, RankGang):
+            raise ValueError(
+                f"sleep(level={level}) is not supported with engines in several processes: shut the LLM down, and make "
+                "it anew"
+            )
+        assert not self._unfinished, "the caller waits, or aborts"
+        while self._in_flight:
+            self._read_oldest()
+        self.reset_prefix_cache()
+        self._scheduler.intake.adapters.forget()
+        worker.sleep(keep_weights=level == 1)
+
+    def wake_weights(self) -> None:
+        """Bring the weights back from sleep."""
+        worker = self._live_worker()
+        assert isinstance(worker, Worker), "only these sleep"
+        worker.wake_weights()
+
+    def wake_kv_cache(self) -> None:
+        """Take memory for KV again, as much as before, and capture graphs; the weights are back."""
+        self._live_worker().start(self.num_kv_blocks)
+
     def check_integrity(self) -> None:
         """Assert the scheduler's and block manager's invariants (for tests)."""
         self._scheduler.check_integrity()

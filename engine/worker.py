@@ -6,7 +6,9 @@ Knows no requests. It is the same whether it is alone, in the engine's own proce
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import torch
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decoder import Decoder, KVCache
@@ -15,13 +17,14 @@ from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.guides import Bitmask
 from raydata_llm.engine.kv_budget import Sizes, check_sizes, check_weights_fit, num_kv_blocks
+from raydata_llm.engine.laid_by import LaidBy
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.model_runner import LaunchedStep, ModelRunner
 from raydata_llm.engine.parallel import ParallelState
 from raydata_llm.engine.phases import announce
 from raydata_llm.engine.shard import ModelShard
-from raydata_llm.engine.weights import load_weights
+from raydata_llm.engine.weights import NamedTensor, load_weights
 
 # Rows with penalties at once at most.
 MOST_PENALTY_SEQS = 256
@@ -46,16 +49,9 @@ class Worker:
         self._dtype = choose_dtype(config, model_config, self.device)
         self.sizes: Sizes = check_sizes(config, model_config, self.device)
         check_weights_fit(model_config, self._dtype, self.device, self._shard.shapes)
+        self._files, self._model_config = files, model_config
         announce("loading the weights")
-        weights = load_weights(
-            files,
-            model_config,
-            dtype=self._dtype,
-            device=self.device,
-            load_format=config.load_format,
-            seed=config.seed,
-            shard=self._shard,
-        )
+        weights = self._read_weights()
         with explained("loading the weights", "use a smaller model, or a GPU with nothing else on it"):
             self._decoder = Decoder(
                 model_config,
@@ -68,6 +64,18 @@ class Worker:
                 max_lora_rank=config.max_lora_rank,
             )
         self._runner: ModelRunner | None = None
+        self._laid_by: LaidBy | None = None
+
+    def _read_weights(self) -> Iterator[NamedTensor]:
+        return load_weights(
+            self._files,
+            self._model_config,
+            dtype=self._dtype,
+            device=self.device,
+            load_format=self._config.load_format,
+            seed=self._config.seed,
+            shard=self._shard,
+        )
 
     @property
     def device_type(self) -> str:
@@ -102,6 +110,30 @@ class Worker:
         announce("warming up")
         with explained("capturing CUDA graphs", "set enforce_eager=True, or lower gpu_memory_utilization"):
             self._runner.warm_up()
+
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Give up the memory of KV, graphs and weights; no step may be in flight.
+
+        Args:
+            keep_weights: On the host, pinned; otherwise they are read anew.
+        """
+        self._runner = None
+        parameters = self._decoder.unload()
+        self._laid_by = LaidBy.of(parameters) if keep_weights else None
+        del parameters
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake_weights(self) -> None:
+        """Bring the weights back; `start` makes the rest anew, graphs too, since nothing is where it was."""
+        remedy = "free what else was put onto the device meanwhile"
+        with explained("waking the weights", remedy):
+            if self._laid_by is not None:
+                self._decoder.load(self._laid_by.on(self.device))
+                self._laid_by = None
+                return
+            announce("loading the weights")
+            self._decoder.fill(self._read_weights())
 
     def launch(self, batch: ScheduledBatch, bitmask: Callable[[], Bitmask | None] | None = None) -> LaunchedStep | None:
         """As `ModelRunner.launch`."""

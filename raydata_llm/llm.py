@@ -23,6 +23,7 @@ from raydata_llm.generation import Generation
 from raydata_llm.llm_metrics import Metric, list_metrics
 from raydata_llm.llm_pooling import PoolingMethods, read_older_settings
 from raydata_llm.llm_queue import Asked, ChatOptions, QueueMethods
+from raydata_llm.llm_sleep import SleepMethods
 from raydata_llm.model_source import resolve_model
 from raydata_llm.openmp import wait_passively
 from raydata_llm.progress import Progress
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from raydata_llm.engine.pooling_engine import PoolingEngine
 
 
-class LLM(QueueMethods, PoolingMethods):
+class LLM(SleepMethods, QueueMethods, PoolingMethods):
     """Loads a model and answers lists of prompts: with text, or with embeddings, classes and scores.
 
     Args:
@@ -233,6 +234,20 @@ class LLM(QueueMethods, PoolingMethods):
             )
         return engine
 
+    def _engine_that_can_sleep(self, level: int) -> Engine:
+        from raydata_llm.engine.engine import Engine
+
+        engine = self._open_engine()
+        if not isinstance(engine, Engine):
+            kind = type(engine).__name__
+            raise ValueError(f"level={level} is not supported by a {kind}: shut the LLM down, and make it anew")
+        if engine.has_unfinished():
+            raise ValueError(
+                f"level={level} is not valid while enqueued prompts are under way: call wait_for_completion(), or "
+                "reset() to forget them"
+            )
+        return engine
+
     def _live_pooling_engine(self) -> PoolingEngine:
         from raydata_llm.engine.pooling_engine import PoolingEngine
 
@@ -248,6 +263,7 @@ class LLM(QueueMethods, PoolingMethods):
 
     def _run(self, asked: Asked, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         self._check_nothing_enqueued()
+        self._check_awake()
         prompts, encode = asked
         generation = self._begin()
         generation.add(prompts, encode)

@@ -49,6 +49,10 @@ class QueueMethods(ABC):
     def _begin(self) -> Generation:
         """A generation with no prompts."""
 
+    @abstractmethod
+    def _check_awake(self) -> None:
+        """Raise while the LLM sleeps."""
+
     def enqueue(
         self, prompts: Any, sampling_params: ManyParams = None, *, lora_request: ManyAdapters = None
     ) -> list[str]:
@@ -98,6 +102,7 @@ class QueueMethods(ABC):
         Raises:
             KeyboardInterrupt: on Ctrl-C; nothing is lost, and another call goes on.
         """
+        self._check_awake()
         if self._queue is not None:
             yield from self._queue.results()
 
@@ -118,6 +123,7 @@ class QueueMethods(ABC):
         """
         if output_type is not None and not issubclass(RequestOutput, output_type):
             raise ValueError(f"output_type={output_type!r} is not valid: enqueued prompts give RequestOutput")
+        self._check_awake()
         if self._queue is None:
             return []
         with Progress(self._queue.num_untaken, use_tqdm, "Processed prompts") as progress:
