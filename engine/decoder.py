@@ -121,6 +121,9 @@ class Decoder:
         self._scale = config.head_dim**-0.5
         self._rope_table = rope_table(config.rope, config.head_dim, max_model_len, device)
         self._max_loras, self._max_lora_rank = max_loras, max_lora_rank
+        self._parameters: dict[str, torch.Tensor] = {}
+        self._layers: list[Layer] = []
+        self.adapters: AdapterSlots | None = None
         self.fill(weights)
 
     def fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -137,7 +140,6 @@ class Decoder:
     def load(self, parameters: dict[str, torch.Tensor]) -> None:
         """Take weights, fused and on the device, and make room for adapters."""
         self._parameters, take = parameters, parameters.get
-        self.adapters: AdapterSlots | None = None
         if self._max_loras:
             self.adapters = AdapterSlots(self.shard, self._max_loras, self._max_lora_rank, self.dtype, self.device)
         # A stage in the middle has neither; nor is it asked for them.

@@ -51,6 +51,8 @@ def output_text(
         stop_reason: The stop string or token id that ended it, None for the model's EOS or none.
         finish_reason: `stop` with a `stop_reason` that is no string means that the last token is the stop token.
     """
+    if isinstance(stop_reason, str) and stop_reason not in params.stop:
+        return decode(tokenizer, token_ids, params)  # nothing in the text stopped it
     if finish_reason != "stop" or (params.include_stop_str_in_output and not isinstance(stop_reason, str)):
         return decode(tokenizer, token_ids, params)
     if not isinstance(stop_reason, str):

@@ -17,16 +17,18 @@ import numpy as np
 from raydata_llm.engine.adapter_slots import load_adapter
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.block_manager import BlockManager
-from raydata_llm.engine.detokenizer import StopStringWatch, Tokenizer
+from raydata_llm.engine.detokenizer import Tokenizer
 from raydata_llm.engine.device import choose_device
 from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.flat_logprobs import FlatLogprobs
 from raydata_llm.engine.guides import Bitmask, Guides
 from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.local_ranks import LocalRanks
 from raydata_llm.engine.logprobs import position_maps
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.model_runner import LaunchedStep
+from raydata_llm.engine.output_watch import watch_of
 from raydata_llm.engine.parallel import alone
 from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
@@ -160,8 +162,9 @@ class Engine:
             )
             if params.prompt_logprobs is not None and index == 0:
                 sequence.prompt_logprobs = [None]
-            if params.stop and self._tokenizer is not None:
-                sequence.stop_watch = StopStringWatch(self._tokenizer, params)
+            if params.flat_logprobs:
+                sequence.logprobs = FlatLogprobs()
+            sequence.stop_watch = watch_of(params, self._tokenizer)
             self._guides.attach(sequence)
             self._next_seq_id += 1
             sequences.append(sequence)
@@ -428,11 +431,13 @@ class _UnfinishedRequest:
         )
 
     def output(self) -> RequestOutput:
+        positions = self.prompt_logprobs
+        is_flat = self.request.sampling_params.flat_logprobs and positions is not None
         return RequestOutput(
             request_id=self.request.request_id,
             prompt_token_ids=self.prompt.tolist(),
             outputs=[output for output in self.outputs if output is not None and self.error is None],
             error=self.error,
             num_cached_tokens=self.num_cached_tokens,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=FlatLogprobs(positions or ()) if is_flat else positions,
         )

@@ -9,12 +9,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from raydata_llm.engine.flat_logprobs import FlatLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 TokenArray = npt.NDArray[np.int32]
@@ -81,10 +84,11 @@ class CompletionOutput:
         index: Which of the n.
         token_ids: All output tokens, the end token or the tokens that completed a stop string included.
         finish_reason: `stop` (end token or stop string), `length`, `abort` or `error`.
-        stop_reason: The stop string or stop token id that ended it; None for the model's own EOS.
+        stop_reason: The stop string or stop token id that ended it, or `repetition_detected`; None for the model's own
+            EOS.
         text: Filled in by a front end.
         cumulative_logprob: Sum of the drawn tokens' log-probabilities when `logprobs` was asked.
-        logprobs: A position's {token id: Logprob}, when asked.
+        logprobs: A position's {token id: Logprob}, when asked; `FlatLogprobs` reads like that list.
     """
 
     index: int
@@ -93,7 +97,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     text: str = ""
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[dict[int, Logprob]] | FlatLogprobs | None = None
 
 
 @dataclass
@@ -117,7 +121,7 @@ class RequestOutput:
     error: str | None = None
     prompt: str | None = None
     num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
     lora_request: LoRARequest | None = None
 
     @property

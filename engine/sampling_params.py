@@ -6,17 +6,29 @@ Owns the validation of these parameters and the layering of a row's own values o
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from raydata_llm.engine.repetition import RepetitionDetectionParams
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 
 
-@dataclass(frozen=True, kw_only=True)
+class RequestOutputKind(enum.IntEnum):
+    """vLLM's kinds of a stream's outputs; offline there is the last."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass(kw_only=True, slots=True)
 class SamplingParams:
     """Parameters of one request, as vLLM's class of the same name.
+
+    What is set after it was made is checked when it is used; requests hold copies.
 
     Args:
         n: How many outputs to draw for the prompt.
@@ -36,6 +48,7 @@ class SamplingParams:
         logprobs: How many likeliest tokens' log-probabilities to return a position, besides the drawn one's; -1 is all.
         prompt_logprobs: The same for the prompt's positions, besides the prompt's own tokens.
         logprob_token_ids: Return the log-probabilities of these tokens (128 at most) instead of the likeliest.
+        flat_logprobs: Return log-probabilities as `FlatLogprobs`, for many positions.
         detokenize: Turn output tokens into text (a front end's matter; `stop` needs it).
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces between special tokens in the text.
@@ -49,6 +62,9 @@ class SamplingParams:
         structured_outputs: The form of the output: `StructuredOutputsParams`, or a dict of its fields.
         guided_decoding: The same by its older name.
         truncate_prompt_tokens: Keep the last this many prompt tokens; -1 keeps what the model's length allows.
+        repetition_detection: End an output that repeats itself: `RepetitionDetectionParams`, or a dict of its fields.
+        output_kind: Results are given when they are finished; a serving engine's other kinds are taken for that.
+        stream_interval: Nothing is streamed; taken and not used.
 
     Raises:
         ValueError: naming the field, its value and the remedy.
@@ -71,6 +87,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprob_token_ids: Sequence[int] | None = None
+    flat_logprobs: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -84,6 +101,9 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
     guided_decoding: StructuredOutputsParams | None = None
     truncate_prompt_tokens: int | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY
+    stream_interval: int | None = None
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
@@ -104,6 +124,10 @@ class SamplingParams:
         if self.logit_bias is not None:
             _set(self, "logit_bias", _bias(self.logit_bias))
         self._read_structured_outputs()
+        self._read_serving_fields()
+        if self.repetition_detection is not None:
+            repetition = RepetitionDetectionParams.from_value(self.repetition_detection)
+            _set(self, "repetition_detection", repetition if repetition.max_pattern_size else None)
         if self.top_k == -1:
             _set(self, "top_k", 0)
         self._check()
@@ -146,6 +170,16 @@ class SamplingParams:
             _set(self, "structured_outputs", StructuredOutputsParams.from_value(given))
             _set(self, "guided_decoding", None)
 
+    def _read_serving_fields(self) -> None:
+        """Check what makes a difference to a stream only; kept as the defaults, so that the noise is the same."""
+        kinds = [kind.name for kind in RequestOutputKind]
+        is_kind = self.output_kind in (*kinds, *range(len(kinds))) and not isinstance(self.output_kind, bool)
+        _require(is_kind, "output_kind", self.output_kind, f"choose one of {', '.join(kinds)}")
+        interval = self.stream_interval
+        _require(interval is None or interval >= 1, "stream_interval", interval, "give 1 or more")
+        _set(self, "output_kind", RequestOutputKind.FINAL_ONLY)
+        _set(self, "stream_interval", None)
+
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
@@ -165,13 +199,15 @@ class SamplingParams:
             ValueError: for an unknown field or a bad value.
         """
         if isinstance(params, SamplingParams):
-            return params
+            return replace(params)
         if params is not None and not isinstance(params, Mapping):
             raise ValueError(
                 f"sampling_params={params!r} is a {type(params).__name__}; "
                 'give a dict such as {"temperature": 0.7, "max_tokens": 64}, or a SamplingParams'
             )
         given = {name: value for name, value in (params or {}).items() if value is not None}
+        for name in sorted(_REFUSED.keys() & given.keys()):
+            raise ValueError(f"{name}={given[name]!r} is not supported: {_REFUSED[name]}")
         unknown = sorted(set(map(str, given)) - _FIELD_NAMES)
         if unknown:
             known = ", ".join(sorted(_FIELD_NAMES))
@@ -189,7 +225,19 @@ class SamplingParams:
 
 
 _FIELD_NAMES = {field.name for field in fields(SamplingParams)}
+# Of vLLM's fields.
+_REFUSED = {
+    "best_of": "set n, with logprobs=0, and keep those with the highest cumulative_logprob",
+    "use_beam_search": "call LLM.beam_search",
+    "logits_processors": "give the engine's logits_processors, and each row's values as extra_args",
+    "prompt_logprob_token_ids": "set prompt_logprobs, or give the tokens as the prompt and set prompt_logprobs=0",
+    "prompt_logprob_start": "set prompt_logprobs and skip the first positions",
+    "trace_decode_token_ids": "give the tokens as the prompt's end, and set prompt_logprobs=0",
+    "routed_experts_prompt_start": "the engine runs dense models",
+    "watermarking": "write it as one of the engine's logits_processors",
+}
 _OPTIONAL_INTEGERS = (
+    "stream_interval",
     "seed",
     "max_tokens",
     "logprobs",
@@ -202,6 +250,7 @@ _OPTIONAL_TOKEN_IDS = ("allowed_token_ids", "logprob_token_ids")
 _MOST_LOGPROB_TOKEN_IDS = 128
 _FLAGS = (
     "ignore_eos",
+    "flat_logprobs",
     "detokenize",
     "skip_special_tokens",
     "spaces_between_special_tokens",
@@ -221,6 +270,8 @@ _RANGES = {
 def _plain(value: object) -> object:
     if isinstance(value, StructuredOutputsParams):
         return value.to_mapping()
+    if isinstance(value, RepetitionDetectionParams):
+        return asdict(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -259,14 +310,15 @@ def _flag(name: str, value: Any) -> None:
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
-    strings = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"{name}={value!r} is not valid: give non-empty strings")
-    return strings
+    strings = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(strings, Iterable) or not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"{name}={value!r} is not valid: give non-empty strings")
+    return tuple(strings)
 
 
-def _token_ids(name: str, value: Iterable[Any]) -> tuple[int, ...]:
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name}={value!r} is not valid: give a list of token ids")
     token_ids = tuple(_integer(name, token_id, optional=False) or 0 for token_id in value)
     if any(token_id < 0 for token_id in token_ids):
         raise ValueError(f"{name}={value!r} is not valid: token ids are 0 or more")

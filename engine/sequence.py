@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.block_manager import TRASH_BLOCK, BlockArray
-from raydata_llm.engine.detokenizer import StopStringWatch
 from raydata_llm.engine.request import FinishReason, Logprob, Request, TokenArray
 
 if TYPE_CHECKING:
+    from raydata_llm.engine.flat_logprobs import FlatLogprobs
     from raydata_llm.engine.guides import Guide
     from raydata_llm.engine.logits_processor import RequestProcessor
+    from raydata_llm.engine.output_watch import OutputWatch
 
 IntArray = npt.NDArray[np.int32]
 NO_SEQUENCE = -1
@@ -59,11 +60,11 @@ class Sequence:
     num_prompt: int
     max_tokens: int
     stop_token_ids: tuple[int, ...]
-    stop_watch: StopStringWatch | None = None
+    stop_watch: OutputWatch | None = None
     token_bytes: bytes | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | FlatLogprobs = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     guides: list[Guide] = field(default_factory=list)
     processors: list[RequestProcessor] = field(default_factory=list)

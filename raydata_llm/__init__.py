@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raydata_llm.config import EngineProcessorConfig, ProcessorConfig, vLLMEngineProcessorConfig
+    from raydata_llm.engine.flat_logprobs import FlatLogprobs
     from raydata_llm.engine.pooler_config import PoolerConfig
     from raydata_llm.engine.pooling_params import PoolingParams
     from raydata_llm.engine.pooling_request import (
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
         ScoringOutput,
         ScoringRequestOutput,
     )
-    from raydata_llm.engine.request import LoRARequest
-    from raydata_llm.engine.sampling_params import SamplingParams
+    from raydata_llm.engine.repetition import RepetitionDetectionParams
+    from raydata_llm.engine.request import CompletionOutput, Logprob, LoRARequest, RequestOutput
+    from raydata_llm.engine.sampling_params import RequestOutputKind, SamplingParams
     from raydata_llm.engine.structured_outputs import StructuredOutputsParams
     from raydata_llm.job_report import JobReport
     from raydata_llm.job_run import report_of
     from raydata_llm.llm import LLM
     from raydata_llm.processor import Processor, build_llm_processor, build_processor
+    from raydata_llm.prompts import TextPrompt, TokensPrompt
     from raydata_llm.resume_config import ResumeConfig
     from raydata_llm.sink import WriteSummary, write_jsonl, write_parquet
     from raydata_llm.stage_config import (
@@ -46,12 +49,15 @@ __all__ = [
     "ChatTemplateStageConfig",
     "ClassificationOutput",
     "ClassificationRequestOutput",
+    "CompletionOutput",
     "DetokenizeStageConfig",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "EngineProcessorConfig",
+    "FlatLogprobs",
     "JobReport",
     "LoRARequest",
+    "Logprob",
     "PoolerConfig",
     "PoolingOutput",
     "PoolingParams",
@@ -59,12 +65,17 @@ __all__ = [
     "PrepareMultimodalStageConfig",
     "Processor",
     "ProcessorConfig",
+    "RepetitionDetectionParams",
+    "RequestOutput",
+    "RequestOutputKind",
     "ResumeConfig",
     "SamplingParams",
     "ScoringOutput",
     "ScoringRequestOutput",
     "StructuredOutputsParams",
+    "TextPrompt",
     "TokenizerStageConfig",
+    "TokensPrompt",
     "WriteSummary",
     "__version__",
     "build_llm_processor",
@@ -88,10 +99,18 @@ _MODULES = {
     "ScoringRequestOutput": "raydata_llm.engine.pooling_request",
     "JobReport": "raydata_llm.job_report",
     "LLM": "raydata_llm.llm",
+    "CompletionOutput": "raydata_llm.engine.request",
+    "FlatLogprobs": "raydata_llm.engine.flat_logprobs",
+    "Logprob": "raydata_llm.engine.request",
     "LoRARequest": "raydata_llm.engine.request",
+    "RepetitionDetectionParams": "raydata_llm.engine.repetition",
+    "RequestOutput": "raydata_llm.engine.request",
+    "RequestOutputKind": "raydata_llm.engine.sampling_params",
     "report_of": "raydata_llm.job_run",
     "SamplingParams": "raydata_llm.engine.sampling_params",
     "StructuredOutputsParams": "raydata_llm.engine.structured_outputs",
+    "TextPrompt": "raydata_llm.prompts",
+    "TokensPrompt": "raydata_llm.prompts",
     "Processor": "raydata_llm.processor",
     "build_llm_processor": "raydata_llm.processor",
     "build_processor": "raydata_llm.processor",

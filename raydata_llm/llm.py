@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.flat_logprobs import FlatLogprobs
 from raydata_llm.engine.pooling_model import runner_of
 from raydata_llm.engine.request import Logprob, LoRARequest, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
@@ -37,6 +38,7 @@ from raydata_llm.prompts import (
     read_prompt,
 )
 from raydata_llm.tokenizer import check_chat_template, encode_chat, encode_texts, load_tokenizer
+from raydata_llm.vllm_settings import split_llm_settings
 
 if TYPE_CHECKING:
     from raydata_llm.engine.engine import Engine
@@ -53,8 +55,9 @@ class LLM(SleepMethods, QueueMethods, PoolingMethods):
         skip_tokenizer_init: Load no tokenizer: token ids in, token ids out.
         trust_remote_code: Run code that comes with the tokenizer.
         data_parallel_size: Engines in processes of their own that share each call's prompts, a GPU or more each.
-        engine_kwargs: Fields of `EngineConfig`, such as `dtype`, `max_model_len`, `seed` or `runner`; and
-            `task="embed"` and the like, as older vLLMs had it.
+        engine_kwargs: Fields of `EngineConfig`, such as `dtype`, `max_model_len`, `seed` or `runner`;
+            `task="embed"` and the like, as older vLLMs had it; and vLLM's other settings, which are left out with a
+            warning if they cannot change an answer.
 
     Raises:
         ValueError: naming the setting, its value and the remedy.
@@ -71,7 +74,7 @@ class LLM(SleepMethods, QueueMethods, PoolingMethods):
         **engine_kwargs: Any,
     ) -> None:
         own = {"skip_tokenizer_init": skip_tokenizer_init, "trust_remote_code": trust_remote_code}
-        config = EngineConfig.from_mapping(model, {**read_older_settings(engine_kwargs), **own})
+        config = EngineConfig.from_mapping(model, {**split_llm_settings(read_older_settings(engine_kwargs)), **own})
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"tokenizer={tokenizer!r} is not valid with skip_tokenizer_init=True: give one of them")
         path = resolve_model(model, load_format=config.load_format)
@@ -294,11 +297,17 @@ class LLM(SleepMethods, QueueMethods, PoolingMethods):
         if self._tokenizer is None or prompt.params is None or not prompt.params.detokenize:
             return
         if output.prompt_logprobs is not None:
-            output.prompt_logprobs = [position and self._name_tokens(position) for position in output.prompt_logprobs]
+            output.prompt_logprobs = self._name_positions(output.prompt_logprobs)
         for one in output.outputs:
             one.text = output_text(self._tokenizer, one.token_ids, prompt.params, one.stop_reason, one.finish_reason)
             if one.logprobs is not None:
-                one.logprobs = [self._name_tokens(position) for position in one.logprobs]
+                one.logprobs = self._name_positions(one.logprobs)
+
+    def _name_positions(self, positions: Any) -> Any:
+        if isinstance(positions, FlatLogprobs):
+            positions.decoded_tokens = [self._decode_token(token_id) for token_id in positions.token_ids]
+            return positions
+        return [position and self._name_tokens(position) for position in positions]
 
     def _name_tokens(self, position: dict[int, Logprob]) -> dict[int, Logprob]:
         return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict
 
 import numpy as np
 
@@ -18,6 +18,19 @@ from raydata_llm.engine.request import LoRARequest
 from raydata_llm.engine.sampling_params import SamplingParams
 
 ParamsLike = SamplingParams | Mapping[str, Any]
+
+
+class TextPrompt(TypedDict):
+    """A prompt of text, for those who like its type said; a plain dict is the same."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt of token ids, with or without the text that they came from."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str]
 
 
 @dataclass

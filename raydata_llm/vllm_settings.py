@@ -148,15 +148,32 @@ def split_vllm_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     left_out = _take_experimental(fields)
     given = fields.get("engine_kwargs")
     if isinstance(given, Mapping):
-        engine_kwargs, ignored = _split(_known_values(given), _LEFT_OUT, _OFF)
+        engine_kwargs, ignored = _engine_settings(given)
         left_out += [f"engine_kwargs[{name!r}]" for name in ignored]
-        if engine_kwargs.get("load_format") in _LOADERS:
-            left_out.append(f"engine_kwargs['load_format']={engine_kwargs['load_format']!r}")
-            engine_kwargs["load_format"] = "auto"
         fields["engine_kwargs"] = engine_kwargs
     if left_out:
         logger.warning("vLLMEngineProcessorConfig: left out, as they mean nothing here: %s", ", ".join(left_out))
     return fields
+
+
+def split_llm_settings(engine_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's settings from those that vLLM's `LLM` takes; what means nothing here is named in a warning.
+
+    Raises:
+        ValueError: for a setting that would change answers and is not there.
+    """
+    kept, left_out = _engine_settings(engine_kwargs)
+    if left_out:
+        logger.warning("LLM: left out, as they mean nothing here: %s", ", ".join(left_out))
+    return kept
+
+
+def _engine_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    kept, left_out = _split(_known_values(given), _LEFT_OUT, _OFF)
+    if kept.get("load_format") in _LOADERS:
+        left_out.append(f"load_format={kept['load_format']}")
+        kept["load_format"] = "auto"
+    return kept, left_out
 
 
 def _known_values(given: Mapping[str, Any]) -> dict[str, Any]:

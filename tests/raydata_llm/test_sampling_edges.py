@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raydata_llm import LLM, SamplingParams
+from raydata_llm import LLM, FlatLogprobs, RequestOutputKind, SamplingParams
 from raydata_llm.engine.request import CompletionOutput, RequestOutput
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
@@ -170,6 +170,31 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": "json"}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a"}, "guided_decoding": {"regex": "a"}}, "guided_decoding"),
     ({"temprature": 1}, "temprature"),
+    ({"flat_logprobs": 1}, "flat_logprobs"),
+    ({"output_kind": "SOME"}, "output_kind"),
+    ({"output_kind": 3}, "output_kind"),
+    ({"stream_interval": 0}, "stream_interval"),
+    ({"repetition_detection": 3}, "repetition_detection"),
+    ({"repetition_detection": {"size": 3}}, "repetition_detection"),
+    ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection.min_count"),
+    ({"repetition_detection": {"max_pattern_size": -3}}, "repetition_detection.max_pattern_size"),
+    ({"repetition_detection": {"min_pattern_size": 2, "min_count": 2}}, "repetition_detection.min_pattern_size"),
+    ({"repetition_detection": {"max_pattern_size": 2.5, "min_count": 2}}, "repetition_detection.max_pattern_size"),
+    ({"best_of": 3}, "best_of"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"logits_processors": [print]}, "logits_processors"),
+    ({"prompt_logprob_token_ids": [[1]]}, "prompt_logprob_token_ids"),
+    ({"prompt_logprob_start": 3}, "prompt_logprob_start"),
+    ({"trace_decode_token_ids": [1]}, "trace_decode_token_ids"),
+    ({"routed_experts_prompt_start": 3}, "routed_experts_prompt_start"),
+    ({"watermarking": True}, "watermarking"),
+    ({"n": True}, "n"),
+    ({"seed": "x"}, "seed"),
+    ({"stop": 3}, "stop"),
+    ({"stop_token_ids": 5}, "stop_token_ids"),
+    ({"allowed_token_ids": [True]}, "allowed_token_ids"),
+    ({"max_tokens": 2.5}, "max_tokens"),
+    ({"top_p": None, "min_p": -0.1}, "min_p"),
 ]
 
 
@@ -177,6 +202,52 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_an_error_names_its_field(params: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=rf"(^|\b){field}\b"):
         SamplingParams.from_mapping(params)
+
+
+# What ends, at max_tokens=24, an output that is made to write xyxyxyxy..., and after how many tokens.
+REPETITIONS: dict[str, tuple[dict[str, Any], int, str | None]] = {
+    "of two tokens": ({"max_pattern_size": 4, "min_count": 3}, 6, "repetition_detected"),
+    "of four at least": ({"max_pattern_size": 4, "min_pattern_size": 3, "min_count": 3}, 12, "repetition_detected"),
+    "of one": ({"max_pattern_size": 1, "min_count": 2}, 24, None),
+    "not looked for": ({"max_pattern_size": 0}, 24, None),
+}
+
+
+@pytest.mark.parametrize("case", REPETITIONS)
+def test_repetitions(case: str, llm: LLM) -> None:
+    params, length, reason = REPETITIONS[case]
+    output = writing(llm, "xy" * 13, max_tokens=24, repetition_detection=params)
+    assert (len(output.token_ids), output.stop_reason) == (length, reason)
+    assert output.text == "xyxyxyxyxyxyxyxyxyxyxyxy"[:length]
+    assert output.finish_reason == ("length" if reason is None else "stop")
+
+
+def test_a_repetition_ends_nothing_before_min_tokens_and_stop_strings_go_before(llm: LLM) -> None:
+    found = {"repetition_detection": {"max_pattern_size": 2, "min_count": 2}}
+    assert len(writing(llm, "xy" * 9, min_tokens=7, **found).token_ids) == 8
+    both = writing(llm, "xy" * 9, stop="yx", **found)
+    assert (both.text, both.stop_reason) == ("x", "yx")
+
+
+def test_flat_logprobs_say_what_the_others_say(llm: LLM) -> None:
+    asked = {"logprobs": 2, "prompt_logprobs": 1, "max_tokens": 5, "ignore_eos": True}
+    maps, flat = (generate(llm, "hello world", flat_logprobs=is_flat, **asked) for is_flat in (False, True))
+    for listed, positions in (
+        (maps.outputs[0].logprobs, flat.outputs[0].logprobs),
+        (maps.prompt_logprobs, flat.prompt_logprobs),
+    ):
+        assert isinstance(positions, FlatLogprobs) and listed is not None
+        assert list(positions) == [position or {} for position in listed]
+        assert positions[-1] == listed[-1] and list(positions[1:3]) == listed[1:3]
+        with pytest.raises(IndexError):
+            positions[len(listed)]
+        ends = positions.end_indices
+        assert positions.start_indices == [0, *ends[:-1]] and ends[-1] == len(positions.token_ids)
+
+
+def test_what_bears_on_streams_alone_changes_nothing(llm: LLM) -> None:
+    streamed = SamplingParams(output_kind=RequestOutputKind.DELTA, stream_interval=4)
+    assert streamed == SamplingParams() and streamed.to_mapping() == {}
 
 
 @pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"])
@@ -192,3 +263,19 @@ def test_a_wrong_row_beside_good_ones(params: dict[str, Any], llm: LLM) -> None:
     bad, good = llm.generate(["hello"] * 2, [params, {"max_tokens": 2}], use_tqdm=False)
     assert bad.error is not None and next(iter(params)) in bad.error
     assert good.error is None
+
+
+def test_parameters_may_be_changed_until_they_are_used(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    params.min_tokens = 20  # above max_tokens for now
+    params.max_tokens = 30
+    llm.enqueue("hello", params)
+    params.max_tokens = 21
+    llm.enqueue("hello", params)
+    lengths = [len(result.outputs[0].token_ids) for result in llm.wait_for_completion(use_tqdm=False)]
+    assert lengths == [30, 21], "what is enqueued has its own"
+    params.max_tokens = 3
+    with pytest.raises(ValueError, match="min_tokens=20 is not valid: it may not exceed max_tokens=3"):
+        llm.generate("hello", params)
+    with pytest.raises(AttributeError, match="temprature"):
+        params.temprature = 1  # type: ignore[attr-defined]

@@ -1,0 +1,40 @@
+"""What may end an output beside its tokens: stop strings, and repetition.
+
+Owns which watches a request has. Knows no scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from raydata_llm.engine.detokenizer import StopStringWatch, Tokenizer
+from raydata_llm.engine.repetition import RepetitionWatch
+from raydata_llm.engine.sampling_params import SamplingParams
+
+
+class OutputWatch(Protocol):
+    """Follows one output."""
+
+    def advance(self, token_ids: Sequence[int]) -> str | None:
+        """Look at the output so far (it only grows) and return the stop reason, if there is one."""
+        ...
+
+
+class _Watches:
+    def __init__(self, watches: list[OutputWatch]) -> None:
+        self._watches = watches
+
+    def advance(self, token_ids: Sequence[int]) -> str | None:
+        reasons = [watch.advance(token_ids) for watch in self._watches]
+        return next((reason for reason in reasons if reason is not None), None)
+
+
+def watch_of(params: SamplingParams, tokenizer: Tokenizer | None) -> OutputWatch | None:
+    """The watch over an output of the request; None if its tokens alone end it."""
+    watches: list[OutputWatch] = []
+    if params.stop and tokenizer is not None:
+        watches.append(StopStringWatch(tokenizer, params))
+    if params.repetition_detection is not None:
+        watches.append(RepetitionWatch(params.repetition_detection, params.min_tokens))
+    return _Watches(watches) if len(watches) > 1 else watches[0] if watches else None
