@@ -21,6 +21,8 @@ from raydata_llm.engine.sequence import IntArray, Sequence
 from raydata_llm.kernels.lora import AdapterTiles
 from raydata_llm.kernels.paged_attention import SharedPrefixes
 
+_NO_INTS = np.zeros(0, dtype=np.int32)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduledBatch:
@@ -41,6 +43,9 @@ class ScheduledBatch:
         adapter_slots: [T] the slot of each token's adapter, -1 for none; empty where no sequence has one.
         adapter_loads: adapters that are to be copied into their slots first.
         prompt_logprob_chunks: number and sequence of the chunks whose tokens' log-probabilities are asked for.
+        copy_sources, copy_targets: [C] blocks to copy first; no target is a source.
+        beam_slots, beam_tokens, beam_counts: [B] slots of beams, the token that each computes in this step, and how
+            many it has computed before; of other slots the device knows both.
     """
 
     decode_plan: DecodePlan
@@ -57,8 +62,13 @@ class ScheduledBatch:
     released: list[int]
     admitted: list[tuple[int, Sequence]]
     prompt_logprob_chunks: list[tuple[int, Sequence]] = field(default_factory=list)
-    adapter_slots: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    adapter_slots: IntArray = field(default_factory=lambda: _NO_INTS)
     adapter_loads: list[tuple[int, LoRARequest]] = field(default_factory=list)
+    copy_sources: IntArray = field(default_factory=lambda: _NO_INTS)
+    copy_targets: IntArray = field(default_factory=lambda: _NO_INTS)
+    beam_slots: IntArray = field(default_factory=lambda: _NO_INTS)
+    beam_tokens: IntArray = field(default_factory=lambda: _NO_INTS)
+    beam_counts: IntArray = field(default_factory=lambda: _NO_INTS)
 
     @property
     def num_decodes(self) -> int:

@@ -16,6 +16,8 @@ import numpy as np
 
 from raydata_llm.engine.adapter_slots import load_adapter
 from raydata_llm.engine.batch import ScheduledBatch
+from raydata_llm.engine.beam_params import BeamRequest
+from raydata_llm.engine.beam_search import BeamSearch
 from raydata_llm.engine.block_manager import BlockManager
 from raydata_llm.engine.detokenizer import Tokenizer
 from raydata_llm.engine.device import choose_device
@@ -34,6 +36,7 @@ from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
 from raydata_llm.engine.sampler import SampledLogprobs
+from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.scheduler import Scheduler
 from raydata_llm.engine.scheduler_limits import SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, Sequence
@@ -212,13 +215,54 @@ class Engine:
                 launched = self._live_worker().launch(batch, bitmask if has_guided else None)
             assert launched is not None, "a worker alone samples"
             self._in_flight.append((batch, launched))
-            self._num_steps += 1
-            self._num_decode_rows += batch.num_decodes
-            self._num_computed_tokens += batch.num_tokens
-            self._num_sampled_tokens += len(batch.sample_slots)
+            self._count(batch)
             if len(self._in_flight) <= self._steps_ahead:
                 return finished
         return [*finished, *self._read_oldest()] if self._in_flight else finished
+
+    def beam_search(self) -> BeamSearch:
+        """A beam search, which has the engine to itself until it is closed.
+
+        Raises:
+            RuntimeError: while requests are unfinished.
+        """
+        if self._unfinished:
+            raise RuntimeError("a beam search begins when the engine has no unfinished request")
+        return BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams)
+
+    def check_beam_request(self, request: BeamRequest) -> None:
+        """Check what a beam search cannot run.
+
+        Raises:
+            ValueError: as `check_request`.
+        """
+        allowed = request.params.allowed_token_ids
+        params = SamplingParams(allowed_token_ids=None if allowed is None else list(allowed))
+        self.check_request(
+            Request(
+                request_id=request.request_id,
+                prompt_token_ids=request.prompt_token_ids,
+                sampling_params=params,
+                lora_request=request.lora_request,
+            )
+        )
+
+    def _run_beams(self, batch: ScheduledBatch) -> SampledLogprobs | None:
+        """Launch a beam search's step and read it."""
+        self._idle_clock.step_launched()
+        with explained(f"running a step of {batch.num_tokens} tokens", _STEP_REMEDY):
+            launched = self._live_worker().launch(batch)
+            assert launched is not None, "a worker alone samples"
+            _, logprobs = launched.read()
+        self._idle_clock.steps_read()
+        self._count(batch)
+        return logprobs
+
+    def _count(self, batch: ScheduledBatch) -> None:
+        self._num_steps += 1
+        self._num_decode_rows += batch.num_decodes
+        self._num_computed_tokens += batch.num_tokens
+        self._num_sampled_tokens += len(batch.sample_slots)
 
     def _take_ready(self) -> list[RequestOutput]:
         """Hand sequences whose grammar is compiled to the scheduler; returns the requests whose grammar failed."""

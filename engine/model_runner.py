@@ -164,6 +164,7 @@ class ModelRunner:
         """
         self._apply_updates(batch)
         self._returning.receive_for(batch)
+        self._set_beams(batch)
         incoming = None if self._incoming is None else self._incoming[: batch.num_tokens]
         if incoming is not None:
             self._parallel.receive_hidden(incoming)
@@ -204,6 +205,17 @@ class ModelRunner:
             for slot, adapter in batch.adapter_loads:
                 self._decoder.adapters.load(slot, adapter.lora_path)
         self._decode.set_plan(batch.decode_plan, batch.adapter_slots[: batch.num_decodes])
+
+    def _set_beams(self, batch: ScheduledBatch) -> None:
+        """Copy the blocks that beams no longer share, and set what each computes next."""
+        if len(batch.copy_targets):
+            sources, targets = (blocks.long() for blocks in self._upload(batch.copy_sources, batch.copy_targets))
+            for keys, values in self._kv_cache.layers:
+                keys[targets], values[targets] = keys[sources], values[sources]
+        if len(batch.beam_slots):
+            slots, tokens, counts = self._upload(batch.beam_slots, batch.beam_tokens, batch.beam_counts)
+            self._state.last_token[slots] = tokens.long()
+            self._state.num_computed[slots] = counts
 
     def _forward_batch(self, batch: ScheduledBatch) -> tuple[torch.Tensor, ForwardBatch]:
         """The tensors of a step with prefill, and the slots that it samples for."""

@@ -146,8 +146,8 @@ class SamplingParams:
             count = getattr(self, name)
             _require(count is None or count >= -1, name, count, "use None, -1 for all, or a count from 0 on")
         named = self.logprob_token_ids
-        remedy = f"name 1 to {_MOST_LOGPROB_TOKEN_IDS} tokens; logprobs=-1 returns all"
-        _require(named is None or 0 < len(named) <= _MOST_LOGPROB_TOKEN_IDS, "logprob_token_ids", named, remedy)
+        remedy = f"name 1 to {MOST_LOGPROB_TOKEN_IDS} tokens; logprobs=-1 returns all"
+        _require(named is None or 0 < len(named) <= MOST_LOGPROB_TOKEN_IDS, "logprob_token_ids", named, remedy)
         _require(isinstance(self.extra_args, Mapping), "extra_args", self.extra_args, "give a dict")
         budget = self.thinking_token_budget
         _require(budget is None or budget >= 0, "thinking_token_budget", budget, "use -1 for any, or 0 or more")
@@ -247,7 +247,7 @@ _OPTIONAL_INTEGERS = (
 )
 _INTEGERS = ("n", "top_k", "min_tokens", *_OPTIONAL_INTEGERS)
 _OPTIONAL_TOKEN_IDS = ("allowed_token_ids", "logprob_token_ids")
-_MOST_LOGPROB_TOKEN_IDS = 128
+MOST_LOGPROB_TOKEN_IDS = 128
 _FLAGS = (
     "ignore_eos",
     "flat_logprobs",

@@ -135,6 +135,15 @@ class Scheduler:
                 finished.append(self._finish(slot, "abort", None))
         return finished
 
+    def take_released(self) -> list[int]:
+        """Slots given up that no step has told the device of; whoever takes them tells it."""
+        released, self._released = self._released, []
+        return released
+
+    def note_released(self, slots: list[int]) -> None:
+        """Have the next step tell the device that others than the scheduler's sequences have left these slots."""
+        self._released += slots
+
     def simulated_peak(self) -> int:
         """Blocks held at the predicted peak of all that runs."""
         return forecast(self.table, self.blocks, self.lengths).peak
@@ -219,7 +228,6 @@ class Scheduler:
         positions = table.num_tokens[sample_slots]
         table.num_tokens[sample_slots] += 1
         block_slots, block_columns, blocks = self._block_updates(grown, admitted)
-        released, self._released = self._released, []
         return ScheduledBatch(
             decode_plan=plan,
             prefill_slots=slots,
@@ -232,7 +240,7 @@ class Scheduler:
             block_slots=block_slots,
             block_columns=block_columns,
             blocks=blocks,
-            released=released,
+            released=self.take_released(),
             admitted=admitted,
             prompt_logprob_chunks=self._prompt_logprob_chunks(slots),
             adapter_slots=self._adapter_slots(plan.slots, slots, counts),

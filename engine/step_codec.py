@@ -38,6 +38,11 @@ _BATCH_ARRAYS = (
     "block_columns",
     "blocks",
     "adapter_slots",
+    "copy_sources",
+    "copy_targets",
+    "beam_slots",
+    "beam_tokens",
+    "beam_counts",
 )
 _PLAN_ARRAYS = ("slots", "group_starts", "group_lens")
 

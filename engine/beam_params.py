@@ -1,0 +1,155 @@
+"""What is asked of a beam search and what it gives back: plain data.
+
+Knows no tensors (importing it must not import torch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from raydata_llm.engine.request import FinishReason, Logprob, LoRARequest, TokenArray
+
+MOST_BEAMS = 16
+
+
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """How beams are searched; names and defaults as vLLM's, and two of our own.
+
+    Args:
+        beam_width: Sequences kept at each step, and returned; 1 to 16.
+        max_tokens: Output tokens at most.
+        ignore_eos: Go on past the model's end tokens.
+        temperature: Taken and not used, as in vLLM: beams are ranked by the model's own log-probabilities.
+        length_penalty: Exponent of the length that scores are divided by; above 0 it favours long sequences.
+        include_stop_str_in_output: Whether `text` shows the end token; `tokens` always holds it.
+        structured_outputs: Not supported; must be None.
+        allowed_token_ids: The only tokens that may follow.
+        rules: When a beam is finished, how it is scored and when a search ends, see `beam_rules.py`: "vllm", or
+            "transformers" for what `generate(num_beams=...)` of Hugging Face gives.
+        early_stopping: Of the rules "transformers": False, True or "never", as there.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    structured_outputs: Any = None
+    allowed_token_ids: Sequence[int] | None = None
+    rules: Literal["vllm", "transformers"] = "vllm"
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        self._check_whole("beam_width", high=MOST_BEAMS)
+        self._check_whole("max_tokens")
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._wrong(name, "give True or False")
+        for name in ("temperature", "length_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+                raise self._wrong(name, "give a number")
+        if self.temperature < 0:
+            raise self._wrong("temperature", "give 0 or more")
+        if self.structured_outputs is not None:
+            raise self._wrong("structured_outputs", "beam search takes no grammar: leave it out, or use generate")
+        if self.rules not in ("vllm", "transformers"):
+            raise self._wrong("rules", "choose vllm or transformers")
+        if self.early_stopping not in (True, False, "never"):
+            raise self._wrong("early_stopping", "choose True, False or 'never'")
+        if self.early_stopping and self.rules == "vllm":
+            raise self._wrong("early_stopping", "it is of rules='transformers': set these, or leave it out")
+        self._check_allowed()
+
+    @classmethod
+    def from_value(cls, value: Any) -> BeamSearchParams:
+        """From parameters, or a mapping of their names.
+
+        Raises:
+            ValueError: for unknown names, and as the class.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"params={value!r} is a {type(value).__name__}: give BeamSearchParams or a dict")
+        known = [one.name for one in fields(cls)]
+        unknown = [str(name) for name in value if name not in known]
+        missing = [name for name in ("beam_width", "max_tokens") if name not in value]
+        if unknown:
+            raise ValueError(f"params has {unknown[0]}, which beam search does not know: known are {', '.join(known)}")
+        if missing:
+            raise ValueError(f"params lacks {missing[0]}: give it")
+        return cls(**value)
+
+    def _check_whole(self, name: str, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (high is not None and value > high):
+            raise self._wrong(name, f"give a whole number from 1{'' if high is None else f' to {high}'}")
+
+    def _check_allowed(self) -> None:
+        allowed = self.allowed_token_ids
+        if allowed is None:
+            return
+        whole = not isinstance(allowed, (str, bytes)) and isinstance(allowed, Sequence) and len(allowed) > 0
+        if not whole or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in allowed):
+            raise self._wrong("allowed_token_ids", "give a list with at least one token id")
+
+    def _wrong(self, name: str, remedy: str) -> ValueError:
+        return ValueError(f"{name}={getattr(self, name)!r} is not valid: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamRequest:
+    """The immutable ask.
+
+    Args:
+        request_id: Unique among a search's unfinished requests.
+        prompt_token_ids: At least one token id.
+        params: How to search.
+        lora_request: The adapter it is run with, if any.
+    """
+
+    request_id: str
+    prompt_token_ids: TokenArray
+    params: BeamSearchParams
+    lora_request: LoRARequest | None = None
+
+
+@dataclass
+class BeamSearchSequence:
+    """One of a prompt's best sequences, with vLLM's names.
+
+    Args:
+        tokens: The prompt's and the output's, an end token included.
+        logprobs: Of each output position, {token id: Logprob} of the tokens that were looked at.
+        lora_request: The adapter it was run with.
+        cum_logprob: Sum of the output tokens' log-probabilities.
+        text: The text of `tokens`; None without a tokenizer.
+        finish_reason: "stop" (an end token) or "length".
+        stop_reason: The end token.
+        score: What the sequences are sorted by: `cum_logprob` under the length penalty.
+    """
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    lora_request: LoRARequest | None = None
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    score: float = 0.0
+
+
+@dataclass
+class BeamSearchOutput:
+    """The result of one prompt: its best sequences, the best first; or why it could not be run, as `Type: message`."""
+
+    sequences: list[BeamSearchSequence] = field(default_factory=list)
+    error: str | None = None
