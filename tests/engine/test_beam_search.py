@@ -108,9 +108,10 @@ def plain_vllm_beams(model: Any, prompt: list[int], params: BeamSearchParams) ->
         return values
 
     ends = () if params.ignore_eos else END_TOKENS
-    running, finished = [(tuple(prompt), 0.0)], []
+    running: list[tuple[tuple[int, ...], float]] = [(tuple(prompt), 0.0)]
+    finished: list[tuple[tuple[int, ...], float]] = []
     for _ in range(params.max_tokens):
-        following = []
+        following: list[tuple[tuple[int, ...], float]] = []
         for tokens, total in running:
             values = next_logprobs(tokens)
             allowed = range(len(values)) if params.allowed_token_ids is None else params.allowed_token_ids
