@@ -45,7 +45,7 @@ class BeamSearch:
 
     def __init__(self, scheduler: Scheduler, end_token_ids: tuple[int, ...], run: RunStep) -> None:
         self._scheduler, self._run, self._end_token_ids = scheduler, run, end_token_ids
-        self._limits, self._blocks, self._adapters = scheduler.limits, scheduler.blocks, scheduler.adapters
+        self._limits, self._blocks, self._adapters = scheduler.limits, scheduler.blocks, scheduler.intake.adapters
         self._waiting: deque[BeamRequest] = deque()
         self._groups: list[BeamGroup] = []
         self._free_slots = list(range(self._limits.max_num_seqs - 1, -1, -1))
