@@ -31,7 +31,7 @@ from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.packed_rows import PackedRows
 from raydata_llm.engine.phases import announce
 from raydata_llm.engine.pooler import PooledGroup, Pooler
-from raydata_llm.engine.pooling_model import PoolingModel
+from raydata_llm.engine.pooling_model import EMBEDDING, LM_HEAD, PoolingModel
 from raydata_llm.engine.pooling_params import EMBED_TASKS, PoolingParams
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, PoolingRequestOutput
 from raydata_llm.engine.weights import load_weights
@@ -79,7 +79,7 @@ class PoolingEngine:
         )
         self._backbone: Encoder | DecoderBackbone | None = None
         with explained("loading the weights", "use a smaller model, or a GPU with nothing else on it"):
-            self._load(dict(weights), dtype, device)
+            self._load(dict(weights), files, dtype, device)
         self._device = device
         self._steps_ahead = config.steps_ahead if config.steps_ahead is not None else int(device.type == "cuda")
         self._waiting: list[tuple[int, int, PoolingRequest]] = []
@@ -158,9 +158,10 @@ class PoolingEngine:
         self._in_flight.clear()
         self._backbone = None
 
-    def _load(self, parameters: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        head = {name: parameters.pop(name) for name in self.model.head_shapes()}
-        self._pooler = Pooler(self.model, head)
+    def _load(
+        self, parameters: dict[str, torch.Tensor], files: ModelFiles, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._pooler = Pooler(self.model, _take_head(self.model, parameters, files))
         backbone = self.model.backbone
         if isinstance(backbone, EncoderConfig):
             if device.type == "cpu":
@@ -298,6 +299,15 @@ class _LaunchedBatch:
                 # A copy: a view would keep the whole batch's results alive.
                 values[row] = part.copy()
         return values
+
+
+def _take_head(model: PoolingModel, parameters: dict[str, torch.Tensor], files: ModelFiles) -> dict[str, torch.Tensor]:
+    """Take the head's parameters out of all."""
+    if model.token_head is None:
+        return {name: parameters.pop(name) for name in model.head_shapes()}
+    whole = parameters[EMBEDDING] if model.ties_head else parameters.pop(LM_HEAD)
+    (name,) = model.head_shapes()
+    return {name: model.token_head.weight(whole, model.token_head.token_ids(files.path))}
 
 
 def _to_host(values: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.pooler_config import PoolerConfig, PoolingType
 from raydata_llm.engine.pooling_params import PoolingTask
+from raydata_llm.engine.token_head import TokenHead
 
 Head = Literal["none", "bert", "roberta", "distilbert", "linear", "score"]
 Activation = Literal["softmax", "sigmoid", "identity"]
@@ -43,6 +44,8 @@ _ENCODER_EXTRAS: tuple[str, ...] = (
     "qa_outputs.",
     "vocab_",
 )
+# A language model's head, and where it is its embedding.
+LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _DECODER_EXTRAS: tuple[str, ...] = ("lm_head.", "score.", "classifier.")
 
 
@@ -62,6 +65,9 @@ class PoolingModel:
         normalize: Whether embeddings are scaled to length 1 where a request does not say.
         matryoshka_dimensions: What `dimensions` may be; () for anything, None where it may not be given.
         max_seq_length: Sentence-transformers' limit of a prompt.
+        token_head: What the "score" head is made of, where it is the language model's own; None if it is stored.
+        joins_pairs: Whether the two texts of a pair are read as one, with nothing between.
+        ties_head: Whether no language model's head is wanted but its embedding.
     """
 
     architecture: str
@@ -73,6 +79,9 @@ class PoolingModel:
     normalize: bool
     matryoshka_dimensions: tuple[int, ...] | None
     max_seq_length: int | None
+    token_head: TokenHead | None = None
+    joins_pairs: bool = False
+    ties_head: bool = True
 
     @classmethod
     def open(cls, files: ModelFiles, config: EngineConfig) -> PoolingModel:
@@ -84,7 +93,10 @@ class PoolingModel:
         hf_config = files.typed_config()
         architecture = _architecture(hf_config)
         backbone = _backbone(hf_config)
-        head = _head(architecture, backbone, config.convert)
+        token_head = _token_head(hf_config, backbone, config.convert)
+        if token_head is not None:
+            hf_config = {**hf_config, "num_labels": token_head.num_labels}
+        head: Head = "score" if token_head is not None else _head(architecture, backbone, config.convert)
         folder = files.path if files.kind == "folder" else None
         pooler = PoolerConfig.from_mapping(config.pooler_config)
         default: PoolingType = "cls" if isinstance(backbone, EncoderConfig) else "last"
@@ -98,6 +110,9 @@ class PoolingModel:
             normalize=pooler.normalizes,
             matryoshka_dimensions=_matryoshka(hf_config),
             max_seq_length=_max_seq_length(folder),
+            token_head=token_head,
+            joins_pairs=token_head is not None and not hf_config.get("use_sep_token"),
+            ties_head=token_head is None or _causal(hf_config).tie_word_embeddings,
         )
 
     @property
@@ -113,8 +128,8 @@ class PoolingModel:
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """There is no language model's head."""
-        return True
+        """Whether no language model's head of its own is read."""
+        return self.ties_head
 
     @property
     def context_length(self) -> int:
@@ -141,7 +156,10 @@ class PoolingModel:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """All parameters' shapes, the head's included."""
-        return self.backbone.parameter_shapes() | self.head_shapes()
+        shapes = self.backbone.parameter_shapes()
+        if self.token_head is None:
+            return shapes | self.head_shapes()
+        return shapes if self.ties_head else shapes | {LM_HEAD: (self.backbone.vocab_size, self.backbone.hidden_size)}
 
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
         """The head's own parameters."""
@@ -163,7 +181,7 @@ class PoolingModel:
         else:
             own = stored.startswith(("model.", *_DECODER_EXTRAS))
             name, extras = stored if own else f"model.{stored}", _DECODER_EXTRAS
-        if name in self.head_shapes():
+        if name in self.parameter_shapes():
             return name
         is_buffer = name.endswith((".position_ids", ".token_type_ids", "rotary_emb.inv_freq"))
         return None if is_buffer or name.startswith(extras) else name
@@ -174,6 +192,8 @@ def choose_runner(config: EngineConfig, files: ModelFiles) -> Literal["generate"
     if config.runner != "auto":
         return "pooling" if config.runner == "pooling" else "generate"
     if config.convert in ("embed", "classify") or files.hf_config.get("model_type") in ENCODER_FAMILIES:
+        return "pooling"
+    if TokenHead.from_hf(files.hf_config) is not None:
         return "pooling"
     if files.kind == "folder" and (files.path / "modules.json").is_file():
         return "pooling"
@@ -208,8 +228,19 @@ def _backbone(hf_config: Mapping[str, Any]) -> EncoderConfig | ModelConfig:
     if hf_config.get("is_causal") is False or hf_config.get("use_bidirectional_attention"):
         name = "is_causal" if hf_config.get("is_causal") is False else "use_bidirectional_attention"
         raise bad_field(name, hf_config[name], "decoders that attend both ways are not run; choose another model")
-    causal = {**hf_config, "architectures": [FAMILIES[model_type].architecture]}
-    return dataclasses.replace(ModelConfig.from_hf(causal), tie_word_embeddings=True)
+    return dataclasses.replace(_causal(hf_config), tie_word_embeddings=True)
+
+
+def _causal(hf_config: Mapping[str, Any]) -> ModelConfig:
+    """The decoder as the language model that it was."""
+    return ModelConfig.from_hf({**hf_config, "architectures": [FAMILIES[hf_config["model_type"]].architecture]})
+
+
+def _token_head(hf_config: Mapping[str, Any], backbone: EncoderConfig | ModelConfig, convert: str) -> TokenHead | None:
+    head = None if convert == "embed" else TokenHead.from_hf(hf_config)
+    if head is not None and isinstance(backbone, EncoderConfig):
+        raise bad_field("classifier_from_token", list(head.tokens), "an encoder has no next token; leave it out")
+    return head
 
 
 def _head(architecture: str, backbone: EncoderConfig | ModelConfig, convert: str) -> Head:

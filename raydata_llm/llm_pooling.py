@@ -23,6 +23,7 @@ from raydata_llm.engine.pooling_request import (
 )
 from raydata_llm.pooling_call import PoolingCall, RawOutput
 from raydata_llm.pooling_prompts import (
+    PairForm,
     PooledPrompt,
     PoolingParamsLike,
     Tokenization,
@@ -150,6 +151,7 @@ class PoolingMethods(ABC):
         use_tqdm: UseTqdm = True,
         pooling_params: PoolingParamsLike | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> list[ScoringRequestOutput]:
         """How well texts fit together: a cross-encoder's score, or the cosine of two embeddings.
 
@@ -159,6 +161,9 @@ class PoolingMethods(ABC):
             use_tqdm: As in `encode`.
             pooling_params: For all pairs.
             tokenization_kwargs: As in `encode`.
+            chat_template: For a cross-encoder: a Jinja template that makes one text of a pair, from messages with the
+                roles `query` and `document`. None: the tokenizer's form of pairs, or both texts one after the other
+                where the scorer is made of a language model (`classifier_from_token`).
 
         Returns:
             A result for each pair, one with a text that cannot be run with `error` set.
@@ -167,15 +172,20 @@ class PoolingMethods(ABC):
             ValueError: for arguments that are wrong for all pairs, or a model that gives no single score.
         """
         pairs = pair_texts(data_1, data_2)
-        tasks = self._live_pooling_engine().model.tasks
+        model = self._live_pooling_engine().model
+        tasks = model.tasks
         if "score" in tasks:
             asked = pair_pooling_params(pairs, pooling_params, "score")
+            form = PairForm(joins=model.joins_pairs, chat_template=chat_template)
             for prompt in asked:
                 prompt.attempt(read_pair)
+                prompt.attempt(functools.partial(form.apply, tokenizer=self.get_tokenizer()))
             outputs = self._run_pooling(asked, use_tqdm, tokenization_kwargs)
             return [_as(ScoringRequestOutput, ScoringOutput.from_base, output) for output in outputs]
         if "embed" not in tasks:
             raise ValueError("score needs a model with one label, or of embeddings: this one has several; use classify")
+        if chat_template is not None:
+            raise ValueError("chat_template is for models that read pairs: this one embeds each text; leave it out")
         return self._cosines(pairs, pooling_params, use_tqdm, tokenization_kwargs)
 
     def _cosines(

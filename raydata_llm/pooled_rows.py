@@ -6,6 +6,7 @@ has after the engine. Knows no blocks and no engine.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,14 @@ import numpy as np
 
 from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
 from raydata_llm.engine.pooling_request import PoolingOutput
-from raydata_llm.pooling_prompts import PooledPrompt, Tokenization, encode_prompts, read_pair, with_task
+from raydata_llm.pooling_prompts import (
+    PairForm,
+    PooledPrompt,
+    Tokenization,
+    encode_prompts,
+    read_pair,
+    with_task,
+)
 
 TaskType = Literal["generate", "embed", "classify", "score"]
 TASK_TYPES: tuple[TaskType, ...] = ("generate", "embed", "classify", "score")
@@ -47,11 +55,13 @@ class PooledTexts:
     Args:
         tokenizer: The model's.
         max_model_len: What the model takes.
+        pair_form: How it reads pairs.
     """
 
-    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Any, max_model_len: int, pair_form: PairForm) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._pair_form = pair_form
 
     def encode(self, rows: Sequence[tuple[Mapping[str, Any], str | None, PoolingParams]]) -> list[PooledPrompt]:
         """Token ids, or an error, of each row.
@@ -67,6 +77,7 @@ class PooledTexts:
         for prompt, (columns, text, _) in zip(prompts, rows, strict=True):
             if text is None:
                 prompt.attempt(read_pair)
+                prompt.attempt(functools.partial(self._pair_form.apply, tokenizer=self._tokenizer))
 
             def gather(prompt: PooledPrompt, columns: Mapping[str, Any] = columns) -> None:
                 tokenization = Tokenization.from_mapping(_without_none(columns.get("tokenization_kwargs")))

@@ -12,7 +12,7 @@ from typing import Any
 
 from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
 from raydata_llm.prompts import Prompt, list_prompts
-from raydata_llm.tokenizer import encode_whole
+from raydata_llm.tokenizer import encode_whole, render_chat
 
 PoolingParamsLike = PoolingParams | Mapping[str, Any]
 
@@ -144,6 +144,35 @@ def read_pair(prompt: PooledPrompt) -> None:
         if not isinstance(text, str):
             raise ValueError(f"{name}={text!r} is a {type(text).__name__}: give text, which the model reads as a pair")
     prompt.text, prompt.pair = texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairForm:
+    """How a model reads the two texts of a pair.
+
+    Args:
+        joins: As one text, with nothing between; else as its tokenizer puts pairs.
+        chat_template: A Jinja template that makes one text of messages with the roles `query` and `document`.
+    """
+
+    joins: bool = False
+    chat_template: str | None = None
+
+    def apply(self, prompt: PooledPrompt, tokenizer: Any) -> None:
+        """Make one text of a prompt's pair where that is the form.
+
+        Raises:
+            ValueError: for a template that cannot be applied.
+        """
+        if self.chat_template is not None:
+            roles = {"query": prompt.text, "document": prompt.pair}
+            messages = [{"role": role, "content": text} for role, text in roles.items()]
+            prompt.text = render_chat(
+                tokenizer, messages, chat_template=self.chat_template, add_generation_prompt=False
+            )
+            prompt.pair = None
+        elif self.joins:
+            prompt.text, prompt.pair = f"{prompt.text}{prompt.pair}", None
 
 
 def encode_prompts(

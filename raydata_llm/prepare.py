@@ -23,7 +23,7 @@ from raydata_llm.engine.request import LoRARequest
 from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
 from raydata_llm.pooled_rows import PooledTexts, is_pair, read_pooling
-from raydata_llm.pooling_prompts import PooledPrompt
+from raydata_llm.pooling_prompts import PairForm, PooledPrompt
 from raydata_llm.ray_blocks import block_number, block_part, block_rows
 from raydata_llm.resume import ResumePlan
 from raydata_llm.row_key import row_digest
@@ -82,12 +82,14 @@ class PreparePlan:
     task: PoolingTask | None = None
     engine: EngineConfig | None = None
 
-    def max_model_len(self) -> int:
-        """What a pooling model takes, as its files and the settings say."""
+    def pooled_texts(self, tokenizer: Any) -> PooledTexts:
+        """How a pooling model takes texts, as its files and the settings say."""
         assert self.engine is not None, "a plan with a task has the engine's settings"
         path = resolve_model(self.model_source, weights=False)
         files = ModelFiles.open(path, load_format="dummy", hf_overrides=self.engine.hf_overrides)
-        return PoolingModel.open(files, self.engine).max_model_len(self.engine)
+        model = PoolingModel.open(files, self.engine)
+        form = PairForm(joins=model.joins_pairs, chat_template=self.chat_template)
+        return PooledTexts(tokenizer, model.max_model_len(self.engine), form)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded once per process; None if there is none."""
@@ -270,7 +272,7 @@ def _tokenize_whole(drafts: Sequence[_Draft], plan: PreparePlan, tokenizer: Any)
     for draft in drafts:
         _attempt(draft, plan, "pooling_params", read)
     texts = [d for d in drafts if d.error is None and d.token_ids is None and d.pooling is not None]
-    encoder = PooledTexts(tokenizer, plan.max_model_len()) if texts else None
+    encoder = plan.pooled_texts(tokenizer) if texts else None
     rows = [(draft.columns, draft.prompt, draft.pooling) for draft in texts if draft.pooling is not None]
     for draft, prompt in zip(texts, [] if encoder is None else encoder.encode(rows), strict=True):
         _attempt(draft, plan, "tokenize", functools.partial(_take_encoded, prompt))
