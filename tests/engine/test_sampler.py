@@ -32,6 +32,8 @@ PROMPT, OUTPUT = [3, 7, 7, 12, 400, 31], [12, 9, 9, 9, 250]
 STOPS = (2, 77)
 SLOT = 3
 Processors = list[Any]
+# Typed Any: its annotations ask for LongTensor.
+HF: Any = transformers
 
 
 class Penalties:
@@ -83,16 +85,15 @@ def probabilities_of(
 
 
 def transformers_probabilities(processors: Processors, logits: torch.Tensor) -> torch.Tensor:
-    made = transformers.LogitsProcessorList(processors)
+    made = HF.LogitsProcessorList(processors)
     scores: torch.Tensor = made(torch.tensor([PROMPT + OUTPUT]), logits.clone())
     return scores.softmax(-1)
 
 
 def biases(bias: dict[int, float]) -> Any:
-    return transformers.SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})
+    return HF.SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})
 
 
-HF: Any = transformers
 ALLOWED = [1, 5, 9, 250, 400, 502]
 CASES: dict[str, tuple[dict[str, Any], Processors]] = {
     "temperature": ({"temperature": 0.6}, [HF.TemperatureLogitsWarper(0.6)]),
@@ -182,7 +183,7 @@ def test_draws_follow_transformers_probabilities(case: str) -> None:
     # Penalised by hand: a pool of so many rows' counts would be gigabytes, and is tested above.
     penalised = [one for one in processors if not isinstance(one, HF.LogitsProcessor) or "Warper" not in str(type(one))]
     warped = {name: params[name] for name in ("temperature", "top_k", "top_p", "min_p") if name in params}
-    scores: torch.Tensor = transformers.LogitsProcessorList(penalised)(torch.tensor([PROMPT + OUTPUT]), logits.clone())
+    scores: torch.Tensor = HF.LogitsProcessorList(penalised)(torch.tensor([PROMPT + OUTPUT]), logits.clone())
     sampler.admit([(slot, sequence_of(SamplingParams(**warped), slot)) for slot in range(rows)])
     slots = torch.arange(rows)
     batch = SimpleNamespace(sample_slots=slots.numpy(), sample_positions=np.full(rows, 11))

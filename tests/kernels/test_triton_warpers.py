@@ -21,7 +21,7 @@ WARPERS: dict[str, tuple[tuple[int, float, float], list[Any]]] = {
 
 
 def warped(warpers: list[Any], logits: torch.Tensor) -> torch.Tensor:
-    scores: torch.Tensor = transformers.LogitsProcessorList(warpers)(torch.zeros((len(logits), 1)).long(), logits)
+    scores: torch.Tensor = HF.LogitsProcessorList(warpers)(torch.zeros((len(logits), 1)).long(), logits)
     return scores
 
 
@@ -48,7 +48,7 @@ def test_the_repetition_penalty_is_transformers(triton_device: torch.device) -> 
     counts.scatter_add_(1, tokens[:, 25:], torch.ones((3, 15), dtype=torch.int32))
     values = torch.zeros(3), torch.zeros(3), torch.full((3,), 1.7)
     given = (tensor.to(triton_device) for tensor in (in_prompt, counts, *values))
-    result = launch_penalise(logits.to(triton_device, copy=True), *given, None).cpu()
+    result = launch_penalise(logits.to(triton_device, copy=True), *given, pool_rows=None).cpu()
     expected = HF.RepetitionPenaltyLogitsProcessor(1.7)(tokens, logits.clone())
     torch.testing.assert_close(result.softmax(-1), expected.softmax(-1), atol=1e-5, rtol=0)
 
