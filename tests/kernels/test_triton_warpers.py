@@ -46,9 +46,9 @@ def test_the_repetition_penalty_is_transformers(triton_device: torch.device) -> 
     in_prompt = torch.zeros((3, VOCAB), dtype=torch.bool).scatter_(1, tokens[:, :25], True)
     counts = torch.zeros((3, VOCAB), dtype=torch.int32)
     counts.scatter_add_(1, tokens[:, 25:], torch.ones((3, 15), dtype=torch.int32))
-    values = torch.zeros(3), torch.zeros(3), torch.full((3,), 1.7)
-    given = (tensor.to(triton_device) for tensor in (in_prompt, counts, *values))
-    result = launch_penalise(logits.to(triton_device, copy=True), *given, pool_rows=None).cpu()
+    device, zeros, by = triton_device, torch.zeros(3, device=triton_device), torch.full((3,), 1.7)
+    pools = in_prompt.to(device), counts.to(device), zeros, zeros, by.to(device)
+    result = launch_penalise(logits.to(device, copy=True), *pools, None).cpu()
     expected = HF.RepetitionPenaltyLogitsProcessor(1.7)(tokens, logits.clone())
     torch.testing.assert_close(result.softmax(-1), expected.softmax(-1), atol=1e-5, rtol=0)
 
