@@ -9,18 +9,20 @@ Shapes: T tokens, N sampled rows, H heads, K KV heads, D head_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from raydata_llm.engine.adapter_slots import AdapterSlots, LinearAdapters
-from raydata_llm.engine.batch import DecodeRows, ForwardBatch, PrefillRows
+from raydata_llm.engine.batch import AttentionRows, DecodeRows, ForwardBatch, PrefillRows
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.parallel import ParallelState, alone
 from raydata_llm.engine.rope import rope_table
 from raydata_llm.engine.shard import ModelShard
+from raydata_llm.kernels.invariant_attention import invariant_attention
+from raydata_llm.kernels.invariant_linear import invariant_linear
 from raydata_llm.kernels.linear import linear
 from raydata_llm.kernels.lora import AdapterTiles
 from raydata_llm.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
@@ -55,10 +57,11 @@ class Linear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    op: Callable[..., torch.Tensor] = linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to the last dimension."""
-        return linear(x, self.weight, self.bias)
+        return self.op(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Decoder:
         weights: Every parameter that this rank holds once, by Hugging Face's names.
         max_model_len: Positions that occur.
         parallel: The other ranks, if there are some; this one then computes its shard.
+        batch_invariant: Compute a token by the same instructions whatever the step's other tokens are.
         max_loras, max_lora_rank: Room for adapters.
     """
 
@@ -110,6 +114,7 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         parallel: ParallelState | None = None,
+        batch_invariant: bool = False,
         max_loras: int = 0,
         max_lora_rank: int = 16,
     ) -> None:
@@ -118,6 +123,7 @@ class Decoder:
         self.config = self.shard.config
         self.dtype = dtype
         self.device = device
+        self.batch_invariant = batch_invariant
         self._scale = config.head_dim**-0.5
         self._rope_table = rope_table(config.rope, config.head_dim, max_model_len, device)
         self._max_loras, self._max_lora_rank = max_loras, max_lora_rank
@@ -146,7 +152,12 @@ class Decoder:
         nothing = torch.empty(0, device=self.device)
         self._embedding = parameters.get("model.embed_tokens.weight", nothing)
         self._norm = parameters.get("model.norm.weight", nothing)
-        self._lm_head = parameters.get("lm_head.weight", self._embedding)
+        op = invariant_linear if self.batch_invariant else linear
+
+        def fused(name: str) -> Linear:
+            return Linear(parameters[f"{name}.weight"], take(f"{name}.bias"), op)
+
+        self._lm_head = Linear(parameters.get("lm_head.weight", self._embedding), op=op)
         self._layers = []
         for index, window in zip(self.shard.layers, self.config.sliding_windows, strict=True):
             name = f"model.layers.{index}"
@@ -154,13 +165,13 @@ class Decoder:
             self._layers.append(
                 Layer(
                     input_norm=parameters[f"{name}.input_layernorm.weight"],
-                    qkv=Linear(parameters[f"{attn}.qkv_proj.weight"], take(f"{attn}.qkv_proj.bias")),
+                    qkv=fused(f"{attn}.qkv_proj"),
                     q_norm=take(f"{attn}.q_norm.weight"),
                     k_norm=take(f"{attn}.k_norm.weight"),
-                    o=Linear(parameters[f"{attn}.o_proj.weight"], take(f"{attn}.o_proj.bias")),
+                    o=fused(f"{attn}.o_proj"),
                     post_norm=parameters[f"{name}.post_attention_layernorm.weight"],
-                    gate_up=Linear(parameters[f"{mlp}.gate_up_proj.weight"], take(f"{mlp}.gate_up_proj.bias")),
-                    down=Linear(parameters[f"{mlp}.down_proj.weight"], take(f"{mlp}.down_proj.bias")),
+                    gate_up=fused(f"{mlp}.gate_up_proj"),
+                    down=fused(f"{mlp}.down_proj"),
                     window=window,
                 )
             )
@@ -205,7 +216,7 @@ class Decoder:
 
     def part_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores over this rank's share of the vocabulary: [N, len(shard.tokens)]."""
-        return linear(hidden, self._lm_head)
+        return self._lm_head(hidden)
 
     def whole_logits(self, part: torch.Tensor) -> torch.Tensor:
         """Scores over the vocabulary from all ranks' parts."""
@@ -264,6 +275,8 @@ class Decoder:
         cache: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self.batch_invariant:
+            return self._invariant_attention(q, layer, block_table, rows, None, cache, out)
         return paged_decode_attention(
             q,
             *cache,
@@ -286,12 +299,36 @@ class Decoder:
         cache: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor,
     ) -> torch.Tensor:
+        if self.batch_invariant:
+            return self._invariant_attention(q, layer, block_table, rows, rows.query_starts, cache, out)
         return paged_prefill_attention(
             q,
             *cache,
             block_table,
             rows.context_lens,
             rows.query_starts,
+            self._scale,
+            layer.window,
+            table_rows=rows.slots,
+            out=out,
+        )
+
+    def _invariant_attention(
+        self,
+        q: torch.Tensor,
+        layer: Layer,
+        block_table: torch.Tensor,
+        rows: AttentionRows,
+        query_starts: torch.Tensor | None,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return invariant_attention(
+            q,
+            *cache,
+            block_table,
+            rows.context_lens,
+            query_starts,
             self._scale,
             layer.window,
             table_rows=rows.slots,

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.engine_config import NO_CPU_INVARIANCE, EngineConfig
 
 
 class HasDtype(Protocol):
@@ -39,6 +39,16 @@ def choose_device(config: EngineConfig) -> torch.device:
     if device.index is not None and device.index >= count:
         raise ValueError(f"device={config.device!r} is not there: this machine has {count} GPU(s)")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def check_batch_invariant(config: EngineConfig, device: torch.device) -> None:
+    """Refuse a promise that the device's libraries do not keep.
+
+    Raises:
+        ValueError: for `batch_invariant` on a CPU.
+    """
+    if config.batch_invariant and device.type == "cpu":
+        raise ValueError(NO_CPU_INVARIANCE)
 
 
 def choose_dtype(config: EngineConfig, model: HasDtype, device: torch.device) -> torch.dtype:

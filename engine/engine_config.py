@@ -13,6 +13,14 @@ from typing import Any, Literal
 
 from raydata_llm.engine.pooler_config import PoolerConfig
 
+NO_CPU_INVARIANCE = (
+    "batch_invariant=True needs a GPU: on a CPU the order of a product's sums is the BLAS library's choice, by the number "
+    "of rows; leave batch_invariant at False, or run on a GPU with device='cuda'"
+)
+NO_POOLING_INVARIANCE = (
+    "batch_invariant=True is not supported for pooling models, whose attention chooses its tiles by the batch: leave "
+    "batch_invariant at False"
+)
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPE_ALIASES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -44,6 +52,8 @@ class EngineConfig:
         num_threads: CPU threads of the engine; None leaves torch's setting.
         generation_config: "auto" takes the model's generation_config as the default sampling parameters;
             "vllm" leaves the neutral defaults.
+        batch_invariant: Make a row's tokens the same on one kind of GPU, bit for bit, whatever the batch it runs in, at
+            any temperature; slower, as `engine/README.md` says.
         disable_custom_all_reduce: Sum small tensors over GPUs by NCCL too, not through memory that they all map.
         hf_overrides: Values that replace those of the model's config.json.
         enable_lora: Take requests with an adapter.
@@ -91,6 +101,7 @@ class EngineConfig:
     convert: str = "auto"
     pooler_config: PoolerConfig | Mapping[str, Any] | None = None
     disable_custom_all_reduce: bool = False
+    batch_invariant: bool = False
     reasoning_config: Mapping[str, str] = field(default_factory=dict)
     logits_processors: Sequence[str | type[Any]] = ()
     tensor_parallel_size: int = 1
@@ -114,6 +125,7 @@ class EngineConfig:
         _check_choice("convert", self.convert, ("auto", "none", "embed", "classify"))
         object.__setattr__(self, "pooler_config", PoolerConfig.from_mapping(self.pooler_config))
         _check_device(self.device)
+        self._check_batch_invariant()
         _check_reasoning(self.reasoning_config)
         if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
             raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")
@@ -130,10 +142,25 @@ class EngineConfig:
                 f"{self.num_ranks}: leave both at 1"
             )
 
+    def _check_batch_invariant(self) -> None:
+        if not self.batch_invariant:
+            return
+        if self.device == "cpu":
+            raise ValueError(NO_CPU_INVARIANCE)
+        if self.runner == "pooling":
+            raise ValueError(NO_POOLING_INVARIANCE)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self, name) > 1:
+                raise ValueError(
+                    f"batch_invariant=True is not supported with {name}={getattr(self, name)}: sums over GPUs are taken "
+                    f"in an order that the batch's size decides; leave {name} at 1, and set concurrency (of LLM: "
+                    "data_parallel_size) to as many replicas as there are GPUs"
+                )
+
     @property
     def shares_prefixes(self) -> bool:
         """Whether rows read a prefix that they share together."""
-        return self.enable_prefix_caching and not self.disable_cascade_attn
+        return self.enable_prefix_caching and not self.disable_cascade_attn and not self.batch_invariant
 
     @property
     def num_ranks(self) -> int:
@@ -179,6 +206,7 @@ _FLAGS = (
     "enforce_eager",
     "disable_cascade_attn",
     "disable_custom_all_reduce",
+    "batch_invariant",
 )
 
 

@@ -21,6 +21,7 @@ from raydata_llm.engine.request import Logprob
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.sequence import Sequence
 from raydata_llm.engine.upload import to_host, upload
+from raydata_llm.kernels.invariant_topk import invariant_topk
 from raydata_llm.kernels.logprobs import token_logprobs
 
 # Logits of a piece of a prompt at most: 64 MiB in bfloat16.
@@ -79,18 +80,22 @@ def wanted_of_prompt(params: SamplingParams, vocab_size: int) -> Wanted | None:
     return _top(params.prompt_logprobs, vocab_size)
 
 
-def row_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, wanted: Collection[Wanted]) -> RowLogprobs:
+def row_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, wanted: Collection[Wanted], *, batch_invariant: bool = False
+) -> RowLogprobs:
     """Take what rows want from their logits.
 
     Args:
         logits: [M, V].
         token_ids: [M] int64; the rows' own tokens.
         wanted: [M], or one for all rows.
+        batch_invariant: Of equally likely tokens name the first ones; else whichever torch does.
     """
     width = max(one.num_top for one in wanted)
     num_named = max(len(one.token_ids) for one in wanted)
     chosen, ranks, log_sums = token_logprobs(logits, token_ids)
-    top = logits.topk(min(width, logits.shape[1]), dim=-1)
+    topk = invariant_topk if batch_invariant else torch.topk
+    top_values, top_ids = topk(logits, min(width, logits.shape[1]))
     named = logits[:, :0]
     if num_named:
         padded = np.zeros((len(wanted), num_named), dtype=np.int64)
@@ -99,7 +104,7 @@ def row_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, wanted: Collecti
         (ids,) = upload(logits.device, padded.ravel())
         named = logits.gather(1, ids.view(-1, num_named).expand(len(logits), -1))
     return RowLogprobs(
-        chosen, ranks, top.indices, top.values.float() - log_sums[:, None], named.float() - log_sums[:, None]
+        chosen, ranks, top_ids, top_values.float() - log_sums[:, None], named.float() - log_sums[:, None]
     )
 
 
@@ -170,7 +175,8 @@ def prompt_pieces(decoder: Decoder, hidden: torch.Tensor, batch: ScheduledBatch)
             first = int(firsts[chunk]) + start - begin
             tokens = sequence.token_ids[start + 1 : stop + 1]
             (tokens_there,) = upload(hidden.device, tokens.astype(np.int64))
-            rows = row_logprobs(decoder.logits(hidden[first : first + stop - start]), tokens_there, [wanted])
+            logits = decoder.logits(hidden[first : first + stop - start])
+            rows = row_logprobs(logits, tokens_there, [wanted], batch_invariant=decoder.batch_invariant)
             pieces.append(PromptPiece(sequence, start + 1, tokens.tolist(), wanted, rows.to_host()))
     return pieces
 

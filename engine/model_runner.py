@@ -94,7 +94,14 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self._device = decoder.device
         self._max_num_batched_tokens = max_num_batched_tokens
-        sampler = Sampler(num_slots, decoder.config.vocab_size, num_penalty_rows, decoder.dtype, self._device)
+        sampler = Sampler(
+            num_slots,
+            decoder.config.vocab_size,
+            num_penalty_rows,
+            decoder.dtype,
+            self._device,
+            batch_invariant=decoder.batch_invariant,
+        )
         self._sampler: Sampler | VocabParallelSampler = sampler
         if self._place.tp_size > 1:
             self._sampler = VocabParallelSampler(sampler, decoder, num_slots)

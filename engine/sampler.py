@@ -50,11 +50,20 @@ class Sampler:
         vocab_size: V.
         dtype: Of the logits.
         num_penalty_rows: Size of the pool of token counts; the scheduler runs no more rows with penalties.
+        batch_invariant: Take the same kernels for a row whatever the other rows ask for.
     """
 
     def __init__(
-        self, num_slots: int, vocab_size: int, num_penalty_rows: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_slots: int,
+        vocab_size: int,
+        num_penalty_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
+        self._batch_invariant = batch_invariant
         self._dtype = dtype
         self._device = device
         self._vocab_size = vocab_size
@@ -126,7 +135,8 @@ class Sampler:
         logprob_rows = np.flatnonzero(self._has_logprobs[slots])
         raw = logits[self._index(logprob_rows)] if len(logprob_rows) else None
         has_processors = bitmask is not None and bitmask.processors
-        if self._adjusted[slots].any() or self._penalties.any(slots) or has_processors:
+        # What a neighbour needs in float32 no row of a batch-invariant step has in another dtype.
+        if self._batch_invariant or self._adjusted[slots].any() or self._penalties.any(slots) or has_processors:
             logits = logits.float()
         self._adjust_(logits, slots, batch.sample_positions)
         self._penalties.apply_(logits, slots)
@@ -141,10 +151,11 @@ class Sampler:
 
     def warm_up(self, num_rows: int) -> None:
         """Run the kernels that a step of so many rows may need."""
-        logits = torch.zeros((num_rows, self._vocab_size), dtype=self._dtype, device=self._device)
+        dtype = torch.float32 if self._batch_invariant else self._dtype
+        logits = torch.zeros((num_rows, self._vocab_size), dtype=dtype, device=self._device)
         slots = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
         greedy(logits)
-        token_logprobs(logits, slots.long())
+        token_logprobs(logits.to(self._dtype), slots.long())
         words = torch.full((num_rows, -(-self._vocab_size // 32)), -1, dtype=torch.int32, device=self._device)
         apply_bitmask_(logits, words, torch.arange(num_rows, device=self._device))
         for any_truncated in (False, True):
@@ -153,7 +164,8 @@ class Sampler:
     def _draw(self, logits: torch.Tensor, slots: IntArray, of: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not self._random[slots].any():
             return greedy(logits)
-        return self._sample(logits, of, positions, any_truncated=bool(self._truncated[slots].any()))
+        any_truncated = self._batch_invariant or bool(self._truncated[slots].any())
+        return self._sample(logits, of, positions, any_truncated=any_truncated)
 
     def _sample(
         self, logits: torch.Tensor, of: torch.Tensor, positions: torch.Tensor, *, any_truncated: bool
@@ -198,7 +210,8 @@ class Sampler:
         sequences = [self._sequences[slot] for slot in slots[rows].tolist()]
         asked = [wanted_of_outputs(one.request.sampling_params, self._vocab_size) for one in sequences if one]
         wanted = [one for one in asked if one is not None]
-        return SampledLogprobs(rows, wanted, row_logprobs(raw, tokens[self._index(rows)], wanted))
+        values = row_logprobs(raw, tokens[self._index(rows)], wanted, batch_invariant=self._batch_invariant)
+        return SampledLogprobs(rows, wanted, values)
 
     def _index(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
         return upload(self._device, numbers.astype(np.int64))[0]

@@ -12,7 +12,7 @@ import torch
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decoder import Decoder, KVCache
-from raydata_llm.engine.device import choose_dtype
+from raydata_llm.engine.device import check_batch_invariant, choose_dtype
 from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.guides import Bitmask
@@ -45,6 +45,7 @@ class Worker:
     ) -> None:
         self._config = config
         self.device = parallel.device
+        check_batch_invariant(config, self.device)
         self._shard = ModelShard(model_config, parallel.place)
         self._dtype = choose_dtype(config, model_config, self.device)
         self.sizes: Sizes = check_sizes(config, model_config, self.device)
@@ -60,6 +61,7 @@ class Worker:
                 dtype=self._dtype,
                 device=self.device,
                 parallel=parallel,
+                batch_invariant=config.batch_invariant,
                 max_loras=config.max_loras if config.enable_lora else 0,
                 max_lora_rank=config.max_lora_rank,
             )

@@ -30,16 +30,36 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearTile:
+    """The choice of a linear layer: rows and columns of a program's outputs, and products summed in an iteration."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# A program holds float32's operands in registers, as tensor cores do not take them.
+_FLOAT32_LINEAR = LinearTile(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """Choices for one kind of GPU.
 
     Args:
         decode, prefill: by bytes of a head (head_dim rounded up to a power of two), the most that the choice is for.
+        invariant: Likewise, of attention whose bits do not depend on the batch: decode and prefill in one tile.
+        narrow, wide: Linear layers of that kind, with fewer outputs than _WIDE, and of others.
         programs_per_sm: Decode programs that an SM needs to run at the memory's speed; with fewer, keys are split.
     """
 
     decode: dict[int, Tile]
     prefill: dict[int, Tile]
+    invariant: dict[int, Tile]
+    narrow: LinearTile
+    wide: LinearTile
     programs_per_sm: int = 4
 
     def decode_tile(self, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -48,8 +68,26 @@ class Tuning:
 
     def prefill_tile(self, head_dim: int, dtype: torch.dtype) -> Tile:
         """The choice for a head."""
-        # Tensor cores do no float32 products; without them the operands stand in registers, and large tiles spill.
-        return _at_most(self.prefill, head_dim * dtype.itemsize * (2 if dtype == torch.float32 else 1))
+        return _at_most(self.prefill, _dot_bytes(head_dim, dtype))
+
+    def invariant_tile(self, head_dim: int, dtype: torch.dtype) -> Tile:
+        """The choice for a head, whatever the batch."""
+        return _at_most(self.invariant, _dot_bytes(head_dim, dtype))
+
+    def linear_tile(self, num_outputs: int, dtype: torch.dtype) -> LinearTile:
+        """The choice for a weight, whatever the batch."""
+        if dtype == torch.float32:
+            return _FLOAT32_LINEAR
+        return self.wide if num_outputs >= _WIDE else self.narrow
+
+
+# Outputs of a linear layer from which on tiles of 128 columns fill a chip even with few rows.
+_WIDE = 8192
+
+
+def _dot_bytes(head_dim: int, dtype: torch.dtype) -> int:
+    # Tensor cores do no float32 products; without them the operands stand in registers, and large tiles spill.
+    return head_dim * dtype.itemsize * (2 if dtype == torch.float32 else 1)
 
 
 def _at_most(tiles: dict[int, Tile], head_bytes: int) -> Tile:
@@ -70,6 +108,15 @@ _HOPPER = Tuning(
         512: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
     },
+    # A decode row fills a group's heads of a tile: the fewest rows that wgmma takes.
+    invariant={
+        128: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
+        256: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
+        512: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
+    },
+    narrow=LinearTile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
+    wide=LinearTile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
 )
 
 # 99 KB a program: what every GPU from compute capability 8.0 on has.
@@ -86,6 +133,14 @@ _SMALL = Tuning(
         512: Tile(block_m=32, block_n=16, num_warps=4, num_stages=2),
         2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
     },
+    invariant={
+        128: Tile(block_m=32, block_n=64, num_warps=4, num_stages=3),
+        256: Tile(block_m=32, block_n=32, num_warps=4, num_stages=2),
+        512: Tile(block_m=32, block_n=16, num_warps=4, num_stages=2),
+        2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
+    },
+    narrow=LinearTile(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3),
+    wide=LinearTile(block_m=64, block_n=128, block_k=32, num_warps=4, num_stages=3),
 )
 
 BY_CAPABILITY = {(8, 0): _SMALL, (9, 0): _HOPPER}
