@@ -14,8 +14,8 @@ from typing import Any, Literal
 from raydata_llm.engine.pooler_config import PoolerConfig
 
 NO_CPU_INVARIANCE = (
-    "batch_invariant=True needs a GPU: on a CPU the order of a product's sums is the BLAS library's choice, by the number "
-    "of rows; leave batch_invariant at False, or run on a GPU with device='cuda'"
+    "batch_invariant=True needs a GPU: on a CPU the order of a product's sums is the BLAS library's choice, by the "
+    "number of rows; leave batch_invariant at False, or run on a GPU with device='cuda'"
 )
 NO_POOLING_INVARIANCE = (
     "batch_invariant=True is not supported for pooling models, whose attention chooses its tiles by the batch: leave "
@@ -152,8 +152,8 @@ class EngineConfig:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) > 1:
                 raise ValueError(
-                    f"batch_invariant=True is not supported with {name}={getattr(self, name)}: sums over GPUs are taken "
-                    f"in an order that the batch's size decides; leave {name} at 1, and set concurrency (of LLM: "
+                    f"batch_invariant=True is not supported with {name}={getattr(self, name)}: sums over GPUs are "
+                    f"taken in an order that the batch's size decides; leave {name} at 1, and set concurrency (of LLM: "
                     "data_parallel_size) to as many replicas as there are GPUs"
                 )
 

@@ -187,6 +187,26 @@ def test_prefill_attention_in_float32(compiler: Compiler) -> None:
     compiler.check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.1-8b", "gemma-like"])
+def test_batch_invariant_kernels(model: str, dtype: torch.dtype, compiler: Compiler) -> None:
+    from raydata_llm.kernels.invariant_attention_triton import launch_invariant_attention
+    from raydata_llm.kernels.invariant_linear_triton import launch_invariant_linear
+
+    hidden, intermediate = MODELS[model][3:]
+    x, bias = torch.zeros((2, hidden), dtype=dtype), torch.zeros(hidden, dtype=dtype)
+    launch_invariant_linear(x, torch.zeros((2 * intermediate, hidden), dtype=dtype))
+    launch_invariant_linear(x, torch.zeros((hidden, hidden), dtype=dtype), bias)
+    q, k_cache, v_cache, table, lens = rows_of(model, 64, dtype)
+    launch_invariant_attention(q, k_cache, v_cache, table, lens, None, 0.1, table_rows=lens)
+    launch_invariant_attention(q, k_cache, v_cache, table, lens, None, 0.1, 4096, table_rows=lens)
+    compiler.check()
+    if compiler.capability[0] == 9 and dtype == torch.bfloat16:
+        # Tensor cores fed by asynchronous copies, several iterations ahead.
+        assert all("warp_group_dot" in launch.ttgir for launch in compiler.launches[:2])
+        assert all("async_copy_global_to_local" in launch.ttgir for launch in compiler.launches)
+
+
 @pytest.mark.parametrize("rank", [8, 64])
 @pytest.mark.parametrize("model", MODELS)
 def test_lora(model: str, rank: int, compiler: Compiler) -> None:

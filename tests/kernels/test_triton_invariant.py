@@ -1,4 +1,4 @@
-"""The kernels of `batch_invariant` give a row the same bits wherever it stands: exact equality, over poisoned memory."""
+"""The kernels of `batch_invariant` give a row the same bits wherever it stands; exact equality, poisoned memory."""
 
 from __future__ import annotations
 
