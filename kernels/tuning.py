@@ -112,7 +112,7 @@ _HOPPER = Tuning(
     invariant={
         128: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
         256: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
-        512: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        512: Tile(block_m=32, block_n=32, num_warps=4, num_stages=2),
         2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
     },
     narrow=LinearTile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
