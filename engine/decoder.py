@@ -139,7 +139,8 @@ class Decoder:
     def unload(self) -> dict[str, torch.Tensor]:
         """Give up weights and adapters; returns what `load` takes back. Who has captured graphs of them drops these."""
         parameters, self._parameters = self._parameters, {}
-        self._embedding = self._norm = self._lm_head = torch.empty(0, device=self.device)
+        self._embedding = self._norm = torch.empty(0, device=self.device)
+        self._lm_head = Linear(self._embedding)
         self._layers, self.adapters = [], None
         return parameters
 

@@ -41,7 +41,6 @@ def invariant_attention(
 
     Off a GPU it is `paged_attention`'s, which promises no bits. A row of length 0 (padding) is not a number.
     """
-    where = {"table_rows": table_rows, "out": out}
     if q.is_cuda:
         from raydata_llm.kernels.invariant_attention_triton import launch_invariant_attention
 
@@ -50,5 +49,5 @@ def invariant_attention(
         )
     rows = (q, k_cache, v_cache, block_table, context_lens)
     if query_starts is None:
-        return paged_decode_attention(*rows, scale, window, **where)
-    return paged_prefill_attention(*rows, query_starts, scale, window, **where)
+        return paged_decode_attention(*rows, scale, window, table_rows=table_rows, out=out)
+    return paged_prefill_attention(*rows, query_starts, scale, window, table_rows=table_rows, out=out)

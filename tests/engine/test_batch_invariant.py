@@ -133,7 +133,7 @@ def test_a_rows_bits_are_the_same_in_any_batch(
     whole = outputs_of(model, [0, 1, 2, 3])
     assert len({tuple(tokens) for tokens, _ in whole.values()}) == len(LENGTHS)
     assert {index: outputs_of(model, [index])[index] for index in (0, 2)} == {0: whole[0], 2: whole[2]}
-    small = {"enable_prefix_caching": False, "max_num_batched_tokens": 11, "max_num_seqs": 3}
+    small: dict[str, Any] = {"enable_prefix_caching": False, "max_num_batched_tokens": 11, "max_num_seqs": 3}
     assert outputs_of(model, [3, 1, 2, 0], **small) == whole
     monkeypatch.setattr(Admission, "_keeps_peak", lambda *_: True)
     assert outputs_of(model, [1, 0, 3, 2], tight=True, num_gpu_blocks_override=5) == whole

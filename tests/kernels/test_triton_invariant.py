@@ -143,14 +143,14 @@ def test_a_tokens_attention_does_not_depend_on_chunks_or_neighbours(
         first, second = attended.chunks([(2, 0, border)], tile)[0], attended.chunks([(2, border, 70)], tile)[0]
         assert torch.equal(torch.cat([first, second]), whole[2]), border
     mixed = attended.chunks([(2, 20, 52), (0, 44, 45), (1, 1, 3)], tile)
-    for part, (row, first, end) in zip(mixed, [(2, 20, 52), (0, 44, 45), (1, 1, 3)], strict=True):
-        assert torch.equal(part, whole[row][first:end]), row
+    for part, (number, first_position, end) in zip(mixed, [(2, 20, 52), (0, 44, 45), (1, 1, 3)], strict=True):
+        assert torch.equal(part, whole[number][first_position:end]), number
     # Decode, alone and together: what a preempted row computed, and computes again as a part of its prompt.
     for position in (0, 15, 16, 44):
         assert torch.equal(attended.chunks([(0, position, position + 1)], tile)[0], whole[0][position : position + 1])
     decoded = attended.chunks([(2, 69, 70), (0, 40, 41), (1, 2, 3)], tile)
-    for part, (row, position) in zip(decoded, [(2, 69), (0, 40), (1, 2)], strict=True):
-        assert torch.equal(part[0], whole[row][position]), row
+    for part, (number, position) in zip(decoded, [(2, 69), (0, 40), (1, 2)], strict=True):
+        assert torch.equal(part[0], whole[number][position]), number
 
 
 def test_padding_rows_leave_the_others_alone(triton_device: torch.device, make_rows: MakeRows) -> None:
