@@ -23,15 +23,15 @@ from raydata_llm.engine.detokenizer import Tokenizer
 from raydata_llm.engine.device import choose_device
 from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.engine.flat_logprobs import FlatLogprobs
 from raydata_llm.engine.guides import Bitmask, Guides
 from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.local_ranks import LocalRanks
-from raydata_llm.engine.logprobs import position_maps
+from raydata_llm.engine.logprobs import wanted_of_outputs, wanted_of_prompt
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.model_runner import LaunchedStep
 from raydata_llm.engine.output_watch import watch_of
 from raydata_llm.engine.parallel import alone
+from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
@@ -163,10 +163,7 @@ class Engine:
                 max_tokens=min(room, self.max_model_len),
                 stop_token_ids=tuple(dict.fromkeys((*eos, *params.stop_token_ids))),
             )
-            if params.prompt_logprobs is not None and index == 0:
-                sequence.prompt_logprobs = [None]
-            if params.flat_logprobs:
-                sequence.logprobs = FlatLogprobs()
+            self._attach_logprobs(sequence)
             sequence.stop_watch = watch_of(params, self._tokenizer)
             self._guides.attach(sequence)
             self._next_seq_id += 1
@@ -371,18 +368,25 @@ class Engine:
         if not self._in_flight and not under_way:
             self._idle_clock.steps_read()
         if logprobs is not None:
-            self._add_logprobs(batch, token_ids.tolist(), logprobs)
+            self._add_logprobs(batch, logprobs)
         return self._collect(self._scheduler.update(batch, token_ids))
 
-    def _add_logprobs(self, batch: ScheduledBatch, token_ids: list[int], logprobs: SampledLogprobs) -> None:
-        table = self._scheduler.table
-        drawn = [token_ids[row] for row in logprobs.rows.tolist()]
-        maps = position_maps(logprobs.values, drawn, logprobs.wanted)
-        for row, token_id, position in zip(logprobs.rows.tolist(), drawn, maps, strict=True):
-            sequence = table.sequences[int(batch.sample_slots[row])]
-            if sequence is not None and sequence.seq_id == batch.sample_seq_ids[row]:
-                sequence.cumulative_logprob += position[token_id].logprob
-                sequence.logprobs.append(position)
+    def _attach_logprobs(self, sequence: Sequence) -> None:
+        params, vocab_size = sequence.request.sampling_params, self.model_config.vocab_size
+        if (wanted := wanted_of_outputs(params, vocab_size)) is not None:
+            sequence.logprobs = PositionLogprobs(wanted, of_prompt=False)
+        if (wanted := wanted_of_prompt(params, vocab_size)) is not None and sequence.index == 0:
+            sequence.prompt_logprobs = PositionLogprobs(wanted, of_prompt=True)
+
+    def _add_logprobs(self, batch: ScheduledBatch, logprobs: SampledLogprobs) -> None:
+        sequences = self._scheduler.table.sequences
+        slots, seq_ids = batch.sample_slots[logprobs.rows].tolist(), batch.sample_seq_ids[logprobs.rows].tolist()
+        positions = logprobs.values.positions(logprobs.wanted)
+        for slot, seq_id, position in zip(slots, seq_ids, positions, strict=True):
+            sequence = sequences[slot]
+            if sequence is not None and sequence.seq_id == seq_id:
+                assert sequence.logprobs is not None, "only rows of sequences that asked have an answer"
+                sequence.logprobs.add(position)
 
     def _collect(self, finished: list[FinishedSequence]) -> list[RequestOutput]:
         """Put ended sequences into their requests; returns the requests of which all have ended."""
@@ -451,8 +455,13 @@ class _UnfinishedRequest:
     prompt: TokenArray
     outputs: list[CompletionOutput | None]
     num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
     error: str | None = None
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether log-probabilities are asked for in flat lists."""
+        return self.request.sampling_params.flat_logprobs
 
     @property
     def num_missing(self) -> int:
@@ -460,8 +469,9 @@ class _UnfinishedRequest:
 
     def take(self, ended: FinishedSequence) -> None:
         sequence = ended.sequence
-        params = self.request.sampling_params
-        asked = params.logprobs is not None or params.logprob_token_ids is not None
+        logprobs = sequence.logprobs
+        if logprobs is not None:
+            logprobs.close(ended.output_token_ids)
         self.prompt_logprobs = self.prompt_logprobs or sequence.prompt_logprobs
         self.error = self.error or sequence.error
         self.num_cached_tokens = max(self.num_cached_tokens, sequence.num_cached_tokens)
@@ -470,18 +480,19 @@ class _UnfinishedRequest:
             token_ids=ended.output_token_ids,
             finish_reason=ended.finish_reason,
             stop_reason=ended.stop_reason,
-            cumulative_logprob=sequence.cumulative_logprob if asked else None,
-            logprobs=sequence.logprobs if asked else None,
+            cumulative_logprob=None if logprobs is None else logprobs.total(),
+            logprobs=logprobs.flat() if logprobs is not None and self.is_flat else logprobs,
         )
 
     def output(self) -> RequestOutput:
         positions = self.prompt_logprobs
-        is_flat = self.request.sampling_params.flat_logprobs and positions is not None
+        if positions is not None:
+            positions.close(self.prompt.tolist())
         return RequestOutput(
             request_id=self.request.request_id,
             prompt_token_ids=self.prompt.tolist(),
             outputs=[output for output in self.outputs if output is not None and self.error is None],
             error=self.error,
             num_cached_tokens=self.num_cached_tokens,
-            prompt_logprobs=FlatLogprobs(positions or ()) if is_flat else positions,
+            prompt_logprobs=positions.flat() if positions is not None and self.is_flat else positions,
         )

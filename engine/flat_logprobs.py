@@ -6,7 +6,8 @@ a few lists, not millions of objects that the garbage collector walks through.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import overload
 
 from raydata_llm.engine.request import Logprob
@@ -24,6 +25,28 @@ class FlatLogprobs(Sequence[dict[int, Logprob]]):
         self.decoded_tokens: list[str | None] = []
         for position in positions:
             self.append(position)
+
+    @classmethod
+    def of_entries(
+        cls,
+        counts: Iterable[int],
+        token_ids: list[int],
+        logprobs: list[float],
+        ranks: list[int | None],
+        decode: Callable[[int], str] | None,
+    ) -> FlatLogprobs:
+        """Take entries of all positions, one position's after the other's.
+
+        Args:
+            counts: How many entries each position has.
+            decode: What a token says, or None if nobody knows.
+        """
+        flat = cls()
+        flat.end_indices = list(itertools.accumulate(counts))
+        flat.start_indices = [0, *flat.end_indices[:-1]] if flat.end_indices else []
+        flat.token_ids, flat.logprobs, flat.ranks = token_ids, logprobs, ranks
+        flat.decoded_tokens = [None] * len(token_ids) if decode is None else [decode(one) for one in token_ids]
+        return flat
 
     def append(self, position: Mapping[int, Logprob] | None) -> None:
         """Add a position."""

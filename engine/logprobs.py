@@ -1,14 +1,15 @@
-"""Log-probabilities that requests asked for: taken from logits on the device, put into maps on the host.
+"""Log-probabilities that requests asked for, taken from logits on the device.
 
-Owns what a position's map holds: the position's own token, then either the likeliest tokens or the ones that the
-request named. A prompt's positions are taken a few hundred at a time, so that a long prompt never has all its logits
-in memory at once. Knows no scheduling.
+Owns which tokens a row's answer is about: its own token, then either the likeliest ones or those that the request
+named. A prompt's positions are taken a few hundred at a time, so that a long prompt never has all its logits in memory
+at once. Knows no scheduling, and not what becomes of an answer on the host (position_logprobs.py).
 
-Shapes: M rows, k the most tokens that a row asked for, E the most that one named.
+Shapes: N rows of logits, M that asked, k the most tokens that a row asked for, E the most that one named.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass
 
@@ -17,12 +18,11 @@ import torch
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decoder import Decoder
-from raydata_llm.engine.request import Logprob
+from raydata_llm.engine.position_logprobs import HEAD, Wanted
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.sequence import Sequence
 from raydata_llm.engine.upload import to_host, upload
-from raydata_llm.kernels.invariant_topk import invariant_topk
-from raydata_llm.kernels.logprobs import token_logprobs
+from raydata_llm.kernels.logprobs import logprob_records
 
 # Logits of a piece of a prompt at most: 64 MiB in bfloat16.
 _PIECE_LOGITS = 1 << 25
@@ -33,45 +33,42 @@ class RowLogprobs:
     """Log-probabilities of M rows, on the device or on the host.
 
     Args:
-        chosen, ranks: [M] of each row's own token; the likeliest has rank 1.
-        top_ids, top_logprobs: [M, k] of the likeliest tokens.
-        named: [M, E] of the tokens that the request named.
+        records: [M, HEAD + 2 * k] int32; `kernels.logprobs` has the layout.
+        named: [M, E] float32; of the tokens that the request named.
     """
 
-    chosen: torch.Tensor
-    ranks: torch.Tensor
-    top_ids: torch.Tensor
-    top_logprobs: torch.Tensor
+    records: torch.Tensor
     named: torch.Tensor
+
+    @property
+    def top_ids(self) -> torch.Tensor:
+        """The likeliest tokens, [M, k] int32."""
+        return self.records[:, HEAD::2]
+
+    @property
+    def top_logprobs(self) -> torch.Tensor:
+        """Theirs, [M, k] float32."""
+        return self.records[:, HEAD + 1 :: 2].contiguous().view(torch.float32)
 
     def to_host(self) -> RowLogprobs:
         """A copy on the host, whole once what was launched is done."""
-        return RowLogprobs(
-            to_host(self.chosen),
-            to_host(self.ranks),
-            to_host(self.top_ids),
-            to_host(self.top_logprobs),
-            to_host(self.named),
-        )
+        return RowLogprobs(to_host(self.records), to_host(self.named))
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a row's map holds beside the row's own token.
-
-    Args:
-        num_top: How many of the likeliest tokens; the vocabulary's size for all.
-        token_ids: Tokens that the request named.
-    """
-
-    num_top: int
-    token_ids: tuple[int, ...] = ()
+    def positions(self, wanted: Iterable[Wanted]) -> Iterator[bytes]:
+        """Each row's part, as `PositionLogprobs` holds it; from rows that are on the host."""
+        records, named = self.records.numpy().tobytes(), self.named.numpy().tobytes()
+        stride, named_stride = 4 * self.records.shape[1], 4 * self.named.shape[1]
+        for row, one in enumerate(wanted):
+            record = records[row * stride : row * stride + one.top_bytes]
+            if one.token_ids:
+                record += named[row * named_stride : row * named_stride + one.named_bytes]
+            yield record
 
 
 def wanted_of_outputs(params: SamplingParams, vocab_size: int) -> Wanted | None:
     """What a request asked for at its output positions."""
     if params.logprob_token_ids is not None:
-        return Wanted(0, tuple(params.logprob_token_ids))
+        return Wanted(0, tuple(dict.fromkeys(params.logprob_token_ids)))
     return _top(params.logprobs, vocab_size)
 
 
@@ -81,55 +78,28 @@ def wanted_of_prompt(params: SamplingParams, vocab_size: int) -> Wanted | None:
 
 
 def row_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, wanted: Collection[Wanted], *, batch_invariant: bool = False
+    logits: torch.Tensor, token_ids: torch.Tensor, wanted: Collection[Wanted], rows: torch.Tensor | None = None
 ) -> RowLogprobs:
     """Take what rows want from their logits.
 
     Args:
-        logits: [M, V].
+        logits: [N, V].
         token_ids: [M] int64; the rows' own tokens.
         wanted: [M], or one for all rows.
-        batch_invariant: Of equally likely tokens name the first ones; else whichever torch does.
+        rows: [M] int64; which rows of the logits, or None for all.
     """
-    width = max(one.num_top for one in wanted)
     num_named = max(len(one.token_ids) for one in wanted)
-    chosen, ranks, log_sums = token_logprobs(logits, token_ids)
-    topk = invariant_topk if batch_invariant else torch.topk
-    top_values, top_ids = topk(logits, min(width, logits.shape[1]))
-    named = logits[:, :0]
+    records, log_sums = logprob_records(logits, token_ids, max(one.num_top for one in wanted), rows)
+    named = torch.empty((len(token_ids), 0), device=logits.device)
     if num_named:
         padded = np.zeros((len(wanted), num_named), dtype=np.int64)
         for row, one in enumerate(wanted):
             padded[row, : len(one.token_ids)] = one.token_ids
         (ids,) = upload(logits.device, padded.ravel())
-        named = logits.gather(1, ids.view(-1, num_named).expand(len(logits), -1))
-    return RowLogprobs(
-        chosen, ranks, top_ids, top_values.float() - log_sums[:, None], named.float() - log_sums[:, None]
-    )
-
-
-def position_maps(rows: RowLogprobs, token_ids: list[int], wanted: list[Wanted]) -> list[dict[int, Logprob]]:
-    """A map for each of M positions, from rows that are on the host; arguments as `row_logprobs`."""
-    entries = zip(
-        token_ids,
-        rows.chosen.tolist(),
-        rows.ranks.tolist(),
-        rows.top_ids.tolist(),
-        rows.top_logprobs.tolist(),
-        rows.named.tolist(),
-        wanted if len(wanted) == len(token_ids) else wanted * len(token_ids),
-        strict=True,
-    )
-    maps = []
-    for token_id, chosen, rank, top_ids, top_logprobs, named, one in entries:
-        likeliest = zip(top_ids[: one.num_top], top_logprobs, range(1, one.num_top + 1), strict=False)
-        found = {token_id: Logprob(chosen, rank)}
-        # No rank is known of a token that was only named.
-        found |= {named_id: Logprob(value, None) for named_id, value in zip(one.token_ids, named, strict=False)}
-        found |= {top_id: Logprob(value, place) for top_id, value, place in likeliest}
-        found[token_id] = Logprob(chosen, rank)
-        maps.append(found)
-    return maps
+        ids = ids.view(-1, num_named).expand(len(token_ids), -1)
+        raw = logits.gather(1, ids) if rows is None else logits[rows[:, None], ids]
+        named = raw.float() - log_sums[:, None]
+    return RowLogprobs(records, named)
 
 
 @dataclass(frozen=True)
@@ -148,11 +118,10 @@ class PromptPiece:
     rows: RowLogprobs
 
     def deliver(self) -> None:
-        """Put the positions' maps into the sequence; those of positions computed again replace the first ones."""
-        maps = position_maps(self.rows, self.token_ids, [self.wanted])
-        known = self.sequence.prompt_logprobs
-        assert known is not None and len(known) >= self.start, "prompts are computed from their start"
-        known[self.start : self.start + len(maps)] = maps
+        """Put the positions into the sequence; those computed again replace the first ones."""
+        assert self.sequence.prompt_logprobs is not None, "only chunks of sequences that asked have pieces"
+        records = self.rows.positions([self.wanted] * len(self.token_ids))
+        self.sequence.prompt_logprobs.put(self.start, b"".join(records))
 
 
 def prompt_pieces(decoder: Decoder, hidden: torch.Tensor, batch: ScheduledBatch) -> list[PromptPiece]:
@@ -176,7 +145,7 @@ def prompt_pieces(decoder: Decoder, hidden: torch.Tensor, batch: ScheduledBatch)
             tokens = sequence.token_ids[start + 1 : stop + 1]
             (tokens_there,) = upload(hidden.device, tokens.astype(np.int64))
             logits = decoder.logits(hidden[first : first + stop - start])
-            rows = row_logprobs(logits, tokens_there, [wanted], batch_invariant=decoder.batch_invariant)
+            rows = row_logprobs(logits, tokens_there, [wanted])
             pieces.append(PromptPiece(sequence, start + 1, tokens.tolist(), wanted, rows.to_host()))
     return pieces
 

@@ -9,15 +9,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from raydata_llm.engine.flat_logprobs import FlatLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 TokenArray = npt.NDArray[np.int32]
@@ -88,7 +85,7 @@ class CompletionOutput:
             EOS.
         text: Filled in by a front end.
         cumulative_logprob: Sum of the drawn tokens' log-probabilities when `logprobs` was asked.
-        logprobs: A position's {token id: Logprob}, when asked; `FlatLogprobs` reads like that list.
+        logprobs: A position's {token id: Logprob}, when asked; made when it is first read.
     """
 
     index: int
@@ -97,7 +94,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     text: str = ""
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | FlatLogprobs | None = None
+    logprobs: Sequence[dict[int, Logprob]] | None = None
 
 
 @dataclass
@@ -121,7 +118,7 @@ class RequestOutput:
     error: str | None = None
     prompt: str | None = None
     num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
+    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None
     lora_request: LoRARequest | None = None
 
     @property

@@ -17,11 +17,12 @@ import torch
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.guides import Bitmask
-from raydata_llm.engine.logprobs import RowLogprobs, Wanted, row_logprobs, wanted_of_outputs
+from raydata_llm.engine.logprobs import RowLogprobs, row_logprobs, wanted_of_outputs
+from raydata_llm.engine.position_logprobs import Wanted
 from raydata_llm.engine.sequence import IntArray, Sequence
 from raydata_llm.engine.upload import upload
 from raydata_llm.kernels.bitmask import apply_bitmask_
-from raydata_llm.kernels.logprobs import token_logprobs
+from raydata_llm.kernels.logprobs import logprob_records
 from raydata_llm.kernels.sampling import greedy, penalise_, sample
 
 Rows = npt.NDArray[np.int64]
@@ -78,6 +79,7 @@ class Sampler:
         self._truncated = np.zeros(num_slots, dtype=bool)
         self._adjusted = np.zeros(num_slots, dtype=bool)
         self._has_logprobs = np.zeros(num_slots, dtype=bool)
+        self._wanted: list[Wanted | None] = [None] * num_slots
         self._sequences: list[Sequence | None] = [None] * num_slots
 
     def release(self, slots: list[int]) -> None:
@@ -109,7 +111,8 @@ class Sampler:
             self._random[slot] = not p.greedy
             self._truncated[slot] = not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
             self._adjusted[slot] = bool(p.logit_bias or self._bans_end(sequence)) or p.allowed_token_ids is not None
-            self._has_logprobs[slot] = wanted_of_outputs(p, self._vocab_size) is not None
+            self._wanted[slot] = wanted_of_outputs(p, self._vocab_size)
+            self._has_logprobs[slot] = self._wanted[slot] is not None
             self._sequences[slot] = sequence
             self._penalties.admit(slot, sequence)
 
@@ -133,11 +136,15 @@ class Sampler:
         """
         slots = batch.sample_slots
         logprob_rows = np.flatnonzero(self._has_logprobs[slots])
-        raw = logits[self._index(logprob_rows)] if len(logprob_rows) else None
-        has_processors = bitmask is not None and bitmask.processors
+        is_penalised, is_adjusted = self._penalties.any(slots), bool(self._adjusted[slots].any())
+        has_processors = bitmask is not None and bool(bitmask.processors)
+        raw, raw_rows = logits, self._index(logprob_rows) if 0 < len(logprob_rows) < len(slots) else None
         # What a neighbour needs in float32 no row of a batch-invariant step has in another dtype.
-        if self._batch_invariant or self._adjusted[slots].any() or self._penalties.any(slots) or has_processors:
+        if self._batch_invariant or is_adjusted or is_penalised or has_processors:
             logits = logits.float()
+        if len(logprob_rows) and logits is raw and (is_adjusted or is_penalised or bitmask is not None):
+            # The rest changes it in place.
+            raw, raw_rows = logits.clone() if raw_rows is None else logits[raw_rows], None
         self._adjust_(logits, slots, batch.sample_positions)
         self._penalties.apply_(logits, slots)
         if bitmask is not None:
@@ -147,7 +154,11 @@ class Sampler:
             apply_bitmask_(logits, words, self._index(bitmask.rows))
         tokens = self._draw(logits, slots, slots_on_device, positions)
         self._penalties.count(slots, tokens)
-        return tokens, None if raw is None else self._logprobs(raw, tokens, logprob_rows, slots)
+        if not len(logprob_rows):
+            return tokens, None
+        wanted = [one for slot in slots[logprob_rows].tolist() if (one := self._wanted[slot]) is not None]
+        own = tokens if len(logprob_rows) == len(slots) else tokens[self._index(logprob_rows)]
+        return tokens, SampledLogprobs(logprob_rows, wanted, row_logprobs(raw, own, wanted, raw_rows))
 
     def warm_up(self, num_rows: int) -> None:
         """Run the kernels that a step of so many rows may need."""
@@ -155,7 +166,9 @@ class Sampler:
         logits = torch.zeros((num_rows, self._vocab_size), dtype=dtype, device=self._device)
         slots = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
         greedy(logits)
-        token_logprobs(logits.to(self._dtype), slots.long())
+        # All rows, and some of them, are two kernels.
+        for rows in (None, slots.long()):
+            logprob_records(logits.to(self._dtype), slots.long(), 1, rows)
         words = torch.full((num_rows, -(-self._vocab_size // 32)), -1, dtype=torch.int32, device=self._device)
         apply_bitmask_(logits, words, torch.arange(num_rows, device=self._device))
         for any_truncated in (False, True):
@@ -206,13 +219,6 @@ class Sampler:
         """Whether the end tokens are banned at first, and not by the bitmask."""
         return bool(sequence.request.sampling_params.min_tokens and sequence.stop_token_ids and not sequence.guides)
 
-    def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, rows: Rows, slots: IntArray) -> SampledLogprobs:
-        sequences = [self._sequences[slot] for slot in slots[rows].tolist()]
-        asked = [wanted_of_outputs(one.request.sampling_params, self._vocab_size) for one in sequences if one]
-        wanted = [one for one in asked if one is not None]
-        values = row_logprobs(raw, tokens[self._index(rows)], wanted, batch_invariant=self._batch_invariant)
-        return SampledLogprobs(rows, wanted, values)
-
     def _index(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
         return upload(self._device, numbers.astype(np.int64))[0]
 
@@ -259,13 +265,12 @@ class _PenaltyPool:
 
     def apply_(self, logits: torch.Tensor, slots: IntArray) -> None:
         """Penalise the rows that have penalties, in place."""
-        found = self._rows(slots)
-        if found is None:
-            return
-        rows, pool_rows = found
-        in_prompt, counts = self._pool()
-        values = self._values[:, pool_rows]
-        logits[rows] = penalise_(logits[rows], in_prompt[pool_rows], counts[pool_rows], *values)
+        of = self._row_of[slots]
+        if (of >= 0).any():
+            in_prompt, counts = self._pool()
+            presence, frequency, repetition = self._values
+            (pool_rows,) = upload(self._device, of)
+            penalise_(logits, in_prompt, counts, presence, frequency, repetition, pool_rows)
 
     def count(self, slots: IntArray, tokens: torch.Tensor) -> None:
         """Take in the drawn tokens."""

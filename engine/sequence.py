@@ -25,10 +25,10 @@ from raydata_llm.engine.block_manager import TRASH_BLOCK, BlockArray
 from raydata_llm.engine.request import FinishReason, Logprob, Request, TokenArray
 
 if TYPE_CHECKING:
-    from raydata_llm.engine.flat_logprobs import FlatLogprobs
     from raydata_llm.engine.guides import Guide
     from raydata_llm.engine.logits_processor import RequestProcessor
     from raydata_llm.engine.output_watch import OutputWatch
+    from raydata_llm.engine.position_logprobs import PositionLogprobs
 
 IntArray = npt.NDArray[np.int32]
 NO_SEQUENCE = -1
@@ -50,7 +50,7 @@ class Sequence:
         guides: What says which tokens may follow its outputs.
         processors: Users' own functions of its logits.
         error: Why it cannot go on, as `Type: message`.
-        prompt_logprobs: None unless it is asked for them; else those that are known, None for the first position.
+        logprobs, prompt_logprobs: None unless it is asked for them; else those of the positions that are known.
     """
 
     seq_id: int
@@ -64,12 +64,11 @@ class Sequence:
     token_bytes: bytes | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    logprobs: list[dict[int, Logprob]] | FlatLogprobs = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    logprobs: PositionLogprobs[dict[int, Logprob]] | None = None
+    prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
     guides: list[Guide] = field(default_factory=list)
     processors: list[RequestProcessor] = field(default_factory=list)
     error: str | None = None
-    cumulative_logprob: float = 0.0
     aborted: bool = False
 
     @property

@@ -18,7 +18,8 @@ import torch
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.guides import Bitmask
-from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs, Wanted, wanted_of_prompt
+from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs, wanted_of_prompt
+from raydata_llm.engine.position_logprobs import Wanted
 from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
@@ -253,24 +254,14 @@ def decode_result(
 
 
 def _encode_rows(rows: RowLogprobs) -> list[Array]:
-    shape = np.array([rows.top_ids.shape[1], rows.named.shape[1]], dtype=np.int64)
-    floats = (rows.chosen, rows.top_logprobs, rows.named)
-    whole = (rows.ranks, rows.top_ids)
-    return [
-        shape,
-        *(part.float().numpy().ravel() for part in floats),
-        *(part.long().numpy().ravel() for part in whole),
-    ]
+    shape = np.array([*rows.records.shape, rows.named.shape[1]], dtype=np.int64)
+    return [shape, rows.records.numpy().ravel(), rows.named.numpy().ravel()]
 
 
 def _decode_rows(arrays: Iterable[Array]) -> RowLogprobs:
     rest = iter(arrays)
-    (width, num_named), chosen, top, named, ranks, top_ids = (next(rest) for _ in range(6))
-    count = len(chosen)
+    (count, width, num_named), records, named = (next(rest) for _ in range(3))
     return RowLogprobs(
-        chosen=torch.from_numpy(chosen.copy()),
-        ranks=torch.from_numpy(ranks.copy()),
-        top_ids=torch.from_numpy(top_ids.copy()).view(count, int(width)),
-        top_logprobs=torch.from_numpy(top.copy()).view(count, int(width)),
-        named=torch.from_numpy(named.copy()).view(count, int(num_named)),
+        records=torch.from_numpy(records.copy()).view(int(count), int(width)),
+        named=torch.from_numpy(named.copy()).view(int(count), int(num_named)),
     )

@@ -18,6 +18,7 @@ from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.flat_logprobs import FlatLogprobs
 from raydata_llm.engine.pooling_model import runner_of
+from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.request import Logprob, LoRARequest, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.generation import Generation
@@ -296,24 +297,16 @@ class LLM(SleepMethods, QueueMethods, PoolingMethods):
     def _fill_text(self, output: RequestOutput, prompt: Prompt) -> None:
         if self._tokenizer is None or prompt.params is None or not prompt.params.detokenize:
             return
-        if output.prompt_logprobs is not None:
-            output.prompt_logprobs = self._name_positions(output.prompt_logprobs)
+        self._name_positions(output.prompt_logprobs)
         for one in output.outputs:
             one.text = output_text(self._tokenizer, one.token_ids, prompt.params, one.stop_reason, one.finish_reason)
-            if one.logprobs is not None:
-                one.logprobs = self._name_positions(one.logprobs)
+            self._name_positions(one.logprobs)
 
-    def _name_positions(self, positions: Any) -> Any:
-        if isinstance(positions, FlatLogprobs):
+    def _name_positions(self, positions: Sequence[dict[int, Logprob] | None] | None) -> None:
+        if isinstance(positions, PositionLogprobs):
+            positions.name_tokens(self._decode_token)
+        elif isinstance(positions, FlatLogprobs):
             positions.decoded_tokens = [self._decode_token(token_id) for token_id in positions.token_ids]
-            return positions
-        return [position and self._name_tokens(position) for position in positions]
-
-    def _name_tokens(self, position: dict[int, Logprob]) -> dict[int, Logprob]:
-        return {
-            token_id: dataclasses.replace(logprob, decoded_token=self._decode_token(token_id))
-            for token_id, logprob in position.items()
-        }
 
     def _decode_one(self, token_id: int) -> str:
         text: str = self.get_tokenizer().decode([token_id])

@@ -23,8 +23,9 @@ from raydata_llm.engine import worker as worker_module
 from raydata_llm.engine.admission import Admission
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.engine.logprobs import Wanted, row_logprobs
+from raydata_llm.engine.logprobs import row_logprobs
 from raydata_llm.engine.pooling_engine import PoolingEngine
+from raydata_llm.engine.position_logprobs import Wanted
 from raydata_llm.engine.request import Request, seeded_key
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.kernels.tuning import LinearTile, Tile
@@ -68,7 +69,7 @@ def test_no_prefix_is_attended_to_for_many_rows() -> None:
 
 def test_of_equally_likely_tokens_the_first_are_named() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 1.0]]).repeat(3, 1)
-    rows = row_logprobs(logits, torch.tensor([0, 1, 2]), [Wanted(4)], batch_invariant=True)
+    rows = row_logprobs(logits, torch.tensor([0, 1, 2]), [Wanted(4)])
     assert rows.top_ids.tolist() == [[1, 3, 2, 4]] * 3
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -17,6 +16,9 @@ from raydata_llm.engine.gguf_file import GgufFile
 from raydata_llm.engine.gguf_header import read_gguf_header
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.weights import load_weights
+
+pytest.importorskip("gguf", reason="gguf, which the tests write files with, is not installed")
+import gguf  # noqa: E402
 
 TinyModel = Callable[..., Path]
 Array = npt.NDArray[Any]

@@ -44,9 +44,9 @@ def no_waiting() -> Iterator[None]:
 def test_a_launch_never_waits(kind: str, enforce_eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = ModelRunner.launch
 
-    def strict(self: ModelRunner, batch: Any) -> LaunchedStep | None:
+    def strict(*args: Any, **kwargs: Any) -> LaunchedStep | None:
         with no_waiting():
-            return launch(self, batch)
+            return launch(*args, **kwargs)
 
     monkeypatch.setattr(ModelRunner, "launch", strict)
     engine = Engine(

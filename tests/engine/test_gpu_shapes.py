@@ -67,7 +67,7 @@ def load_rounded_weights(*arguments: Any, **settings: Any) -> Iterator[tuple[str
 def step_logits(model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, *, reference_ops: bool) -> torch.Tensor:
     """Logits of every sampled row of every step: chunked prefills, then decode steps whose tokens are given."""
     recorded: list[torch.Tensor] = []
-    original = Decoder.logits
+    original = Decoder.part_logits
 
     def record(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
         logits = original(self, hidden)
@@ -75,7 +75,7 @@ def step_logits(model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, *, ref
         return logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "logits", record)
+        patch.setattr(Decoder, "part_logits", record)  # one rank's part is all
         patch.setattr(worker_module, "load_weights", load_rounded_weights)
         for name, op in REFERENCE_OPS.items() if reference_ops else ():
             patch.setattr(decoder, name, op)

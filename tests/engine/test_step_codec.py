@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as arrays_of
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.guides import Bitmask
-from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs, Wanted
+from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs
+from raydata_llm.engine.position_logprobs import HEAD, Wanted
 from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
@@ -198,10 +199,7 @@ def test_a_plan_that_was_never_sent_is_noticed() -> None:
 def rows(count: int, width: int, named: int) -> RowLogprobs:
     generator = torch.Generator().manual_seed(count * 100 + width * 10 + named)
     return RowLogprobs(
-        chosen=torch.randn(count, generator=generator),
-        ranks=torch.randint(1, VOCAB, (count,), generator=generator),
-        top_ids=torch.randint(0, VOCAB, (count, width), generator=generator),
-        top_logprobs=torch.randn((count, width), generator=generator),
+        records=torch.randint(-(2**31), 2**31, (count, HEAD + 2 * width), generator=generator).int(),
         named=torch.randn((count, named), generator=generator),
     )
 

@@ -227,7 +227,7 @@ def test_lora(model: str, rank: int, compiler: Compiler) -> None:
 def test_sampling(dtype: torch.dtype, compiler: Compiler) -> None:
     from raydata_llm.kernels.bitmask_triton import launch_apply_bitmask
     from raydata_llm.kernels.draw_triton import launch_draw, launch_greedy
-    from raydata_llm.kernels.logprobs_triton import launch_token_logprobs
+    from raydata_llm.kernels.logprobs_triton import launch_logprob_records
     from raydata_llm.kernels.penalise_triton import launch_penalise
     from raydata_llm.kernels.truncate_triton import launch_cut, launch_truncate
 
@@ -236,7 +236,8 @@ def test_sampling(dtype: torch.dtype, compiler: Compiler) -> None:
     launch_greedy(logits)
     cut = launch_cut(logits, number, whole, number, number, whole, whole)
     launch_draw(logits, number, whole, whole)
-    launch_token_logprobs(logits, whole)
+    launch_logprob_records(logits, whole, 5)
+    launch_logprob_records(logits, whole, 5, whole)
     launch_apply_bitmask(logits, torch.zeros((2, vocab // 32), dtype=torch.int32), whole)
     launch_draw(logits, number, whole, whole, cut)
     launch_truncate(logits, whole, number, number)

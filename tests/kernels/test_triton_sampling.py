@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raydata_llm.kernels.bitmask import apply_bitmask_ref_
-from raydata_llm.kernels.logprobs import token_logprobs_ref
+from raydata_llm.kernels.logprobs import HEAD, logprob_records, logprob_records_ref
 from raydata_llm.kernels.sampling import penalise_, sample, truncate_ref
 
 VOCAB = 5003
@@ -319,18 +319,43 @@ def test_penalties(pooled: bool, triton_device: torch.device) -> None:
         assert torch.equal(result[1].cpu(), logits[1])
 
 
-def test_logprobs_and_ranks(triton_dtype: torch.dtype, triton_device: torch.device) -> None:
-    from raydata_llm.kernels.logprobs_triton import launch_token_logprobs
+@pytest.mark.parametrize("picked", [False, True], ids=["all rows", "some rows"])
+@pytest.mark.parametrize(("vocab", "k"), [(VOCAB, 0), (VOCAB, 5), (4096, 40), (31, 31), (31, 4)])
+def test_logprobs_ranks_and_the_likeliest(
+    vocab: int, k: int, picked: bool, triton_dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    from raydata_llm.kernels.logprobs_triton import launch_logprob_records
 
-    logits = logits_of(21).to(triton_dtype)
+    logits = logits_of(21, vocab=vocab).to(triton_dtype)
     logits[1, ::2] = float("-inf")
     logits[2] = 4.0
-    token_ids = torch.tensor([0, 1, 17, 5002, 4000, 2048])
-    expected = token_logprobs_ref(logits, token_ids)
-    found = launch_token_logprobs(logits.to(triton_device), token_ids.to(triton_device))
-    assert found.ranks.tolist() == expected.ranks.tolist()
-    torch.testing.assert_close(found.logprobs.cpu(), expected.logprobs, atol=1e-4, rtol=0)
+    logits[3, 3:] = float("-inf")
+    # Many that are equal, whose order is that of their tokens; some of them in one lane.
+    logits[4] = (logits[4] / 3).round()
+    logits[5, [min(one, vocab - 1) for one in (7, 2055, 4103, 9)]] = 40.0
+    rows = torch.tensor([4, 0, 5, 1]) if picked else None
+    own = torch.tensor([0, 1, 17, 2, vocab - 1, vocab // 2])[: len(logits) if rows is None else len(rows)]
+    expected = logprob_records_ref(logits, own, k, rows)
+    of = None if rows is None else rows.to(triton_device)
+    found = launch_logprob_records(logits.to(triton_device), own.to(triton_device), k, of)
+    words = found.words.cpu()
+    assert torch.equal(words[:, 1], expected.words[:, 1])
+    assert torch.equal(words[:, HEAD::2], expected.words[:, HEAD::2])
+    for start in (0, HEAD + 1):
+        pair = (one[:, start::2].contiguous().view(torch.float32) for one in (words, expected.words))
+        torch.testing.assert_close(*pair, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.log_sums.cpu(), expected.log_sums, atol=1e-4, rtol=0)
+
+
+def test_many_of_the_likeliest_are_those_of_few(triton_device: torch.device) -> None:
+    from raydata_llm.kernels.logprobs_triton import launch_logprob_records
+
+    logits = logits_of(23, vocab=300).to(triton_device)
+    own = torch.arange(ROWS).to(triton_device)
+    many = logprob_records(logits, own, 300)
+    few = launch_logprob_records(logits, own, 7)
+    assert torch.equal(many.words[:, HEAD : HEAD + 14 : 2], few.words[:, HEAD::2])
+    assert many.words[:, HEAD::2].sort(dim=1).values.tolist() == [list(range(300))] * ROWS
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, 4096, 31], ids=str)

@@ -81,7 +81,10 @@ def test_kv_and_at_level_2_weights_are_freed(level: int, llm: LLM) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_sleeping_llm_leaves_the_gpu_to_others(level: int, model_folder: Path) -> None:
-    with LLM(str(model_folder), device="cuda", **SETTINGS) as llm:
+    # What stays, graphs and workspaces, is little beside this.
+    kv_bytes = 1 << 30
+    settings = SETTINGS | {"num_gpu_blocks_override": None, "kv_cache_memory_bytes": kv_bytes}
+    with LLM(str(model_folder), device="cuda", **settings) as llm:
         expected = written(llm)
         before = torch.cuda.memory_reserved()
         llm.sleep(level)
@@ -89,7 +92,7 @@ def test_a_sleeping_llm_leaves_the_gpu_to_others(level: int, model_folder: Path)
         # Another takes what was freed, so that nothing comes back to where it was.
         other = torch.full((1 << 24,), 7.0, device="cuda")
         llm.wake_up()
-        assert asleep < before / 4 and written(llm) == expected
+        assert before - asleep > 0.95 * kv_bytes and written(llm) == expected
         assert bool((other == 7).all())
 
 
