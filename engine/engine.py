@@ -8,6 +8,7 @@ One thread drives an engine; `engine_thread.EngineThread` serves many callers.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
+from raydata_llm.engine.request_stats import RequestStateStats
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.scheduler import Scheduler
@@ -136,6 +138,7 @@ class Engine:
         self._num_prompt_tokens = self._num_output_tokens = self._num_steps = self._num_decode_rows = 0
         self._num_computed_tokens = self._num_sampled_tokens = 0
         self._idle_clock = IdleClock()
+        self._last_read = 0.0
         self._guides = Guides(
             config, tokenizer, self.model_config.vocab_size, self._eos_token_ids, device_type=worker.device_type
         )
@@ -170,7 +173,8 @@ class Engine:
             sequences.append(sequence)
         if not self._unfinished:
             self._idle_clock.work_arrived()
-        self._unfinished[request.request_id] = _UnfinishedRequest(request, prompt, [None] * params.n)
+        stats = RequestStateStats.queued(request.arrival_time)
+        self._unfinished[request.request_id] = _UnfinishedRequest(request, prompt, [None] * params.n, stats)
         if params.structured_outputs is not None:
             self._guides.hold(sequences)
             return
@@ -201,6 +205,7 @@ class Engine:
         batch = self._scheduler.schedule(len(self._in_flight))
         if batch is not None:
             self._idle_clock.step_launched()
+            self._note_scheduled(batch)
 
             def bitmask() -> Bitmask | None:
                 while self._in_flight:
@@ -367,9 +372,25 @@ class Engine:
             token_ids, logprobs = launched.read()
         if not self._in_flight and not under_way:
             self._idle_clock.steps_read()
+        self._last_read = time.monotonic()
+        self._note_first_tokens(batch)
         if logprobs is not None:
             self._add_logprobs(batch, logprobs)
         return self._collect(self._scheduler.update(batch, token_ids))
+
+    def _note_scheduled(self, batch: ScheduledBatch) -> None:
+        now = time.monotonic()
+        for _, sequence in batch.admitted:
+            self._unfinished[sequence.request.request_id].stats.scheduled(now)
+
+    def _note_first_tokens(self, batch: ScheduledBatch) -> None:
+        """Of the sequences whose prefill ended in the step."""
+        sequences, first = self._scheduler.table.sequences, batch.num_decodes
+        rows = zip(batch.sample_slots[first:].tolist(), batch.sample_seq_ids[first:].tolist(), strict=True)
+        for slot, seq_id in rows:
+            sequence = sequences[slot]
+            if sequence is not None and sequence.seq_id == seq_id:
+                self._unfinished[sequence.request.request_id].stats.prefilled(self._last_read)
 
     def _attach_logprobs(self, sequence: Sequence) -> None:
         params, vocab_size = sequence.request.sampling_params, self.model_config.vocab_size
@@ -399,7 +420,9 @@ class Engine:
                 del self._unfinished[request_id]
                 output = unfinished.output()
                 self._num_prompt_tokens += len(output.prompt_token_ids)
-                self._num_output_tokens += sum(len(one.token_ids) for one in output.outputs)
+                num_tokens = sum(len(one.token_ids) for one in output.outputs)
+                self._num_output_tokens += num_tokens
+                unfinished.stats.finished(num_tokens, self._last_read)
                 complete.append(output)
         if complete and not self._unfinished:
             self._idle_clock.work_ended()
@@ -454,6 +477,7 @@ class _UnfinishedRequest:
     request: Request
     prompt: TokenArray
     outputs: list[CompletionOutput | None]
+    stats: RequestStateStats
     num_cached_tokens: int = 0
     prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
     error: str | None = None
@@ -482,6 +506,7 @@ class _UnfinishedRequest:
             stop_reason=ended.stop_reason,
             cumulative_logprob=None if logprobs is None else logprobs.total(),
             logprobs=logprobs.flat() if logprobs is not None and self.is_flat else logprobs,
+            lora_request=self.request.lora_request,
         )
 
     def output(self) -> RequestOutput:
@@ -495,4 +520,6 @@ class _UnfinishedRequest:
             error=self.error,
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=positions.flat() if positions is not None and self.is_flat else positions,
+            lora_request=self.request.lora_request,
+            metrics=self.stats,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from raydata_llm.engine.request_stats import RequestStateStats
 from raydata_llm.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -51,6 +53,7 @@ class Request:
         key: 64-bit key of the sampling noise (see `sampling_key`); the draw depends on it, the index in n and the
             position alone.
         lora_request: The adapter it is run with, if any.
+        arrival_time: When it was made, in seconds since 1970.
     """
 
     request_id: str
@@ -58,6 +61,7 @@ class Request:
     sampling_params: SamplingParams
     key: int = 0
     lora_request: LoRARequest | None = None
+    arrival_time: float = field(default_factory=time.time, compare=False)
 
     def refused(self, error: str) -> RequestOutput:
         """The result of a request that cannot be run."""
@@ -86,6 +90,7 @@ class CompletionOutput:
         text: Filled in by a front end.
         cumulative_logprob: Sum of the drawn tokens' log-probabilities when `logprobs` was asked.
         logprobs: A position's {token id: Logprob}, when asked; made when it is first read.
+        lora_request: The adapter it was written with.
     """
 
     index: int
@@ -95,6 +100,7 @@ class CompletionOutput:
     text: str = ""
     cumulative_logprob: float | None = None
     logprobs: Sequence[dict[int, Logprob]] | None = None
+    lora_request: LoRARequest | None = None
 
 
 @dataclass
@@ -110,6 +116,7 @@ class RequestOutput:
         num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
         prompt_logprobs: A prompt position's {token id: Logprob}, when asked; None for the first position.
         lora_request: The adapter it was run with.
+        metrics: When it was taken, scheduled and written; None of a request that could not be run.
     """
 
     request_id: str
@@ -120,6 +127,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None
     lora_request: LoRARequest | None = None
+    metrics: RequestStateStats | None = field(default=None, compare=False)
 
     @property
     def finished(self) -> bool:

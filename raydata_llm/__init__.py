@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from raydata_llm.engine.repetition import RepetitionDetectionParams
     from raydata_llm.engine.request import CompletionOutput, Logprob, LoRARequest, RequestOutput
+    from raydata_llm.engine.request_stats import RequestStateStats
     from raydata_llm.engine.sampling_params import RequestOutputKind, SamplingParams
     from raydata_llm.engine.structured_outputs import StructuredOutputsParams
     from raydata_llm.job_report import JobReport
@@ -68,6 +69,7 @@ __all__ = [
     "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
+    "RequestStateStats",
     "ResumeConfig",
     "SamplingParams",
     "ScoringOutput",
@@ -106,6 +108,7 @@ _MODULES = {
     "RepetitionDetectionParams": "raydata_llm.engine.repetition",
     "RequestOutput": "raydata_llm.engine.request",
     "RequestOutputKind": "raydata_llm.engine.sampling_params",
+    "RequestStateStats": "raydata_llm.engine.request_stats",
     "report_of": "raydata_llm.job_run",
     "SamplingParams": "raydata_llm.engine.sampling_params",
     "StructuredOutputsParams": "raydata_llm.engine.structured_outputs",

@@ -227,7 +227,7 @@ def _engine_columns(row: RowOutput, output: AnyOutput, request: RowRequest, besi
         "logprobs": first["logprobs"],
         "prompt_logprobs": _logprobs(output.prompt_logprobs, params, block),
         "embeddings": None,
-        "metrics": None,
+        "metrics": None if output.metrics is None else vars(output.metrics).copy(),
         "request_id": row.request_id,
         "batch_uuid": block.batch_uuid,
         "time_taken_llm": row.seconds,

@@ -22,6 +22,19 @@ _LOGPROBS = pa.list_(
         pa.struct({"token_id": pa.int32(), "logprob": pa.float64(), "rank": pa.int32(), "decoded_token": pa.string()})
     )
 )
+# vLLM's `RequestStateStats`.
+_METRICS = pa.struct(
+    {
+        "num_generation_tokens": pa.int64(),
+        "arrival_time": pa.float64(),
+        "queued_ts": pa.float64(),
+        "scheduled_ts": pa.float64(),
+        "first_token_ts": pa.float64(),
+        "last_token_ts": pa.float64(),
+        "first_token_latency": pa.float64(),
+        "is_corrupted": pa.bool_(),
+    }
+)
 _KEYED = ("stop_reason", "logprobs")
 _CHOICE = pa.struct(
     {
@@ -50,7 +63,7 @@ OUTPUT_COLUMNS: dict[str, pa.DataType] = {
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
     "embeddings": pa.list_(pa.float32()),
-    "metrics": pa.string(),
+    "metrics": _METRICS,
     "request_id": pa.int64(),
     "batch_uuid": pa.string(),
     "time_taken_llm": pa.float64(),

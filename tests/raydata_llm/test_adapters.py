@@ -65,6 +65,7 @@ def answers(model_folder: Path, adapters: Path) -> dict[str | None, list[int]]:
         requests = [None, *(LoRARequest(name, 1, str(adapters / name)) for name in ("zero", "one"))]
         results = llm.generate([{"prompt_token_ids": PROMPT}] * 3, GREEDY, lora_request=requests)
     assert [result.lora_request for result in results] == requests
+    assert [result.outputs[0].lora_request for result in results] == requests
     return {
         None if one is None else one.lora_name: result.outputs[0].token_ids
         for one, result in zip(requests, results, strict=True)

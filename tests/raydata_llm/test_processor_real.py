@@ -17,7 +17,7 @@ import ray
 from moto.server import ThreadedMotoServer
 from ray.exceptions import UserCodeException
 
-from raydata_llm import build_llm_processor, vLLMEngineProcessorConfig
+from raydata_llm import RequestStateStats, build_llm_processor, vLLMEngineProcessorConfig
 from tests.raydata_llm.processor_fakes import ray_session
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
@@ -84,7 +84,7 @@ def ask(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(row: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: row[name] for name in ("id", "kind", "tags", "score", "finish_reason", "params")}
+    kept = {name: row[name] for name in ("id", "kind", "tags", "score", "finish_reason", "params", "metrics")}
     return {**kept, "tokens": row["generated_tokens"], "answer": row["generated_text"]}
 
 
@@ -128,6 +128,9 @@ def test_rows_go_from_s3_to_s3_through_two_replicas(s3: Any, model_folder: Path)
             assert BAD[row["id"]][1] in row["__inference_error__"] and row["tokens"] is None
         else:
             assert row["__inference_error__"] == "" and row["finish_reason"] in ("stop", "length")
+            assert row["metrics"].keys() == vars(RequestStateStats()).keys()
+            assert row["metrics"]["num_generation_tokens"] == len(row["tokens"])
+            assert row["metrics"]["scheduled_ts"] < row["metrics"]["first_token_ts"]
             assert 1 <= len(row["tokens"]) <= (4 if row["id"] % 2 else 2)
             assert ('"top_k": 5' in row["params"]) == (row["id"] % 2 == 0)
 
