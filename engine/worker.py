@@ -27,7 +27,7 @@ from raydata_llm.engine.shard import ModelShard
 from raydata_llm.engine.weights import NamedTensor, load_weights
 
 # Rows with penalties at once at most.
-MOST_PENALTY_SEQS = 256
+MOST_PENALTY_SEQS = 1024
 
 
 class Worker:

@@ -1,7 +1,7 @@
 """Log-probabilities of rows on a GPU: a program goes through one row once, then finds the likeliest one by one.
 
 The equations and the record are in logprobs.py; imported only where the tensors are on a GPU. A lane sees every
-BLOCK-th token and keeps the largest logit, its token, and a sum relative to that. The likeliest token is the largest
+BLOCK-th token and keeps the largest logit, its token, and a sum relative to the row's own token. The likeliest token is the largest
 of the lanes' own; its lane then looks for its next one, which is a lane's few dozen tokens and no pass over the row:
 
     tokens   0   1   2   3 | 4   5   6   7 | 8   9 ...        BLOCK = 4: lane 2 has 2, 6, 10 ...
@@ -19,6 +19,8 @@ from raydata_llm.kernels.logprobs import HEAD, Records
 
 _BLOCK = 2048
 _LOWEST: tl.constexpr = tl.constexpr(float("-inf"))
+# exp of it, times a vocabulary, is a float32.
+_FAR: tl.constexpr = tl.constexpr(60.0)
 _NO_TOKEN: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
@@ -48,20 +50,25 @@ def _logprob_records_kernel(
     # Every lane holds a token from the start, its first, though all its logits be -inf; one beyond the end holds none.
     best = tl.load(logits_ptr + lane, mask=lane < VOCAB, other=_LOWEST).to(tl.float32)
     best_token = tl.where(lane < VOCAB, lane, _NO_TOKEN)
-    weight = tl.where(best > _LOWEST, 1.0, 0.0)
+    weight = tl.exp(best - chosen)
     above = (best > chosen).to(tl.int32)
     for start in tl.range(BLOCK, VOCAB, BLOCK, num_stages=4):
         token = start + lane
         logit = tl.load(logits_ptr + token, mask=token < VOCAB, other=_LOWEST).to(tl.float32)
-        higher = tl.maximum(best, logit)
-        # Of two infinities there is no difference.
-        finite = tl.where(higher > _LOWEST, higher, 0.0)
-        weight = weight * tl.exp(best - finite) + tl.exp(logit - finite)
+        weight += tl.exp(logit - chosen)
         best_token = tl.where(logit > best, token, best_token)
-        best = higher
+        best = tl.maximum(best, logit)
         above += (logit > chosen).to(tl.int32)
     highest = tl.max(best, axis=0)
-    log_sum = highest + tl.log(tl.sum(weight * tl.exp(best - highest), axis=0))
+    log_sum = chosen + tl.log(tl.sum(weight, axis=0))
+    if not (highest - chosen <= _FAR):
+        # Too far from the row's own token for a sum relative to that, which happens to a prompt's unlikely tokens.
+        weight = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, VOCAB, BLOCK):
+            token = start + lane
+            logit = tl.load(logits_ptr + token, mask=token < VOCAB, other=_LOWEST).to(tl.float32)
+            weight += tl.exp(logit - highest)
+        log_sum = highest + tl.log(tl.sum(weight, axis=0))
     tl.store(log_sums_ptr + record, log_sum)
     tl.store(words_ptr, (chosen - log_sum).to(tl.int32, bitcast=True))
     tl.store(words_ptr + 1, tl.sum(above, axis=0) + 1)

@@ -93,13 +93,15 @@ def _expand_kernel(
     b_rows = b_ptr + (slot.to(tl.int64) * WIDTH + column[:, None]) * RANK + rank[None, :]
     delta = tl.zeros((TILE, BLOCK), dtype=tl.float32)
     for part in tl.static_range(PARTS):
-        inner = tl.zeros((TILE, RANK_PADDED), dtype=tl.float32)
-        for split in range(SPLITS):
-            place = (member[:, None].to(tl.int64) * SPLITS + split) * RANKS_PADDED + part * RANK + rank[None, :]
-            inner += tl.load(inner_ptr + place, mask=present[:, None] & (rank[None, :] < RANK), other=0.0)
         wanted = (column < WIDTH) & (part_of == part)
-        b = tl.load(b_rows, mask=wanted[:, None] & (rank[None, :] < RANK), other=0.0)
-        delta = tl.dot(inner.to(b.dtype), tl.trans(b), delta, input_precision="ieee")
+        # Mostly a block's columns are all of one part.
+        if tl.max(wanted.to(tl.int32), axis=0) > 0:
+            inner = tl.zeros((TILE, RANK_PADDED), dtype=tl.float32)
+            for split in range(SPLITS):
+                place = (member[:, None].to(tl.int64) * SPLITS + split) * RANKS_PADDED + part * RANK + rank[None, :]
+                inner += tl.load(inner_ptr + place, mask=present[:, None] & (rank[None, :] < RANK), other=0.0)
+            b = tl.load(b_rows, mask=wanted[:, None] & (rank[None, :] < RANK), other=0.0)
+            delta = tl.dot(inner.to(b.dtype), tl.trans(b), delta, input_precision="ieee")
     y_at = y_ptr + rows[:, None] * Y_STRIDE + column[None, :]
     mask = present[:, None] & (column[None, :] < WIDTH)
     y = tl.load(y_at, mask=mask, other=0.0)

@@ -18,7 +18,7 @@ from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.weights import load_weights
 
 pytest.importorskip("gguf", reason="gguf, which the tests write files with, is not installed")
-import gguf  # noqa: E402
+import gguf
 
 TinyModel = Callable[..., Path]
 Array = npt.NDArray[Any]

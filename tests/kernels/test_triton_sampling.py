@@ -332,7 +332,8 @@ def test_logprobs_ranks_and_the_likeliest(
     logits[3, 3:] = float("-inf")
     # Many that are equal, whose order is that of their tokens; some of them in one lane.
     logits[4] = (logits[4] / 3).round()
-    logits[5, [min(one, vocab - 1) for one in (7, 2055, 4103, 9)]] = 40.0
+    # So far above the row's own token that no sum relative to that is a number.
+    logits[5, [min(one, vocab - 1) for one in (7, 2055, 4103, 9)]] = 140.0
     rows = torch.tensor([4, 0, 5, 1]) if picked else None
     own = torch.tensor([0, 1, 17, 2, vocab - 1, vocab // 2])[: len(logits) if rows is None else len(rows)]
     expected = logprob_records_ref(logits, own, k, rows)
