@@ -1,8 +1,9 @@
 """Log-probabilities of rows on a GPU: a program goes through one row once, then finds the likeliest one by one.
 
 The equations and the record are in logprobs.py; imported only where the tensors are on a GPU. A lane sees every
-BLOCK-th token and keeps the largest logit, its token, and a sum relative to the row's own token. The likeliest token is the largest
-of the lanes' own; its lane then looks for its next one, which is a lane's few dozen tokens and no pass over the row:
+BLOCK-th token and keeps the largest logit, its token, and a sum relative to the row's own token. The likeliest token
+is the largest of the lanes' own; its lane then looks for its next one, which is a lane's few dozen tokens and no pass
+over the row:
 
     tokens   0   1   2   3 | 4   5   6   7 | 8   9 ...        BLOCK = 4: lane 2 has 2, 6, 10 ...
 

@@ -130,6 +130,8 @@ def measure(model: str, cases: list[str], runs: int) -> list[dict[str, Any]]:
         rows.engine.shutdown()
         del rows
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if adapted:
             adapters = list(save_adapters(SHAPES[model], Path(folder)))
             rows = Rows(model, path, {"enable_lora": True, "max_loras": NUM_ADAPTERS, "max_lora_rank": LORA_RANK})

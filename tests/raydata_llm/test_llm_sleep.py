@@ -81,21 +81,19 @@ def test_kv_and_at_level_2_weights_are_freed(level: int, llm: LLM) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_sleeping_llm_leaves_the_gpu_to_others(level: int, model_folder: Path) -> None:
-    with LLM(str(model_folder), device="cuda", **SETTINGS | {"num_gpu_blocks_override": 20_000}) as llm:
+    with LLM(str(model_folder), device="cuda", **SETTINGS) as llm:
         expected = written(llm)
         runner = worker_of(llm)._runner
         assert runner is not None
         kv_bytes = sum(tensor.nbytes for layer in runner._kv_cache.layers for tensor in layer)
         del runner
-        # What stays, graphs and workspaces, is little beside this.
-        assert kv_bytes > 1 << 28
         before = torch.cuda.memory_reserved()
         llm.sleep(level)
         asleep = torch.cuda.memory_reserved()
         # Another takes what was freed, so that nothing comes back to where it was.
         other = torch.full((1 << 24,), 7.0, device="cuda")
         llm.wake_up()
-        assert before - asleep > 0.9 * kv_bytes and written(llm) == expected
+        assert before - asleep >= kv_bytes > 0 and written(llm) == expected
         assert bool((other == 7).all())
 
 
