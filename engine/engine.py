@@ -134,6 +134,7 @@ class Engine:
         self._steps_ahead = ahead + config.pipeline_parallel_size - 1
         self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep | RemoteStep]] = deque()
         self._unfinished: dict[str, _UnfinishedRequest] = {}
+        self._beams: BeamSearch | None = None
         self._next_seq_id = 0
         self._num_prompt_tokens = self._num_output_tokens = self._num_steps = self._num_decode_rows = 0
         self._num_computed_tokens = self._num_sampled_tokens = 0
@@ -148,7 +149,9 @@ class Engine:
 
         Raises:
             ValueError: for one that cannot be run; nothing else is affected.
+            RuntimeError: while a beam search is open.
         """
+        self._check_no_beams()
         if request.request_id in self._unfinished:
             raise ValueError(f"request_id={request.request_id!r} is in use by an unfinished request")
         prompt = self.check_request(request)
@@ -200,7 +203,12 @@ class Engine:
         return bool(self._unfinished)
 
     def step(self) -> list[RequestOutput]:
-        """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests."""
+        """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests.
+
+        Raises:
+            RuntimeError: while a beam search is open.
+        """
+        self._check_no_beams()
         finished = self._take_ready() if self._guides.any_waiting else []
         batch = self._scheduler.schedule(len(self._in_flight))
         if batch is not None:
@@ -226,11 +234,20 @@ class Engine:
         """A beam search, which has the engine to itself until it is closed.
 
         Raises:
-            RuntimeError: while requests are unfinished.
+            RuntimeError: while requests are unfinished, or another search is open.
         """
+        self._check_no_beams()
         if self._unfinished:
-            raise RuntimeError("a beam search begins when the engine has no unfinished request")
-        return BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams)
+            raise RuntimeError(
+                f"a beam search cannot begin while {len(self._unfinished)} requests are unfinished: finish them with "
+                "step(), or abort them"
+            )
+        self._live_worker()
+        # What is still in flight belongs to requests that have ended; its slots and blocks are the search's from now.
+        while self._in_flight:
+            self._read_oldest()
+        self._beams = BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams)
+        return self._beams
 
     def check_beam_request(self, request: BeamRequest) -> None:
         """Check what a beam search cannot run.
@@ -248,6 +265,10 @@ class Engine:
                 lora_request=request.lora_request,
             )
         )
+
+    def _check_no_beams(self) -> None:
+        if self._beams is not None and self._beams.is_open:
+            raise RuntimeError("a beam search has the engine to itself: finish it, and close() it first")
 
     def _run_beams(self, batch: ScheduledBatch) -> SampledLogprobs | None:
         """Launch a beam search's step and read it."""
@@ -325,6 +346,7 @@ class Engine:
                 f"sleep(level={level}) is not supported with engines in several processes: shut the LLM down, and make "
                 "it anew"
             )
+        self._check_no_beams()
         assert not self._unfinished, "the caller waits, or aborts"
         while self._in_flight:
             self._read_oldest()
@@ -347,7 +369,9 @@ class Engine:
         self._scheduler.check_integrity()
 
     def shutdown(self) -> None:
-        """Abort everything and free the device; the engine cannot be used after."""
+        """Abort everything, a beam search too, and free the device; the engine cannot be used after."""
+        if self._beams is not None:
+            self._beams.close()
         self.abort_all()
         self._in_flight.clear()
         self._guides.shutdown()

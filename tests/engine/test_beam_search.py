@@ -271,13 +271,44 @@ def test_generation_after_a_search_is_as_without_it(folder: Path) -> None:
     assert generated(engine) == expected
 
 
-def test_a_search_waits_for_no_one(folder: Path) -> None:
+def ask(request_id: str) -> Request:
+    ids = np.array([20], dtype=np.int32)
+    return Request(request_id=request_id, prompt_token_ids=ids, sampling_params=SamplingParams(max_tokens=4))
+
+
+def test_a_search_and_generation_keep_each_other_out_until_they_have_ended(folder: Path) -> None:
     engine = Engine(EngineConfig(model=str(folder), **SETTINGS))
-    request = Request(
-        request_id="0", prompt_token_ids=np.array([20], dtype=np.int32), sampling_params=SamplingParams(max_tokens=4)
+    engine.add_request(ask("0"))
+    with pytest.raises(RuntimeError, match="while 1 requests are unfinished"):
+        engine.beam_search()
+    while engine.has_unfinished():
+        engine.step()
+    beams = engine.beam_search()
+    for work in (lambda: engine.add_request(ask("1")), engine.step, engine.beam_search, engine.sleep):
+        with pytest.raises(RuntimeError, match=r"has the engine to itself: finish it, and close\(\) it"):
+            work()
+    beams.close()
+    engine.add_request(ask("1"))
+    assert engine.abort_all()[0].request_id == "1"
+
+
+def test_shutdown_closes_an_open_search(folder: Path) -> None:
+    engine = Engine(EngineConfig(model=str(folder), **SETTINGS))
+    beams = engine.beam_search()
+    request = BeamRequest(
+        request_id="0",
+        prompt_token_ids=np.array([20, 30], dtype=np.int32),
+        params=BeamSearchParams(beam_width=2, max_tokens=9),
     )
-    engine.add_request(request)
-    with pytest.raises(RuntimeError, match="no unfinished request"):
+    beams.add(request)
+    beams.step()
+    engine.shutdown()
+    engine.check_integrity()
+    assert not beams.has_unfinished() and not beams.is_open
+    for work in (beams.step, lambda: beams.add(request)):
+        with pytest.raises(RuntimeError, match="this beam search was closed"):
+            work()
+    with pytest.raises(RuntimeError, match="the engine was shut down"):
         engine.beam_search()
 
 
