@@ -46,15 +46,8 @@ class BeamQueue:
         self._num_sequences = 0
 
     def add(self, request: BeamRequest) -> None:
-        """Let a request wait.
-
-        Raises:
-            ValueError: for more beams than the engine runs.
-        """
-        width = request.params.beam_width
-        if width > self._limits.max_num_seqs:
-            limit = f"max_num_seqs={self._limits.max_num_seqs}"
-            raise ValueError(f"beam_width={width} is more than {limit}: lower it, or raise max_num_seqs")
+        """Let a request wait that the engine has checked."""
+        assert request.params.beam_width <= self._limits.max_num_seqs, "it would wait for ever"
         self._waiting.append(request)
 
     @property

@@ -47,7 +47,6 @@ class BeamSearch:
         """Queue a request that the engine has checked.
 
         Raises:
-            ValueError: for more beams than the engine runs.
             RuntimeError: once the search is closed.
         """
         self._check_open()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from raydata_llm.engine.adapter_slots import load_adapter
 from raydata_llm.engine.batch import ScheduledBatch
-from raydata_llm.engine.beam_params import BeamRequest
+from raydata_llm.engine.beam_params import BeamRequest, BeamSearchParams
 from raydata_llm.engine.beam_search import BeamSearch
 from raydata_llm.engine.block_manager import BlockManager
 from raydata_llm.engine.detokenizer import Tokenizer
@@ -255,16 +256,26 @@ class Engine:
         Raises:
             ValueError: as `check_request`.
         """
-        allowed = request.params.allowed_token_ids
-        params = SamplingParams(allowed_token_ids=None if allowed is None else list(allowed))
+        self.check_beam_params(request.params)
         self.check_request(
             Request(
                 request_id=request.request_id,
                 prompt_token_ids=request.prompt_token_ids,
-                sampling_params=params,
+                sampling_params=SamplingParams(),
                 lora_request=request.lora_request,
             )
         )
+
+    def check_beam_params(self, params: BeamSearchParams) -> None:
+        """Check what no beam search of this engine can do.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        if params.beam_width > self.max_num_seqs:
+            limit = f"max_num_seqs={self.max_num_seqs}"
+            raise ValueError(f"beam_width={params.beam_width} is more than {limit}: lower it, or raise max_num_seqs")
+        self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
 
     def _check_no_beams(self) -> None:
         if self._beams is not None and self._beams.is_open:
@@ -483,7 +494,7 @@ class Engine:
         load_adapter(adapter.lora_path, self.model_config, self.config.max_lora_rank)
 
     def _check_token_ids(self, request: Request) -> None:
-        params, vocab_size = request.sampling_params, self.model_config.vocab_size
+        params = request.sampling_params
         named = {
             "stop_token_ids": params.stop_token_ids,
             "allowed_token_ids": params.allowed_token_ids or (),
@@ -491,9 +502,13 @@ class Engine:
             "logprob_token_ids": params.logprob_token_ids or (),
         }
         for name, token_ids in named.items():
-            bad = [token_id for token_id in token_ids if token_id >= vocab_size]
-            if bad:
-                raise ValueError(f"{name} names token {bad[0]}, outside the vocabulary of {vocab_size} tokens")
+            self._check_in_vocabulary(name, token_ids)
+
+    def _check_in_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
+        vocab_size = self.model_config.vocab_size
+        bad = [token_id for token_id in token_ids if token_id >= vocab_size]
+        if bad:
+            raise ValueError(f"{name} names token {bad[0]}, outside the vocabulary of {vocab_size} tokens")
 
 
 @dataclass

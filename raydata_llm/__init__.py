@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raydata_llm.config import EngineProcessorConfig, ProcessorConfig, vLLMEngineProcessorConfig
+    from raydata_llm.engine.beam_params import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from raydata_llm.engine.flat_logprobs import FlatLogprobs
     from raydata_llm.engine.pooler_config import PoolerConfig
     from raydata_llm.engine.pooling_params import PoolingParams
@@ -47,6 +48,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "ChatTemplateStageConfig",
     "ClassificationOutput",
     "ClassificationRequestOutput",
@@ -89,6 +93,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BeamSearchOutput": "raydata_llm.engine.beam_params",
+    "BeamSearchParams": "raydata_llm.engine.beam_params",
+    "BeamSearchSequence": "raydata_llm.engine.beam_params",
     "PoolerConfig": "raydata_llm.engine.pooler_config",
     "PoolingParams": "raydata_llm.engine.pooling_params",
     "ClassificationOutput": "raydata_llm.engine.pooling_request",

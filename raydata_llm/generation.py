@@ -13,14 +13,15 @@ import logging
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from raydata_llm.engine.beam_params import BeamSearchOutput
 from raydata_llm.engine.request import Request, RequestOutput, request_digest, sampling_key, seeded_key
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import Prompt
@@ -36,6 +37,7 @@ _CHUNK = 256
 
 Encode = Callable[[list[Prompt]], None]
 Finish = Callable[[Prompt, RequestOutput], None]
+_Item = TypeVar("_Item")
 
 
 class Generation:
@@ -75,8 +77,8 @@ class Generation:
             encode: Fills in the token ids, or errors, of some prompts; runs in a thread of its own.
         """
         named = {str(next(self._request_ids)): prompt for prompt in prompts}
-        for chunk in _chunks(named):
-            self._chunks.append((chunk, self._tokenising.submit(encode, list(chunk.values()))))
+        for chunk in prompt_chunks(list(named.items())):
+            self._chunks.append((dict(chunk), self._tokenising.submit(encode, [prompt for _, prompt in chunk])))
         self._unfinished |= named
         return list(named)
 
@@ -214,16 +216,17 @@ class Generation:
         )
 
 
-def tell_failures(results: list[RequestOutput]) -> None:
+def tell_failures(results: Sequence[RequestOutput | BeamSearchOutput]) -> None:
     """Warn of prompts that failed."""
     failed = [output for output in results if output.error is not None]
     if failed:
         logger.warning("%d of %d prompts failed; the first: %s", len(failed), len(results), failed[0].error)
 
 
-def _chunks(named: dict[str, Prompt]) -> Iterator[dict[str, Prompt]]:
-    waiting = iter(named.items())
-    while chunk := dict(itertools.islice(waiting, _CHUNK)):
+def prompt_chunks(prompts: Sequence[_Item]) -> Iterator[list[_Item]]:
+    """As many prompts as are tokenised at a time."""
+    waiting = iter(prompts)
+    while chunk := list(itertools.islice(waiting, _CHUNK)):
         yield chunk
 
 

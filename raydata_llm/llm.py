@@ -22,6 +22,7 @@ from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.request import Logprob, LoRARequest, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.generation import Generation
+from raydata_llm.llm_beam import BeamMethods
 from raydata_llm.llm_metrics import Metric, list_metrics
 from raydata_llm.llm_pooling import PoolingMethods, read_older_settings
 from raydata_llm.llm_queue import Asked, ChatOptions, QueueMethods
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from raydata_llm.engine.pooling_engine import PoolingEngine
 
 
-class LLM(SleepMethods, QueueMethods, PoolingMethods):
+class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
     """Loads a model and answers lists of prompts: with text, or with embeddings, classes and scores.
 
     Args:
@@ -250,6 +251,19 @@ class LLM(SleepMethods, QueueMethods, PoolingMethods):
                 f"level={level} is not valid while enqueued prompts are under way: call wait_for_completion(), or "
                 "reset() to forget them"
             )
+        return engine
+
+    def _engine_that_searches(self) -> Engine:
+        from raydata_llm.engine.engine import Engine
+
+        engine = self._live_engine()
+        if not isinstance(engine, Engine):
+            raise ValueError(
+                "beam_search is not supported with data_parallel_size above 1: build the LLM with 1, and share the "
+                "prompts among several of them"
+            )
+        self._check_nothing_enqueued()
+        self._check_awake()
         return engine
 
     def _live_pooling_engine(self) -> PoolingEngine:

@@ -39,12 +39,16 @@ class Progress:
             self._bar.close()
 
     def advance(self, output: RequestOutput | PoolingRequestOutput[Any]) -> None:
+        """Count a result's prompt as done."""
+        outputs = output.outputs if isinstance(output, RequestOutput) else ()
+        self.count(len(output.prompt_token_ids), sum(len(one.token_ids) for one in outputs))
+
+    def count(self, num_prompt_tokens: int, num_output_tokens: int) -> None:
         """Count one prompt as done."""
         if self._bar is None:
             return
-        self._num_prompt_tokens += len(output.prompt_token_ids)
-        if isinstance(output, RequestOutput):
-            self._num_output_tokens += sum(len(one.token_ids) for one in output.outputs)
+        self._num_prompt_tokens += num_prompt_tokens
+        self._num_output_tokens += num_output_tokens
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         speed = f"input: {self._num_prompt_tokens / elapsed:.0f} tok/s"
         speed += f", output: {self._num_output_tokens / elapsed:.0f} tok/s"

@@ -349,6 +349,8 @@ def test_more_beams_than_the_engine_runs_are_refused(folder: Path) -> None:
         search(engine, [[20]], BeamSearchParams(beam_width=4, max_tokens=4))
 
 
+# CI searches with this model through LLM, in tests/raydata_llm/test_llm_beam.py.
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_demo_model_finds_what_transformers_finds(demo_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
