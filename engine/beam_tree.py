@@ -1,6 +1,6 @@
 """The tree of one beam search: each step's beams by parent and token, and the finished sequences in it.
 
-Owns what beams are on the host; where their KV lies is `beam_blocks.py`'s. Steps are kept as arrays, sequences are
+Owns what beams are on the host; where their KV lies is `beam_group.py`'s. Steps are kept as arrays, sequences are
 read out of them once, at the end.
 """
 

@@ -32,6 +32,29 @@ def test_an_llm_over_several_processes_writes_the_same(tiny_model: Callable[...,
     assert written(model, **sizes) == written(model)
 
 
+@pytest.mark.parametrize("sizes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=str)
+def test_a_beam_search_over_several_processes_finds_the_same(
+    tiny_model: Callable[..., Path], sizes: dict[str, int]
+) -> None:
+    model = str(tiny_model("llama", num_attention_heads=8))
+
+    def found(**sizes: int) -> list[list[list[int]]]:
+        with LLM(model, **SETTINGS, dtype="float32", **sizes) as llm:
+            outputs = llm.beam_search(PROMPTS[:6], {"beam_width": 3, "max_tokens": 6})
+        return [[sequence.tokens for sequence in output.sequences] for output in outputs]
+
+    assert found(**sizes) == found()
+
+
+def test_a_beam_search_of_several_engines_is_a_value_error(tiny_model: Callable[..., Path]) -> None:
+    model = str(tiny_model("llama", num_attention_heads=8))
+    with (
+        LLM(model, **SETTINGS, data_parallel_size=2) as llm,
+        pytest.raises(ValueError, match="not supported with data_parallel_size above 1: build the LLM with 1"),
+    ):
+        llm.beam_search(PROMPTS[:2], {"beam_width": 3, "max_tokens": 6})
+
+
 def test_engines_take_rows_as_they_have_room(tiny_model: Callable[..., Path]) -> None:
     model = str(tiny_model("llama", num_attention_heads=8))
     with LLM(model, **SETTINGS, data_parallel_size=2) as llm:

@@ -139,6 +139,20 @@ print(output.prompt_logprobs[0], first.logprob <= 0, first.rank >= 1, isinstance
 """,
         "None True True True",
     ),
+    "beam search": (
+        """
+from vllm import LLM
+from vllm.sampling_params import BeamSearchParams
+llm = LLM(model=MODEL)
+params = BeamSearchParams(beam_width=5, max_tokens=12)
+outputs = llm.beam_search([{"prompt": "Good morning, I am"}, {"prompt_token_ids": [1, 5, 6]}], params)
+for output in outputs:
+    print(len(output.sequences), all(sequence.tokens[0] == 1 for sequence in output.sequences))
+generated_text = outputs[0].sequences[0].text
+print(generated_text.startswith("<s>Good morning, I am"), outputs[0].sequences[0].cum_logprob < 0)
+""",
+        "5 True\n5 True\nTrue True",
+    ),
     "metrics": (
         """
 from vllm import LLM, SamplingParams
