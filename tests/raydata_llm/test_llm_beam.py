@@ -100,9 +100,9 @@ def test_every_form_of_prompt_finds_the_same(llm: LLM) -> None:
 
 
 def test_a_sequence_has_its_texts_and_log_probabilities(llm: LLM) -> None:
-    params = BeamSearchParams(beam_width=4, max_tokens=8, rules="transformers", length_penalty=2.0)
+    params = BeamSearchParams(beam_width=4, max_tokens=10, rules="transformers")
     shown = dataclasses.replace(params, include_stop_str_in_output=True)
-    prompts = ["hello world", "the quick brown fox", "over"]
+    prompts = ["hello world", "the quick brown fox", "jumps over the lazy dog", "a"]
     tokenizer = llm.get_tokenizer()
     sequences = [one for output in llm.beam_search(prompts, params) for one in output.sequences]
     with_ends = [one for output in llm.beam_search(prompts, shown) for one in output.sequences]

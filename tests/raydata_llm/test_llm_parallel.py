@@ -38,7 +38,7 @@ def test_a_beam_search_over_several_processes_finds_the_same(
 ) -> None:
     model = str(tiny_model("llama", num_attention_heads=8))
 
-    def found(**sizes: int) -> list[list[list[int]]]:
+    def found(**sizes: Any) -> list[list[list[int]]]:
         with LLM(model, **SETTINGS, dtype="float32", **sizes) as llm:
             outputs = llm.beam_search(PROMPTS[:6], {"beam_width": 3, "max_tokens": 6})
         return [[sequence.tokens for sequence in output.sequences] for output in outputs]
