@@ -5,13 +5,14 @@ Owns its arguments, and the texts of its results. What happens in a call is `bea
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydata_llm.beam_call import BeamCall
 from raydata_llm.engine.beam_params import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
-from raydata_llm.engine.request import LoRARequest
+from raydata_llm.engine.request import Logprob, LoRARequest
 from raydata_llm.generation import Encode
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import Prompt
@@ -25,6 +26,7 @@ class BeamMethods(ABC):
 
     _tokenizer: Any
     _request_ids: Iterator[int]
+    _decode_token: Callable[[int], str]
 
     @abstractmethod
     def _ask_prompts(self, prompts: Any, sampling_params: Any, lora_request: Any) -> tuple[list[Prompt], Encode]:
@@ -33,10 +35,6 @@ class BeamMethods(ABC):
     @abstractmethod
     def _engine_that_searches(self) -> Engine:
         """The engine, with nothing under way in it; an error says why it cannot search."""
-
-    @abstractmethod
-    def _name_positions(self, positions: Any) -> Any:
-        """Log-probabilities with their tokens' texts."""
 
     def beam_search(
         self,
@@ -86,7 +84,13 @@ class BeamMethods(ABC):
         is_cut = sequence.finish_reason == "stop" and not params.include_stop_str_in_output
         # As vLLM's: special tokens of the prompt are shown.
         sequence.text = self._tokenizer.decode(sequence.tokens[:-1] if is_cut else sequence.tokens)
-        sequence.logprobs = self._name_positions(sequence.logprobs)
+        sequence.logprobs = [self._name_tokens(position) for position in sequence.logprobs]
+
+    def _name_tokens(self, position: Mapping[int, Logprob]) -> dict[int, Logprob]:
+        return {
+            token_id: dataclasses.replace(logprob, decoded_token=self._decode_token(token_id))
+            for token_id, logprob in position.items()
+        }
 
 
 def _check_limit(limit: int | None) -> None:
