@@ -30,7 +30,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m examples.demo
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@.ci/test
 
 lint: $(STAMP)
 	@$(BIN)/ruff check

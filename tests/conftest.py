@@ -52,11 +52,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is marked `slow` unless -m names it, and `gpu` where there is none.
+    """Mark tests of files that import Ray; skip `slow` unless -m names it, and `gpu` where there is none.
 
     torch is asked only when such a test was collected.
     """
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item.module, "ray"):
+            item.add_marker("ray")
     if "slow" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("slow"):
@@ -96,6 +100,16 @@ def demo_model() -> Path:
     from examples.demo_assets import model_path
 
     return model_path()
+
+
+@pytest.fixture(scope="session")
+def demo_reference(demo_model: Path) -> Any:
+    """transformers' own model of the demo's file, in float32; reading it takes ten seconds. Leave it as it is."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto_model: Any = AutoModelForCausalLM
+    return auto_model.from_pretrained(demo_model.parent, gguf_file=demo_model.name, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")

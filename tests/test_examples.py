@@ -18,6 +18,8 @@ import pytest
 from examples.demo import s3_server
 from examples.demo_assets import MODEL, PROMPTS, demo_dir, prompts
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydata_llm.cluster.gang import Gang, GangPlan, RankPlacement, node_gpus
+from tests.raydata_llm.patience import wait_until
 
 TIMEOUT_S = 3.0
 
@@ -55,7 +56,7 @@ def test_ranks_that_cannot_be_placed_are_an_error_with_the_numbers_in_time(
     began = time.monotonic()
     with pytest.raises(ValueError, match=error):
         placing(bundle, count, strategy).launch(("nowhere", 0), count)
-    assert time.monotonic() - began < TIMEOUT_S + 5
+    assert time.monotonic() - began < TIMEOUT_S + 30
     assert_all_is_free()
 
 
@@ -66,7 +67,7 @@ def test_a_node_that_vanishes_while_ranks_are_placed_is_an_error_with_the_number
     removal.start()
     with pytest.raises(ValueError, match=r"2 ranks found no place in 3 s.*'late': 1\.0"):
         placing({"late": 1.0}, 2).launch(("nowhere", 0), 2)
-    assert time.monotonic() - began < TIMEOUT_S + 8
+    assert time.monotonic() - began < TIMEOUT_S + 30
     removal.join()
 
 
@@ -76,9 +77,7 @@ def test_a_node_that_vanishes_with_its_ranks_is_told_by_their_fate(cluster: Clus
     handles = Gang(plan, serve_for_long).launch(("nowhere", 0), 2)
     assert [handle.fate() for handle in handles] == [None, None]
     cluster.remove_node(node, allow_graceful=False)
-    deadline = time.monotonic() + 30
-    while not all(handle.fate() for handle in handles) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_until(lambda: all(handle.fate() for handle in handles))
     assert all("process" in str(handle.fate()) for handle in handles)
     for handle in handles:
         handle.end()
@@ -115,9 +114,7 @@ def test_ranks_of_a_host_see_each_others_gpus_and_have_one_each(cluster: Cluster
 
     plan = GangPlan(bundles=[{"GPU": 1.0}] * 2, placement_timeout_s=20)
     handles = Gang(plan, serve).launch(("nowhere", 0), 2)
-    deadline = time.monotonic() + 30
-    while not all(handle.fate() for handle in handles) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: all(handle.fate() for handle in handles))
     fates = [str(handle.fate()) for handle in handles]
     assert all("it returned" in fate for fate in fates), fates
     seen = ray.get(notes.seen.remote())
@@ -147,9 +144,5 @@ def test_gpus_of_a_nodes_ranks(gpus: list[tuple[str, ...]], shown: list[str]) ->
 
 
 def assert_all_is_free() -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if ray.available_resources().get("GPU") == 2:  # type: ignore[no-untyped-call]
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"still taken: {ray.available_resources()}")  # type: ignore[no-untyped-call]
+    free = wait_until(lambda: ray.available_resources().get("GPU") == 2)  # type: ignore[no-untyped-call]
+    assert free, f"still taken: {ray.available_resources()}"  # type: ignore[no-untyped-call]

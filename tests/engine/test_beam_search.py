@@ -352,14 +352,13 @@ def test_more_beams_than_the_engine_runs_are_refused(folder: Path) -> None:
 # CI searches with this model through LLM, in tests/raydata_llm/test_llm_beam.py.
 @pytest.mark.slow
 @pytest.mark.model
-def test_the_demo_model_finds_what_transformers_finds(demo_model: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        demo_model.parent, gguf_file=demo_model.name, dtype=torch.float32
-    ).eval()
-    model.generation_config.eos_token_id = 2
+def test_the_demo_model_finds_what_transformers_finds(
+    demo_model: Path, demo_reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_reference.generation_config, "eos_token_id", 2)
     rng = np.random.default_rng(3)
     prompts = [[1, *rng.integers(200, 5000, size=length).tolist(), 198] for length in (4, 30)]
     engine = Engine(EngineConfig(model=str(demo_model), device="cpu", dtype="float32", max_model_len=128))
     params = BeamSearchParams(beam_width=4, max_tokens=20, rules="transformers")
     for output, prompt in zip(search(engine, prompts, params), prompts, strict=True):
-        assert_equal(output, transformers_beams(model, prompt, params))
+        assert_equal(output, transformers_beams(demo_reference, prompt, params))

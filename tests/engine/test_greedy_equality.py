@@ -169,14 +169,11 @@ def test_a_second_pass_reads_prompts_from_the_prefix_cache(reference: Callable[[
 
 
 @pytest.mark.model
-def test_the_demo_model_writes_what_transformers_writes(demo_model: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        demo_model.parent, gguf_file=demo_model.name, dtype=torch.float32
-    ).eval()
+def test_the_demo_model_writes_what_transformers_writes(demo_model: Path, demo_reference: Any) -> None:
     rng = np.random.default_rng(3)
     # Ids of real words: 198 is a newline; the rest is drawn, which the model takes as odd prose and goes on with.
     prompts = [[1, *rng.integers(200, 5000, size=length).tolist(), 198] for length in (4, 30, 70)]
-    expected = [transformers_greedy(model, prompt, 24) for prompt in prompts]
+    expected = [transformers_greedy(demo_reference, prompt, 24) for prompt in prompts]
     ways: list[dict[str, Any]] = [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 2, "steps_ahead": 1}]
     for settings in ways:
         engine = Engine(EngineConfig(model=str(demo_model), device="cpu", dtype="float32", **settings))

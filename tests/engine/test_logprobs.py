@@ -153,16 +153,13 @@ def test_a_named_token_outside_the_vocabulary_is_refused(model_path: str) -> Non
 
 
 @pytest.mark.model
-def test_the_demos_model_has_transformers_logprobs(demo_model: Path) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        demo_model.parent, gguf_file=demo_model.name, dtype=torch.float32
-    ).eval()
+def test_the_demos_model_has_transformers_logprobs(demo_model: Path, demo_reference: Any) -> None:
     engine = Engine(EngineConfig(model=str(demo_model), device="cpu", dtype="float32", max_model_len=256))
     prompts = [[(911 * i + 17) % 49000 for i in range(length)] for length in (30, 71)]
     for prompt, output in zip(prompts, run(engine, prompts, max_tokens=8, logprobs=3, prompt_logprobs=3), strict=True):
         tokens = prompt + output.outputs[0].token_ids
         with torch.inference_mode():
-            expected = model(torch.tensor([tokens])).logits[0].log_softmax(dim=-1)
+            expected = demo_reference(torch.tensor([tokens])).logits[0].log_softmax(dim=-1)
         found = [*(output.prompt_logprobs or [])[1:], *(output.outputs[0].logprobs or [])]
         assert len(found) == len(tokens) - 1
         for position, entries in enumerate(found):

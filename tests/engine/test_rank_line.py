@@ -141,18 +141,18 @@ class Strangers:
 def gibberish(address: LineAddress) -> None:
     line = address.dial(0)
     line.send(b"?", b"what is this")
-    time.sleep(30)
+    time.sleep(60)
 
 
 def broken_heartbeat(address: LineAddress) -> None:
     line = address.dial(0)
     line.send(HEARTBEAT, b"{not json")
-    time.sleep(30)
+    time.sleep(60)
 
 
 def a_rank_too_many(address: LineAddress) -> None:
     address.dial(7)
-    time.sleep(30)
+    time.sleep(60)
 
 
 @pytest.mark.parametrize(
@@ -173,4 +173,4 @@ def test_what_is_not_understood_ends_the_engine_with_what_it_was(
     began = time.monotonic()
     with pytest.raises(RankError, match=said):
         RankGang(config, Strangers(behaviour), vocab_size=1031)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30

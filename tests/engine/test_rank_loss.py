@@ -83,7 +83,7 @@ def test_a_killed_rank_ends_the_engine(model: str, sizes: dict[str, Any], rank: 
         for _ in range(30):
             engine.step()
         os.kill(pids[rank], signal.SIGKILL)
-        said = death_of(engine, 10)
+        said = death_of(engine, 30)
     assert f"rank {rank}: killed by signal 9 (SIGKILL)" in said
 
 
@@ -93,7 +93,7 @@ def test_an_error_comes_with_the_ranks_own_traceback(
 ) -> None:
     monkeypatch.setattr(local_ranks, "_CODE", FAULTY.format(fault="raise ArithmeticError('a faulty layer')"))
     with running(model, **sizes) as (engine, _):
-        said = death_of(engine, 10)
+        said = death_of(engine, 30)
     # Its own words first, and not those of the rank that lost its neighbour.
     assert said.index("ArithmeticError: a faulty layer") < said.find("gloo") % 10**9
     assert "in faulty" in said
@@ -110,13 +110,13 @@ SLEEP, STOP = "time.sleep(3600)", "import os, signal; os.kill(os.getpid(), signa
 
 def test_a_hung_rank_is_found_out_and_says_where_it_is(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_watch, "_STANDSTILL_SECONDS", 5.0)
-    said = check_hang(model, SLEEP, 15, monkeypatch)
+    said = check_hang(model, SLEEP, 30, monkeypatch)
     assert "rank 1 is at:" in said and "in faulty" in said
 
 
 def test_a_stopped_rank_is_found_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_watch, "_SILENCE_SECONDS", 4.0)
-    assert "rank 1 of 2 hangs: no sign of life" in check_hang(model, STOP, 15, monkeypatch)
+    assert "rank 1 of 2 hangs: no sign of life" in check_hang(model, STOP, 30, monkeypatch)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 
 from raydata_llm.kernels.paged_attention import SharedPrefixes, paged_attention_ref
 from raydata_llm.kernels.tuning import Tile
+from tests.kernels.pairs import pairs
 
 Close = Callable[..., None]
 MakeRows = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -24,10 +25,12 @@ def expected_of(
     return paged_attention_ref(q.cpu().float(), k.float(), v.float(), used, torch.tensor(lengths), starts, 0.2, window)
 
 
-@pytest.mark.parametrize(("window", "num_splits"), [(None, 1), (None, 3), (1, 1), (7, 3), (20, 1), (1000, 3)], ids=str)
+SHAPES = [(6, 2, 24, 4), (1, 1, 64, 16), (9, 3, 80, 5), (8, 1, 16, 32), (4, 2, 96, 64)]
+SETTINGS = [(None, 1), (None, 3), (1, 1), (7, 3), (20, 1), (1000, 3)]
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_size"),
-    [(6, 2, 24, 4), (1, 1, 64, 16), (9, 3, 80, 5), (8, 1, 16, 32), (4, 2, 96, 64)],
+    ("heads", "kv_heads", "head_dim", "block_size", "window", "num_splits"), pairs(SHAPES, SETTINGS), ids=str
 )
 def test_decode_equals_the_reference(
     heads: int,

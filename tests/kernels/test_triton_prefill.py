@@ -9,6 +9,7 @@ import torch
 
 from raydata_llm.kernels.paged_attention import paged_attention_ref
 from raydata_llm.kernels.tuning import Tile
+from tests.kernels.pairs import pairs
 
 Close = Callable[..., None]
 MakeRows = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -18,12 +19,12 @@ PLAIN = Tile(block_m=16, block_n=16, num_warps=4, num_stages=2)
 SPLIT = Tile(block_m=16, block_n=16, num_warps=4, num_stages=2, split_mask=True)
 
 
+SHAPES = [(6, 2, 24, 4), (1, 1, 64, 16), (9, 3, 80, 5), (23, 1, 16, 32), (4, 2, 96, 64)]
+SETTINGS = [(None, PLAIN), (None, SPLIT), (1, PLAIN), (7, SPLIT), (20, PLAIN), (1000, PLAIN)]
+
+
 @pytest.mark.parametrize(
-    ("window", "tile"), [(None, PLAIN), (None, SPLIT), (1, PLAIN), (7, SPLIT), (20, PLAIN), (1000, PLAIN)], ids=str
-)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_size"),
-    [(6, 2, 24, 4), (1, 1, 64, 16), (9, 3, 80, 5), (23, 1, 16, 32), (4, 2, 96, 64)],
+    ("heads", "kv_heads", "head_dim", "block_size", "window", "tile"), pairs(SHAPES, SETTINGS), ids=str
 )
 def test_prefill_equals_the_reference(
     heads: int,
