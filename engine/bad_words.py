@@ -36,9 +36,6 @@ def bad_word_tokens(tokenizer: TextEncoder, words: Sequence[str]) -> list[TokenI
 class BadWordsGuide:
     """Bans the last token of each sequence whose other tokens the output ends with."""
 
-    ended = False
-    error: str | None = None
-
     def __init__(self, sequences: Sequence[TokenIds]) -> None:
         self._always = tuple(one[0] for one in sequences if len(one) == 1)
         self._longer = [(list(one[:-1]), one[-1]) for one in sequences if len(one) > 1]

@@ -2,6 +2,10 @@
 
 Owns llguidance. A grammar is compiled while its request waits outside the scheduler; many requests with one form share
 what was compiled. Knows no device and no steps.
+
+What was compiled, a table, grows as masks are asked for, under a lock: rows of one table are served one after the
+other, whatever the threads. So a grammar that many rows share is compiled once a thread, and the rows that follow are
+dealt out to its tables.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +28,10 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 Words = npt.NDArray[np.int32]
-# Compiled grammars that are kept: a few 100 KB each.
+# Grammars whose tables are kept: a few 100 KB each.
 _KEPT = 64
+# Outputs that are given one table before the next is compiled.
+_OUTPUTS_A_TABLE = 32
 
 
 class GrammarGuide:
@@ -32,24 +39,56 @@ class GrammarGuide:
 
     Args:
         matcher: llguidance's; this guide's own.
+        table: Number of what the matcher shares with others.
         eos_token_ids: What may follow a complete output, and nothing else.
+        threads: llguidance's, for many guides at once.
     """
 
-    def __init__(self, matcher: Any, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, matcher: Any, table: int, eos_token_ids: tuple[int, ...], threads: Any) -> None:
         self.matcher = matcher
+        self.table = table
         self.ended = False
         self.error: str | None = None
+        self.threads = threads
         self._eos_token_ids = eos_token_ids
 
-    def advance(self, token_id: int) -> None:
-        """Take in a drawn token."""
-        if not self.matcher.consume_token(token_id):
+    def note(self, token_id: int, *, is_allowed: bool) -> None:
+        """The matcher has taken in a drawn token, or could not."""
+        if not is_allowed:
             cause = self.matcher.get_error().split("\n")[0]
             self.error = f"ValueError: structured_outputs: no token that the grammar allows could be drawn ({cause})"
         self.ended = token_id in self._eos_token_ids
 
-    def forbid(self, words: Words, token_ids: list[int]) -> None:
-        """Nothing: `GrammarCompiler.fill` has done it, for all rows at once."""
+
+def advance_grammars(drawn: list[tuple[GrammarGuide, int]]) -> None:
+    """Take in what was drawn for these guides, each once, on many threads."""
+    if not drawn:
+        return
+    from llguidance.numpy import consume_token_par
+
+    drawn.sort(key=lambda pair: pair[0].table)
+    allowed = consume_token_par(drawn[0][0].threads, [(guide.matcher, token_id) for guide, token_id in drawn])
+    for (guide, token_id), is_allowed in zip(drawn, allowed, strict=True):
+        guide.note(token_id, is_allowed=is_allowed)
+
+
+def fill_grammars(guides: list[tuple[int, GrammarGuide]], words: Words) -> None:
+    """Write each guide's mask into its row of `words`, [M, W], on many threads."""
+    if not guides:
+        return
+    from llguidance.numpy import fill_next_token_bitmask_par
+
+    # A thread takes neighbours: these should be of one table.
+    guides.sort(key=lambda pair: pair[1].table)
+    fill_next_token_bitmask_par(guides[0][1].threads, [(guide.matcher, row) for row, guide in guides], words)
+
+
+@dataclass
+class _Form:
+    """A grammar that some requests asked for: its tables, and how many outputs were given one."""
+
+    tables: list[Future[Callable[[], GrammarGuide]]] = field(default_factory=list)
+    num_outputs: int = 0
 
 
 class GrammarCompiler:
@@ -65,30 +104,32 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._compiled: OrderedDict[str, Future[Any]] = OrderedDict()
-        self._threads = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), "compile-grammar")
+        self._forms: OrderedDict[str, _Form] = OrderedDict()
+        self._num_tables = 0
+        num_cores = os.cpu_count() or 2
+        self._num_mask_threads = max(1, min(32, num_cores * 4 // 5))
+        self._threads = ThreadPoolExecutor(max(1, min(8, num_cores // 2)), "compile-grammar")
         # Made here, not by the threads, which would all make one.
         self._tokens: Future[Any] = self._threads.submit(self._load_tokens)
 
-    def compile(self, params: StructuredOutputsParams) -> Future[Callable[[], GrammarGuide]]:
-        """Start compiling; the result makes a guide for an output.
+    def compile(self, params: StructuredOutputsParams, num_outputs: int) -> Future[Callable[[], GrammarGuide]]:
+        """Start compiling; the result makes a guide for each of a request's outputs.
 
         Raises:
             ValueError: (by the future) for a form that cannot be compiled.
         """
         key = json.dumps(params.to_mapping(), sort_keys=True)
-        if key not in self._compiled:
-            self._compiled[key] = self._threads.submit(self._compile, params)
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return self._compiled[key]
-
-    def fill(self, guides: list[tuple[int, GrammarGuide]], words: Words) -> None:
-        """Write each guide's mask into its row of `words`, [M, W], on many threads."""
-        from llguidance.numpy import fill_next_token_bitmask_par
-
-        fill_next_token_bitmask_par(self._mask_threads, [(guide.matcher, row) for row, guide in guides], words)
+        form = self._forms.setdefault(key, _Form())
+        self._forms.move_to_end(key)
+        if len(self._forms) > _KEPT:
+            self._forms.popitem(last=False)
+        number = form.num_outputs // _OUTPUTS_A_TABLE % self._num_mask_threads
+        form.num_outputs += num_outputs
+        if number >= len(form.tables):
+            number = len(form.tables)
+            form.tables.append(self._threads.submit(self._compile, params, self._num_tables))
+            self._num_tables += 1
+        return form.tables[number]
 
     def shutdown(self) -> None:
         """Stop the threads."""
@@ -98,7 +139,7 @@ class GrammarCompiler:
     def _mask_threads(self) -> Any:
         from llguidance import LLExecutor
 
-        return LLExecutor()
+        return LLExecutor(self._num_mask_threads)
 
     def _load_tokens(self) -> Any:
         from llguidance.hf import from_tokenizer
@@ -114,7 +155,7 @@ class GrammarCompiler:
                 f"({error}): leave skip_tokenizer_init and tokenizer unset"
             ) from error
 
-    def _compile(self, params: StructuredOutputsParams) -> Callable[[], GrammarGuide]:
+    def _compile(self, params: StructuredOutputsParams, table: int) -> Callable[[], GrammarGuide]:
         from llguidance import LLMatcher
 
         form, grammar = _grammar(params)
@@ -122,7 +163,7 @@ class GrammarCompiler:
         template = LLMatcher(tokens, grammar, log_level=0)
         if template.is_error():
             raise ValueError(f"structured_outputs: {form} cannot be compiled: {template.get_error().strip()}")
-        return lambda: GrammarGuide(template.deep_copy(), self._eos_token_ids)
+        return lambda: GrammarGuide(template.deep_copy(), table, self._eos_token_ids, self._mask_threads)
 
 
 def _grammar(params: StructuredOutputsParams) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.bits import clear_bits
 from raydata_llm.engine.detokenizer import TextEncoder
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.engine.grammar import GrammarCompiler, GrammarGuide, Words
+from raydata_llm.engine.grammar import GrammarCompiler, GrammarGuide, Words, fill_grammars
 from raydata_llm.engine.logits_processor import load_logits_processors
 from raydata_llm.engine.sequence import Sequence, SequenceTable
 from raydata_llm.engine.thinking import Markers, ThinkingGuide
@@ -37,10 +37,7 @@ _WAIT_SECONDS = 0.05
 
 
 class Guide(Protocol):
-    """Follows one output and says what may come next."""
-
-    ended: bool
-    error: str | None
+    """Follows one output and says what may not come next."""
 
     def advance(self, token_id: int) -> None:
         """Take in a drawn token."""
@@ -136,7 +133,7 @@ class Guides:
         assert params is not None
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
-        self._waiting.append(_Waiting(sequences, self._compiler.compile(params)))
+        self._waiting.append(_Waiting(sequences, self._compiler.compile(params, len(sequences))))
 
     def release(self, *, may_wait: bool) -> list[Sequence]:
         """The sequences whose grammar is compiled, or failed (then `error` is set).
@@ -146,15 +143,17 @@ class Guides:
         """
         if may_wait:
             wait([one.make_guide for one in self._waiting], _WAIT_SECONDS, FIRST_COMPLETED)
-        ready = [one for one in self._waiting if one.make_guide.done()]
-        if ready:
-            self._waiting = [one for one in self._waiting if one not in ready]
+        ready: list[_Waiting] = []
+        waiting: list[_Waiting] = []
+        for one in self._waiting:
+            (ready if one.make_guide.done() else waiting).append(one)
+        self._waiting = waiting
         return [sequence for one in ready for sequence in _with_guide(one)]
 
     def abort(self, request_ids: set[str]) -> list[Sequence]:
         """Forget requests that wait; returns their sequences."""
         gone = [one for one in self._waiting if one.sequences[0].request.request_id in request_ids]
-        self._waiting = [one for one in self._waiting if one not in gone]
+        self._waiting = [one for one in self._waiting if one.sequences[0].request.request_id not in request_ids]
         return [sequence for one in gone for sequence in one.sequences]
 
     def bitmask(self, batch: ScheduledBatch, table: SequenceTable) -> Bitmask | None:
@@ -166,20 +165,28 @@ class Guides:
             return None
         tensor = torch.empty((len(rows), -(-self._vocab_size // 32)), dtype=torch.int32, pin_memory=self._pinned)
         words: Words = tensor.numpy()
-        sequences = [table.sequences[slot] for slot in slots[rows].tolist()]
-        self._fill_grammars(sequences, words)
-        processors: list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = []
-        for place, (row, slot, sequence) in enumerate(zip(rows.tolist(), slots[rows].tolist(), sequences, strict=True)):
+        guided = [(table.sequences[slot], slot) for slot in slots[rows].tolist()]
+        grammars: list[tuple[int, GrammarGuide]] = []
+        others: list[int] = []
+        for place, (sequence, _) in enumerate(guided):
             assert sequence is not None
-            _forbid_early_end(words[place], sequence, int(table.num_known[slot] - table.num_prompt[slot]))
-            guides = [guide for guide in sequence.guides if not isinstance(guide, GrammarGuide)]
-            if not guides and not sequence.processors:
-                continue
+            if sequence.grammar is not None:
+                grammars.append((place, sequence.grammar))
+            else:
+                words[place] = -1
+            if sequence.guides or sequence.processors:
+                others.append(place)
+        fill_grammars(grammars, words)
+        for place in np.flatnonzero(table.num_known[slots[rows]] < table.min_tokens[slots[rows]]).tolist():
+            _forbid_end(words[place], guided[place][0])
+        processors: list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = []
+        for place in others:
+            sequence, slot = guided[place]
             token_ids = table.output_token_ids(slot)
-            for guide in guides:
+            for guide in sequence.guides:
                 guide.forbid(words[place], token_ids)
             prompt = sequence.token_ids[: sequence.num_prompt].tolist() if sequence.processors else []
-            processors += [(row, partial(process, prompt, token_ids)) for process in sequence.processors]
+            processors += [(int(rows[place]), partial(process, prompt, token_ids)) for process in sequence.processors]
         return Bitmask(rows, tensor, processors)
 
     def shutdown(self) -> None:
@@ -187,29 +194,13 @@ class Guides:
         if self._compiler is not None:
             self._compiler.shutdown()
 
-    def _fill_grammars(self, sequences: list[Sequence | None], words: Words) -> None:
-        grammars = [
-            (row, guide)
-            for row, sequence in enumerate(sequences)
-            if sequence is not None
-            for guide in sequence.guides
-            if isinstance(guide, GrammarGuide)
-        ]
-        others = np.ones(len(words), dtype=bool)
-        others[[row for row, _ in grammars]] = False
-        words[others] = -1
-        if grammars:
-            assert self._compiler is not None
-            self._compiler.fill(grammars, words)
 
-
-def _forbid_early_end(words: Words, sequence: Sequence, num_outputs: int) -> None:
-    """No end before `min_tokens`, unless the output is complete: then nothing else is left."""
-    if num_outputs < sequence.request.sampling_params.min_tokens and sequence.stop_token_ids:
-        without = words.copy()
-        clear_bits(without, sequence.stop_token_ids)
-        if without.any():
-            words[:] = without
+def _forbid_end(words: Words, sequence: Sequence) -> None:
+    """Nothing that ends the output, unless it is complete: then nothing else is left."""
+    without = words.copy()
+    clear_bits(without, sequence.stop_token_ids)
+    if without.any():
+        words[:] = without
 
 
 def _with_guide(one: _Waiting) -> list[Sequence]:
@@ -218,5 +209,5 @@ def _with_guide(one: _Waiting) -> list[Sequence]:
         if failure is not None:
             sequence.error = f"{type(failure).__name__}: {failure}"
         else:
-            sequence.guides.append(one.make_guide.result()())
+            sequence.grammar = one.make_guide.result()()
     return one.sequences

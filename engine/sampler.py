@@ -217,7 +217,7 @@ class Sampler:
 
     def _bans_end(self, sequence: Sequence) -> bool:
         """Whether the end tokens are banned at first, and not by the bitmask."""
-        return bool(sequence.request.sampling_params.min_tokens and sequence.stop_token_ids and not sequence.guides)
+        return bool(sequence.request.sampling_params.min_tokens and sequence.stop_token_ids and not sequence.is_guided)
 
     def _index(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
         return upload(self._device, numbers.astype(np.int64))[0]

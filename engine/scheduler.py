@@ -23,6 +23,7 @@ from raydata_llm.engine.admission import forecast
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.block_manager import BlockManager
 from raydata_llm.engine.decode_plan import DecodePlan, plan_decode
+from raydata_llm.engine.grammar import GrammarGuide, advance_grammars
 from raydata_llm.engine.intake import Chunk, Intake
 from raydata_llm.engine.length_model import LengthModel
 from raydata_llm.engine.request import FinishReason
@@ -110,15 +111,18 @@ class Scheduler:
         stopped = (tokens[:, None] == table.stop_ids[slots]).any(axis=1) & (known > table.min_tokens[slots])
         ended = stopped | (known >= table.max_tokens[slots])
         finished = []
+        self._advance_guides(slots[~stopped & table.guided[slots]])
         for row in np.flatnonzero(ended | table.watched[slots]).tolist():
             slot = int(slots[row])
-            guide_end = None if stopped[row] else self._advance_guides(slot, int(tokens[row]))
+            sequence = self._sequence(slot)
             text_end = None if stopped[row] else self._stop_string(slot)
-            if guide_end == "error":
+            grammar = sequence.grammar
+            if grammar is not None and grammar.error is not None:
+                sequence.error = grammar.error
                 finished.append(self._finish(slot, "error", None))
             elif text_end is not None:
                 finished.append(self._finish(slot, "stop", text_end))
-            elif stopped[row] or guide_end:
+            elif stopped[row] or (grammar is not None and grammar.ended):
                 finished.append(self._finish(slot, "stop", self._stop_token(slot, int(tokens[row]))))
             elif ended[row]:
                 finished.append(self._finish(slot, "length", None))
@@ -283,17 +287,18 @@ class Scheduler:
         self._released.append(slot)
         return sequence
 
-    def _advance_guides(self, slot: int, token: int) -> FinishReason | None:
-        """Let the slot's guides take in a token; returns how that ended the sequence, if it did."""
-        sequence = self._sequence(slot)
-        for guide in sequence.guides:
-            guide.advance(token)
-            if guide.error is not None:
-                sequence.error = guide.error
-                return "error"
-            if guide.ended:
-                return "stop"
-        return None
+    def _advance_guides(self, slots: IntArray) -> None:
+        """Let what guides these slots take in their last token."""
+        table = self.table
+        drawn: list[tuple[GrammarGuide, int]] = []
+        tokens = table.token_ids[slots, table.num_known[slots] - 1].tolist()
+        for slot, token in zip(slots.tolist(), tokens, strict=True):
+            sequence = self._sequence(slot)
+            for guide in sequence.guides:
+                guide.advance(token)
+            if sequence.grammar is not None:
+                drawn.append((sequence.grammar, token))
+        advance_grammars(drawn)
 
     def _stop_token(self, slot: int, token: int) -> int | None:
         """The token as a stop reason; None where it is the model's own end of sequence."""

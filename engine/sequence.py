@@ -25,6 +25,7 @@ from raydata_llm.engine.block_manager import TRASH_BLOCK, BlockArray
 from raydata_llm.engine.request import FinishReason, Logprob, Request, TokenArray
 
 if TYPE_CHECKING:
+    from raydata_llm.engine.grammar import GrammarGuide
     from raydata_llm.engine.guides import Guide
     from raydata_llm.engine.logits_processor import RequestProcessor
     from raydata_llm.engine.output_watch import OutputWatch
@@ -47,7 +48,8 @@ class Sequence:
         max_tokens: Prompt plus output tokens at which it ends by length.
         stop_token_ids: All token ids that end it.
         token_bytes: `token_ids` as the prefix cache compares them, made at the first admission attempt.
-        guides: What says which tokens may follow its outputs.
+        grammar: Where it stands in the grammar that its output must follow.
+        guides: What else says which tokens may follow its outputs.
         processors: Users' own functions of its logits.
         error: Why it cannot go on, as `Type: message`.
         logprobs, prompt_logprobs: None unless it is asked for them; else those of the positions that are known.
@@ -66,6 +68,7 @@ class Sequence:
     num_preemptions: int = 0
     logprobs: PositionLogprobs[dict[int, Logprob]] | None = None
     prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
+    grammar: GrammarGuide | None = None
     guides: list[Guide] = field(default_factory=list)
     processors: list[RequestProcessor] = field(default_factory=list)
     error: str | None = None
@@ -75,6 +78,11 @@ class Sequence:
     def lacks_prompt_logprobs(self) -> bool:
         """Whether its prompt is to be computed from the start for its log-probabilities."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the host settles what each of its draws may be."""
+        return bool(self.grammar or self.guides or self.processors)
 
     @property
     def may_stop(self) -> bool:
@@ -177,8 +185,8 @@ class SequenceTable:
         self.num_shared_blocks[slot] = self.num_registered_blocks[slot] = num_shared
         self.prefix_node[slot] = node
         self.may_stop[slot] = sequence.may_stop
-        self.watched[slot] = sequence.stop_watch is not None or bool(sequence.guides)
-        self.guided[slot] = bool(sequence.guides or sequence.processors)
+        self.watched[slot] = sequence.stop_watch is not None or sequence.grammar is not None
+        self.guided[slot] = sequence.is_guided
         self.token_ids[slot, :known] = sequence.token_ids
         self.block_table[slot, : len(blocks)] = blocks
         self._set_stop_ids(slot, sequence.stop_token_ids)

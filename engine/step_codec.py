@@ -151,7 +151,7 @@ def _encode_admitted(admitted: list[tuple[int, Sequence]]) -> list[Array]:
         key = np.uint64(sequence.request.key & 0xFFFFFFFFFFFFFFFF).astype(np.int64)
         number = numbers.setdefault(text, len(numbers))
         # Of guided sequences the bitmask bans early ends.
-        banned = () if sequence.guides else sequence.stop_token_ids
+        banned = () if sequence.is_guided else sequence.stop_token_ids
         lens = (len(known), len(banned))
         entries.append((slot, sequence.seq_id, sequence.index, int(key), sequence.num_prompt, number, *lens))
         tokens.append(known)

@@ -46,9 +46,6 @@ class ThinkingGuide:
         prompt: The prompt's tokens.
     """
 
-    ended = False
-    error: str | None = None
-
     def __init__(self, markers: Markers, budget: int, prompt: Sequence[int]) -> None:
         self._markers = markers
         self._budget = budget
