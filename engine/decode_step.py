@@ -10,18 +10,24 @@ one stream, one after the other; rows that pad a bucket name the padding slot, w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from raydata_llm.engine.adapter_tiles import TileBuffer
 from raydata_llm.engine.batch import DecodeRows, ForwardBatch
+from raydata_llm.engine.decode_buckets import fixed_buckets, measured_buckets
 from raydata_llm.engine.decode_plan import MAX_GROUPS, DecodePlan
 from raydata_llm.engine.decoder import Decoder, KVCache
 from raydata_llm.engine.sequence import IntArray
 from raydata_llm.kernels.decode_inputs import DecodeInputs, decode_inputs
 from raydata_llm.kernels.paged_attention import SharedPrefixes
+
+_Result = TypeVar("_Result")
 
 
 class SlotState:
@@ -78,7 +84,7 @@ class DecodeStep:
         self._plan: DecodePlan | None = None
         self._buffer = _PlanBuffer(state.num_slots, decoder.device)
         self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
-        self._buckets = decode_buckets(state.num_slots)
+        self._buckets = fixed_buckets(state.num_slots)
         # Whether a row of the plan has an adapter, and which.
         self._adapted = False
         self._tiles: TileBuffer | None = None
@@ -131,10 +137,14 @@ class DecodeStep:
     def warm_up(self) -> None:
         """Run every kernel, and capture the graphs, largest first: the others live in its memory."""
         self.run_kernels()
-        for bucket in reversed(self._buckets) if self._use_graphs else ():
-            for shared, adapted in self._kinds():
-                self._forward(bucket, shared, adapted)
-                self._graphs[bucket, shared, adapted] = self._capture(bucket, shared, adapted)
+        if not self._use_graphs:
+            return
+        if not self._decoder.batch_invariant:
+            self._buckets = measured_buckets(self._decoder, self._state.num_slots, lambda run: self._capture(run)[0])
+        for bucket in reversed(self._buckets):
+            for kind in self._kinds():
+                self._forward(bucket, *kind)
+                self._graphs[bucket, *kind] = _Graph(*self._capture(partial(self._forward, bucket, *kind)))
 
     def _kinds(self) -> list[tuple[bool, bool]]:
         """Of steps: with and without groups, with and without adapters."""
@@ -159,16 +169,17 @@ class DecodeStep:
             batch, self._kv_cache, None if self._incoming is None else self._incoming[:num_rows]
         )
 
-    def _capture(self, num_rows: int, shared: bool, adapted: bool) -> _Graph:
+    def _capture(self, run: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Result]:
+        """A graph of what a function launches, and what it returned."""
         # Not torch.cuda.graph(): that waits for the device and collects garbage first.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                hidden = self._forward(num_rows, shared, adapted)
+                result = run()
             finally:
                 graph.capture_end()
-        return _Graph(graph, hidden)
+        return graph, result
 
 
 class _PlanBuffer:
@@ -207,16 +218,6 @@ class _PlanBuffer:
             starts=self._starts, lens=self._lens, table_rows=self._slots_of_groups, row_lens=self._row_lens[:num_rows]
         )
         return DecodeRows(slots=self.slots[:num_rows], context_lens=context_lens, shared=groups if shared else None)
-
-
-def decode_buckets(max_rows: int) -> list[int]:
-    """Numbers of rows that steps are padded to: steps of about an eighth, 64 rows at least where rows are many."""
-    buckets = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
-    step = 64
-    while buckets[-1] < max_rows:
-        step = max(step, 1 << (buckets[-1].bit_length() - 5))
-        buckets.append(buckets[-1] + step)
-    return [bucket for bucket in buckets if bucket < max_rows] + [max_rows]
 
 
 def _no_rows() -> DecodePlan:

@@ -128,7 +128,7 @@ class Decoder:
         self._rope_table = rope_table(config.rope, config.head_dim, max_model_len, device)
         self._max_loras, self._max_lora_rank = max_loras, max_lora_rank
         self._parameters: dict[str, torch.Tensor] = {}
-        self._layers: list[Layer] = []
+        self.layers: list[Layer] = []
         self.adapters: AdapterSlots | None = None
         self.fill(weights)
 
@@ -141,7 +141,7 @@ class Decoder:
         parameters, self._parameters = self._parameters, {}
         self._embedding = self._norm = torch.empty(0, device=self.device)
         self._lm_head = Linear(self._embedding)
-        self._layers, self.adapters = [], None
+        self.layers, self.adapters = [], None
         return parameters
 
     def load(self, parameters: dict[str, torch.Tensor]) -> None:
@@ -159,11 +159,11 @@ class Decoder:
             return Linear(parameters[f"{name}.weight"], take(f"{name}.bias"), op)
 
         self._lm_head = Linear(parameters.get("lm_head.weight", self._embedding), op=op)
-        self._layers = []
+        self.layers = []
         for index, window in zip(self.shard.layers, self.config.sliding_windows, strict=True):
             name = f"model.layers.{index}"
             attn, mlp = f"{name}.self_attn", f"{name}.mlp"
-            self._layers.append(
+            self.layers.append(
                 Layer(
                     input_norm=parameters[f"{name}.input_layernorm.weight"],
                     qkv=fused(f"{attn}.qkv_proj"),
@@ -187,9 +187,9 @@ class Decoder:
         """
         eps, place = self.config.rms_norm_eps, self.parallel.place
         residual = self._embed(batch.token_ids) if incoming is None else incoming
-        x = rms_norm(residual, self._layers[0].input_norm, eps)
-        for index, layer in enumerate(self._layers):
-            cache, is_last = kv_cache.layers[index], index + 1 == len(self._layers)
+        x = rms_norm(residual, self.layers[0].input_norm, eps)
+        for index, layer in enumerate(self.layers):
+            cache, is_last = kv_cache.layers[index], index + 1 == len(self.layers)
             adapted = _Adapted(None if self.adapters is None else self.adapters.layers[index], batch.adapters)
             q = self._write_kv(x, layer, batch, cache, adapted)
             if is_last and place.is_last and batch.sampled is not None:
@@ -207,7 +207,7 @@ class Decoder:
             x = self.parallel.all_reduce(adapted("mlp.down_proj", layer.down, x))
             if is_last and not place.is_last:
                 return x + residual
-            next_norm = self._norm if is_last else self._layers[index + 1].input_norm
+            next_norm = self._norm if is_last else self.layers[index + 1].input_norm
             x, residual = add_rms_norm(x, residual, next_norm, eps)
         return x
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from raydata_llm.engine import decode_plan
 from raydata_llm.engine.decode_plan import DecodePlan, plan_decode
-from raydata_llm.engine.decode_step import decode_buckets
 
 BLOCK_SIZE = 16
 
@@ -97,12 +96,3 @@ def test_a_plan_is_a_permutation_whose_groups_share_what_they_say(paths: list[li
     for rows, num_blocks in groups(made):
         assert len({tuple(tables[row][:num_blocks]) for row in rows}) == 1 and len(rows) >= 2
         assert all(len(tables[row]) >= num_blocks for row in rows) and num_blocks > 0
-
-
-@pytest.mark.parametrize("most", [1, 3, 64, 300, 1024, 5000])
-def test_buckets_waste_little(most: int) -> None:
-    buckets = decode_buckets(most)
-    assert buckets == sorted(set(buckets)) and buckets[-1] == most and len(buckets) < 70
-    for rows in range(1, most + 1):
-        bucket = next(bucket for bucket in buckets if bucket >= rows)
-        assert bucket - rows < max(64, rows / 8) and bucket < 2 * rows + 1
