@@ -34,6 +34,7 @@ from raydata_llm.engine.model_runner import LaunchedStep
 from raydata_llm.engine.output_watch import watch_of
 from raydata_llm.engine.parallel import alone
 from raydata_llm.engine.position_logprobs import PositionLogprobs
+from raydata_llm.engine.prompt_embeds import block_keys, check_embeds
 from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
@@ -160,6 +161,11 @@ class Engine:
         room = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         eos = () if params.ignore_eos else self._eos_token_ids
         sequences = []
+        embeds, token_bytes = request.prompt_embeds, None
+        if embeds is not None:
+            embeds = embeds[-len(prompt) :]
+            if self.config.enable_prefix_caching:  # once for all n
+                token_bytes = block_keys(embeds, prompt[:0], self._scheduler.limits.block_size)
         for index in range(params.n):
             sequence = Sequence(
                 seq_id=self._next_seq_id,
@@ -169,6 +175,9 @@ class Engine:
                 num_prompt=len(prompt),
                 max_tokens=min(room, self.max_model_len),
                 stop_token_ids=tuple(dict.fromkeys((*eos, *params.stop_token_ids))),
+                num_embedded=0 if embeds is None else len(embeds),
+                prompt_embeds=embeds,
+                token_bytes=token_bytes,
             )
             self._attach_logprobs(sequence)
             sequence.stop_watch = watch_of(params, self._tokenizer)
@@ -197,6 +206,13 @@ class Engine:
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
         self._check_adapter(request)
+        if request.prompt_embeds is not None:
+            check_embeds(
+                request.prompt_embeds,
+                enabled=self.config.enable_prompt_embeds,
+                hidden_size=self.model_config.hidden_size,
+                prompt_logprobs=params.prompt_logprobs is not None,
+            )
         return prompt
 
     def has_unfinished(self) -> bool:

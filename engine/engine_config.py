@@ -64,6 +64,7 @@ class EngineConfig:
         pooler_config: How a pooling model pools, such as {"pooling_type": "MEAN"}; None: as its files say.
         reasoning_config: `reasoning_start_str` and `reasoning_end_str`, between which a model thinks, for
             `thinking_token_budget`; what is left out is "<think>" and "</think>".
+        enable_prompt_embeds: Take prompts as embeddings, [tokens, hidden_size], instead of token ids.
         logits_processors: Classes, or "module:Class", as `logits_processor.py` describes.
         tensor_parallel_size: GPUs that split each layer.
         pipeline_parallel_size: GPUs that split the stack of layers.
@@ -102,6 +103,7 @@ class EngineConfig:
     pooler_config: PoolerConfig | Mapping[str, Any] | None = None
     disable_custom_all_reduce: bool = False
     batch_invariant: bool = False
+    enable_prompt_embeds: bool = False
     reasoning_config: Mapping[str, str] = field(default_factory=dict)
     logits_processors: Sequence[str | type[Any]] = ()
     tensor_parallel_size: int = 1
@@ -207,6 +209,7 @@ _FLAGS = (
     "disable_cascade_attn",
     "disable_custom_all_reduce",
     "batch_invariant",
+    "enable_prompt_embeds",
 )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.block_manager import TRASH_BLOCK, BlockArray
+from raydata_llm.engine.prompt_embeds import Embeds, block_keys
 from raydata_llm.engine.request import FinishReason, Logprob, Request, TokenArray
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Sequence:
         num_prompt: Prompt tokens after truncation.
         max_tokens: Prompt plus output tokens at which it ends by length.
         stop_token_ids: All token ids that end it.
+        num_embedded: Positions of the prompt, from its start, that have an embedding and no token id.
+        prompt_embeds: These, after truncation; of a rank they come with the steps that compute them.
         token_bytes: `token_ids` as the prefix cache compares them, made at the first admission attempt.
         grammar: Where it stands in the grammar that its output must follow.
         guides: What else says which tokens may follow its outputs.
@@ -62,6 +65,8 @@ class Sequence:
     num_prompt: int
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    num_embedded: int = 0
+    prompt_embeds: Embeds | None = None
     stop_watch: OutputWatch | None = None
     token_bytes: bytes | None = None
     num_cached_tokens: int = 0
@@ -73,6 +78,17 @@ class Sequence:
     processors: list[RequestProcessor] = field(default_factory=list)
     error: str | None = None
     aborted: bool = False
+
+    @property
+    def prompt_token_ids(self) -> TokenArray:
+        """The prompt's tokens; none of a prompt of embeddings."""
+        return self.token_ids[self.num_embedded : self.num_prompt]
+
+    def cache_bytes(self, block_size: int) -> bytes:
+        """What is known of it as the prefix cache compares it."""
+        if self.prompt_embeds is None:
+            return self.token_ids.tobytes()
+        return block_keys(self.prompt_embeds, self.token_ids[self.num_prompt :], block_size)
 
     @property
     def lacks_prompt_logprobs(self) -> bool:

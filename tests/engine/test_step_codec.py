@@ -17,6 +17,7 @@ from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.guides import Bitmask
 from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs
 from raydata_llm.engine.position_logprobs import HEAD, Wanted
+from raydata_llm.engine.prompt_embeds import EmbeddedTokens
 from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
@@ -167,6 +168,18 @@ def assert_same_sequence(one: Sequence, other: Sequence) -> None:
     else:
         # Prompts are long, and nobody but a rank that counts tokens needs them.
         assert not len(one.token_ids)
+
+
+def test_embeddings_come_back() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 5)).astype(np.float32)
+    known = dataclasses.replace(sequence(4, 0, 1, [0, 0], {"repetition_penalty": 2.0}), num_embedded=2)
+    step = empty_step(embedded=EmbeddedTokens(np.array([0, 1, 4], dtype=np.int32), values), admitted=[(1, known)])
+    back = BatchDecoder().decode(BatchEncoder().encode(step))
+    assert back.embedded is not None
+    assert back.embedded.places.tolist() == [0, 1, 4] and back.embedded.values.tolist() == values.tolist()
+    # A rank that counts tokens must not count these.
+    assert back.admitted[0][1].num_embedded == 2 and not len(back.admitted[0][1].prompt_token_ids)
 
 
 def test_a_step_of_running_rows_is_small() -> None:
