@@ -21,6 +21,7 @@ NO_POOLING_INVARIANCE = (
     "batch_invariant=True is not supported for pooling models, whose attention chooses its tiles by the batch: leave "
     "batch_invariant at False"
 )
+NO_POOLED_EMBEDS = "enable_prompt_embeds=True is not supported for pooling models, which take tokens: leave it at False"
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPE_ALIASES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -128,6 +129,8 @@ class EngineConfig:
         object.__setattr__(self, "pooler_config", PoolerConfig.from_mapping(self.pooler_config))
         _check_device(self.device)
         self._check_batch_invariant()
+        if self.enable_prompt_embeds and self.runner == "pooling":
+            raise ValueError(NO_POOLED_EMBEDS)
         _check_reasoning(self.reasoning_config)
         if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
             raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")

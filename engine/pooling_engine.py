@@ -24,7 +24,7 @@ from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.encoder import Encoder
 from raydata_llm.engine.encoder_config import EncoderConfig
 from raydata_llm.engine.engine import EngineStats
-from raydata_llm.engine.engine_config import NO_POOLING_INVARIANCE, EngineConfig
+from raydata_llm.engine.engine_config import NO_POOLED_EMBEDS, NO_POOLING_INVARIANCE, EngineConfig
 from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.kv_budget import check_weights_fit
 from raydata_llm.engine.model_files import ModelFiles
@@ -62,6 +62,8 @@ class PoolingEngine:
             raise ValueError("enable_lora=True is not supported for pooling models: merge the adapter into its model")
         if config.batch_invariant:
             raise ValueError(NO_POOLING_INVARIANCE)
+        if config.enable_prompt_embeds:
+            raise ValueError(NO_POOLED_EMBEDS)
         files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
         self.model = model = PoolingModel.open(files, config)
         self.default_sampling_params: dict[str, Any] = {}

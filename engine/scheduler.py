@@ -250,7 +250,9 @@ class Scheduler:
             prompt_logprob_chunks=self._prompt_logprob_chunks(slots),
             adapter_slots=self._adapter_slots(plan.slots, slots, counts),
             adapter_loads=self.intake.adapters.take_loads(),
-            embedded=embedded_tokens((self._sequence(slot).prompt_embeds, *rest) for slot, *rest in chunks),
+            embedded=embedded_tokens(
+                (self._sequence(slot).prompt_embeds, start, count) for slot, start, count in chunks
+            ),
         )
 
     def _adapter_slots(self, decode_slots: IntArray, prefill_slots: IntArray, counts: IntArray) -> IntArray:

@@ -93,7 +93,7 @@ def transformers_greedy(model: Any, embeds: Embeds) -> list[int]:
 
 def asked(name: str, prompt: np.ndarray[Any, Any], key: int = 0, **params: Any) -> Request:
     given = {"temperature": 0.0, "max_tokens": MAX_TOKENS, **params}
-    field = {"prompt_embeds": prompt} if prompt.ndim == 2 else {"prompt_token_ids": prompt}
+    field: dict[str, Any] = {"prompt_embeds": prompt} if prompt.ndim == 2 else {"prompt_token_ids": prompt}
     return Request(request_id=name, sampling_params=SamplingParams(**given), key=key, **field)
 
 
@@ -172,7 +172,7 @@ def test_penalties_count_no_prompt_token(reference: Callable[[str], Reference]) 
     known = reference("llama")
     engine = made(known.path)
     # The bias makes 0, the id that its positions have, the likeliest token, by less than the penalty takes.
-    params = {"repetition_penalty": 1e9, "logit_bias": {0: 100.0}, "max_tokens": 3, "ignore_eos": True}
+    params: dict[str, Any] = {"repetition_penalty": 1e9, "logit_bias": {0: 100.0}, "max_tokens": 3, "ignore_eos": True}
     [of_embeds] = run(engine, [asked("embeds", known.embeds[2], **params)])
     [of_ids] = run(engine, [asked("ids", np.array([*known.ids[2], 0, 7], dtype=np.int32), **params)])
     assert 0 in of_embeds.outputs[0].token_ids and 0 not in of_ids.outputs[0].token_ids
