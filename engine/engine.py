@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from raydata_llm.engine.output_watch import watch_of
 from raydata_llm.engine.parallel import alone
 from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.prompt_embeds import block_keys, check_embeds
+from raydata_llm.engine.prompt_scores import PromptScores, ids_of_each_row
 from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
@@ -205,6 +207,8 @@ class Engine:
         self._check_token_ids(request)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
+        if params.prompt_logprob_token_ids is not None:
+            PromptScores(params, len(prompt))
         self._check_adapter(request)
         if request.prompt_embeds is not None:
             check_embeds(
@@ -408,7 +412,7 @@ class Engine:
 
     def _make_worker(self, files: ModelFiles, launch_ranks: LauncherFactory, own_process: bool) -> Worker | RankGang:
         if self.config.num_ranks > 1 or not own_process:
-            return RankGang(self.config, launch_ranks(self.config), self.model_config.vocab_size)
+            return RankGang(self.config, launch_ranks(self.config))
         return Worker(self.config, files, self.model_config, alone(choose_device(self.config)))
 
     def _live_worker(self) -> Worker | RankGang:
@@ -449,6 +453,8 @@ class Engine:
             sequence.logprobs = PositionLogprobs(wanted, of_prompt=False)
         if (wanted := wanted_of_prompt(params, vocab_size)) is not None and sequence.index == 0:
             sequence.prompt_logprobs = PositionLogprobs(wanted, of_prompt=True)
+        if params.prompt_logprob_token_ids is not None and sequence.index == 0:
+            sequence.prompt_scores = PromptScores(params, sequence.num_prompt)
 
     def _add_logprobs(self, batch: ScheduledBatch, logprobs: SampledLogprobs) -> None:
         sequences = self._scheduler.table.sequences
@@ -511,11 +517,13 @@ class Engine:
 
     def _check_token_ids(self, request: Request) -> None:
         params = request.sampling_params
-        named = {
+        each = ids_of_each_row(params)
+        named: dict[str, Any] = {
             "stop_token_ids": params.stop_token_ids,
             "allowed_token_ids": params.allowed_token_ids or (),
             "logit_bias": tuple(params.logit_bias or ()),
             "logprob_token_ids": params.logprob_token_ids or (),
+            "prompt_logprob_token_ids": chain.from_iterable(each) if each else params.prompt_logprob_token_ids or (),
         }
         for name, token_ids in named.items():
             self._check_in_vocabulary(name, token_ids)
@@ -535,6 +543,7 @@ class _UnfinishedRequest:
     stats: RequestStateStats
     num_cached_tokens: int = 0
     prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
+    prompt_scores: PromptScores | None = None
     error: str | None = None
 
     @property
@@ -552,6 +561,7 @@ class _UnfinishedRequest:
         if logprobs is not None:
             logprobs.close(ended.output_token_ids)
         self.prompt_logprobs = self.prompt_logprobs or sequence.prompt_logprobs
+        self.prompt_scores = self.prompt_scores or sequence.prompt_scores
         self.error = self.error or sequence.error
         self.num_cached_tokens = max(self.num_cached_tokens, sequence.num_cached_tokens)
         self.outputs[sequence.index] = CompletionOutput(
@@ -575,6 +585,7 @@ class _UnfinishedRequest:
             error=self.error,
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=positions.flat() if positions is not None and self.is_flat else positions,
+            prompt_token_id_logprobs=None if self.prompt_scores is None else self.prompt_scores.values,
             lora_request=self.request.lora_request,
             metrics=self.stats,
         )

@@ -128,6 +128,8 @@ class RequestOutput:
         prompt: The prompt's text where a front end knows it.
         num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
         prompt_logprobs: A prompt position's {token id: Logprob}, when asked; None for the first position.
+        prompt_token_id_logprobs: Those of `prompt_logprob_token_ids`, float32 [positions, tokens]: from
+            `prompt_logprob_start` to the last position but one.
         lora_request: The adapter it was run with.
         metrics: When it was taken, scheduled and written; None of a request that could not be run.
     """
@@ -139,6 +141,7 @@ class RequestOutput:
     prompt: str | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None
+    prompt_token_id_logprobs: npt.NDArray[np.float32] | None = field(default=None, compare=False)
     lora_request: LoRARequest | None = None
     metrics: RequestStateStats | None = field(default=None, compare=False)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from raydata_llm.engine.logits_processor import RequestProcessor
     from raydata_llm.engine.output_watch import OutputWatch
     from raydata_llm.engine.position_logprobs import PositionLogprobs
+    from raydata_llm.engine.prompt_scores import PromptScores
 
 IntArray = npt.NDArray[np.int32]
 NO_SEQUENCE = -1
@@ -55,6 +56,7 @@ class Sequence:
         guides: What else says which tokens may follow its outputs.
         processors: Users' own functions of its logits.
         error: Why it cannot go on, as `Type: message`.
+        prompt_scores: None unless it is asked for the log-probabilities of named tokens at its prompt's positions.
         logprobs, prompt_logprobs: None unless it is asked for them; else those of the positions that are known.
     """
 
@@ -73,6 +75,7 @@ class Sequence:
     num_preemptions: int = 0
     logprobs: PositionLogprobs[dict[int, Logprob]] | None = None
     prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
+    prompt_scores: PromptScores | None = None
     grammar: GrammarGuide | None = None
     guides: list[Guide] = field(default_factory=list)
     processors: list[RequestProcessor] = field(default_factory=list)
@@ -92,8 +95,17 @@ class Sequence:
 
     @property
     def lacks_prompt_logprobs(self) -> bool:
-        """Whether its prompt is to be computed from the start for its log-probabilities."""
+        """Whether its prompt is to be computed for its log-probabilities, from `first_asked` on."""
+        if self.prompt_scores is not None and not self.prompt_scores.is_complete:
+            return True
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+
+    @property
+    def first_asked(self) -> int:
+        """The first position of its prompt that it lacks something of, if it does."""
+        if self.prompt_scores is None or self.prompt_logprobs is not None:
+            return 0
+        return self.prompt_scores.start
 
     @property
     def is_guided(self) -> bool:

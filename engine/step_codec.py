@@ -18,7 +18,7 @@ import torch
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.guides import Bitmask
-from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs, wanted_of_prompt
+from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs
 from raydata_llm.engine.position_logprobs import Wanted
 from raydata_llm.engine.prompt_embeds import EmbeddedTokens
 from raydata_llm.engine.request import LoRARequest, Request
@@ -204,7 +204,7 @@ def _decode_admitted(entries: Array, tokens: Array, stops: Array, texts: Array) 
 
 def _needs_tokens(params: SamplingParams) -> bool:
     penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    return bool(penalised) or params.prompt_logprobs is not None
+    return bool(penalised) or params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
 
 
 def encode_bitmask(bitmask: Bitmask | None) -> bytes:
@@ -239,9 +239,7 @@ def encode_result(tokens: IntArray, logprobs: SampledLogprobs | None, pieces: li
     return pack_arrays(arrays)
 
 
-def decode_result(
-    data: bytes, batch: ScheduledBatch, vocab_size: int
-) -> tuple[IntArray, SampledLogprobs | None, list[PromptPiece]]:
+def decode_result(data: bytes, batch: ScheduledBatch) -> tuple[IntArray, SampledLogprobs | None, list[PromptPiece]]:
     """The result of `batch`."""
     tokens, (has_logprobs, num_pieces), *arrays = unpack_arrays(data)
     rest = iter(arrays)
@@ -257,10 +255,7 @@ def decode_result(
     pieces = []
     for _ in range(int(num_pieces)):
         (seq_id, first), token_ids = next(rest).tolist(), next(rest).tolist()
-        sequence = sequences[seq_id]
-        of_prompt = wanted_of_prompt(sequence.request.sampling_params, vocab_size)
-        assert of_prompt is not None
-        pieces.append(PromptPiece(sequence, first, token_ids, of_prompt, _decode_rows(rest)))
+        pieces.append(PromptPiece(sequences[seq_id], first, token_ids, _decode_rows(rest)))
     return tokens, logprobs, pieces
 
 

@@ -230,7 +230,7 @@ def assert_same_rows(one: RowLogprobs, other: RowLogprobs) -> None:
 def test_results_come_back(tokens: Any, wanted: list[tuple[int, list[int]]] | None, pieces: list[int]) -> None:
     sequences = [sequence(100 + one, 0, 0, [3, 4, 5, 6, 8], {"prompt_logprobs": 2}) for one in range(len(pieces))]
     sent = [
-        PromptPiece(one, start, list(range(count)), Wanted(2, ()), rows(count, 2, 0))
+        PromptPiece(one, start, list(range(count)), rows(count, 2, 0))
         for start, (one, count) in enumerate(zip(sequences, pieces, strict=True))
     ]
     logprobs = None
@@ -239,7 +239,7 @@ def test_results_come_back(tokens: Any, wanted: list[tuple[int, list[int]]] | No
         width, named = max((one.num_top for one in each), default=0), max((len(w.token_ids) for w in each), default=0)
         logprobs = SampledLogprobs(np.arange(len(each)) * 2, each, rows(len(each), width, named))
     batch = empty_step(prompt_logprob_chunks=list(enumerate(sequences)))
-    back, back_logprobs, back_pieces = decode_result(encode_result(tokens, logprobs, sent), batch, VOCAB)
+    back, back_logprobs, back_pieces = decode_result(encode_result(tokens, logprobs, sent), batch)
     assert back.tolist() == tokens.tolist()
     assert (back_logprobs is None) == (logprobs is None)
     if logprobs is not None and back_logprobs is not None:
@@ -247,7 +247,7 @@ def test_results_come_back(tokens: Any, wanted: list[tuple[int, list[int]]] | No
         assert_same_rows(back_logprobs.values, logprobs.values)
     for one, other in zip(back_pieces, sent, strict=True):
         assert one.sequence is other.sequence
-        assert (one.start, list(one.token_ids), one.wanted) == (other.start, other.token_ids, other.wanted)
+        assert (one.start, list(one.token_ids)) == (other.start, other.token_ids)
         assert_same_rows(one.rows, other.rows)
 
 
