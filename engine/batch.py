@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from raydata_llm.engine.decode_plan import DecodePlan
+from raydata_llm.engine.prompt_embeds import EmbeddedTokens
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.engine.sequence import IntArray, Sequence
 from raydata_llm.kernels.lora import AdapterTiles
@@ -46,6 +47,7 @@ class ScheduledBatch:
         copy_sources, copy_targets: [C] blocks to copy first; no target is a source.
         beam_slots, beam_tokens, beam_counts: [B] slots of beams, the token that each computes in this step, and how
             many it has computed before; of other slots the device knows both.
+        embedded: prefill tokens that are computed from an embedding of their own; None where the step has none.
     """
 
     decode_plan: DecodePlan
@@ -69,6 +71,7 @@ class ScheduledBatch:
     beam_slots: IntArray = field(default_factory=lambda: _NO_INTS)
     beam_tokens: IntArray = field(default_factory=lambda: _NO_INTS)
     beam_counts: IntArray = field(default_factory=lambda: _NO_INTS)
+    embedded: EmbeddedTokens | None = None
 
     @property
     def num_decodes(self) -> int:
@@ -128,6 +131,19 @@ class SampledRows(DecodeRows):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddedRows:
+    """Tokens that are computed from an embedding of their own.
+
+    Args:
+        tokens: [E] int64; their places among the step's tokens.
+        values: [E, hidden] in the model's dtype.
+    """
+
+    tokens: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
     """A step's tensors.
 
@@ -140,6 +156,7 @@ class ForwardBatch:
         sampled: None where every token is sampled from.
         adapters: The tokens that have an adapter; None where none has.
         sampled_adapters: The same of the tokens of `sampled`.
+        embedded: None where every token is looked up by its id.
     """
 
     token_ids: torch.Tensor
@@ -151,3 +168,4 @@ class ForwardBatch:
     sampled: SampledRows | None
     adapters: AdapterTiles | None = None
     sampled_adapters: AdapterTiles | None = None
+    embedded: EmbeddedRows | None = None

@@ -187,6 +187,8 @@ class Decoder:
         """
         eps, place = self.config.rms_norm_eps, self.parallel.place
         residual = self._embed(batch.token_ids) if incoming is None else incoming
+        if batch.embedded is not None:
+            residual.index_copy_(0, batch.embedded.tokens, batch.embedded.values)
         x = rms_norm(residual, self.layers[0].input_norm, eps)
         for index, layer in enumerate(self.layers):
             cache, is_last = kv_cache.layers[index], index + 1 == len(self.layers)

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from raydata_llm.engine.model_runner import LaunchedStep
 from raydata_llm.engine.output_watch import watch_of
 from raydata_llm.engine.parallel import alone
 from raydata_llm.engine.position_logprobs import PositionLogprobs
+from raydata_llm.engine.prompt_embeds import block_keys, check_embeds
+from raydata_llm.engine.prompt_scores import PromptScores, ids_of_each_row
 from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
@@ -160,6 +163,11 @@ class Engine:
         room = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         eos = () if params.ignore_eos else self._eos_token_ids
         sequences = []
+        embeds, token_bytes = request.prompt_embeds, None
+        if embeds is not None:
+            embeds = embeds[-len(prompt) :]
+            if self.config.enable_prefix_caching:  # once for all n
+                token_bytes = block_keys(embeds, prompt[:0], self._scheduler.limits.block_size)
         for index in range(params.n):
             sequence = Sequence(
                 seq_id=self._next_seq_id,
@@ -169,6 +177,9 @@ class Engine:
                 num_prompt=len(prompt),
                 max_tokens=min(room, self.max_model_len),
                 stop_token_ids=tuple(dict.fromkeys((*eos, *params.stop_token_ids))),
+                num_embedded=0 if embeds is None else len(embeds),
+                prompt_embeds=embeds,
+                token_bytes=token_bytes,
             )
             self._attach_logprobs(sequence)
             sequence.stop_watch = watch_of(params, self._tokenizer)
@@ -196,7 +207,16 @@ class Engine:
         self._check_token_ids(request)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
+        if params.prompt_logprob_token_ids is not None:
+            PromptScores(params, len(prompt))
         self._check_adapter(request)
+        if request.prompt_embeds is not None:
+            check_embeds(
+                request.prompt_embeds,
+                enabled=self.config.enable_prompt_embeds,
+                hidden_size=self.model_config.hidden_size,
+                prompt_logprobs=params.prompt_logprobs is not None,
+            )
         return prompt
 
     def has_unfinished(self) -> bool:
@@ -392,7 +412,7 @@ class Engine:
 
     def _make_worker(self, files: ModelFiles, launch_ranks: LauncherFactory, own_process: bool) -> Worker | RankGang:
         if self.config.num_ranks > 1 or not own_process:
-            return RankGang(self.config, launch_ranks(self.config), self.model_config.vocab_size)
+            return RankGang(self.config, launch_ranks(self.config))
         return Worker(self.config, files, self.model_config, alone(choose_device(self.config)))
 
     def _live_worker(self) -> Worker | RankGang:
@@ -433,6 +453,8 @@ class Engine:
             sequence.logprobs = PositionLogprobs(wanted, of_prompt=False)
         if (wanted := wanted_of_prompt(params, vocab_size)) is not None and sequence.index == 0:
             sequence.prompt_logprobs = PositionLogprobs(wanted, of_prompt=True)
+        if params.prompt_logprob_token_ids is not None and sequence.index == 0:
+            sequence.prompt_scores = PromptScores(params, sequence.num_prompt)
 
     def _add_logprobs(self, batch: ScheduledBatch, logprobs: SampledLogprobs) -> None:
         sequences = self._scheduler.table.sequences
@@ -495,11 +517,13 @@ class Engine:
 
     def _check_token_ids(self, request: Request) -> None:
         params = request.sampling_params
-        named = {
+        each = ids_of_each_row(params)
+        named: dict[str, Any] = {
             "stop_token_ids": params.stop_token_ids,
             "allowed_token_ids": params.allowed_token_ids or (),
             "logit_bias": tuple(params.logit_bias or ()),
             "logprob_token_ids": params.logprob_token_ids or (),
+            "prompt_logprob_token_ids": chain.from_iterable(each) if each else params.prompt_logprob_token_ids or (),
         }
         for name, token_ids in named.items():
             self._check_in_vocabulary(name, token_ids)
@@ -519,6 +543,7 @@ class _UnfinishedRequest:
     stats: RequestStateStats
     num_cached_tokens: int = 0
     prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
+    prompt_scores: PromptScores | None = None
     error: str | None = None
 
     @property
@@ -536,6 +561,7 @@ class _UnfinishedRequest:
         if logprobs is not None:
             logprobs.close(ended.output_token_ids)
         self.prompt_logprobs = self.prompt_logprobs or sequence.prompt_logprobs
+        self.prompt_scores = self.prompt_scores or sequence.prompt_scores
         self.error = self.error or sequence.error
         self.num_cached_tokens = max(self.num_cached_tokens, sequence.num_cached_tokens)
         self.outputs[sequence.index] = CompletionOutput(
@@ -559,6 +585,7 @@ class _UnfinishedRequest:
             error=self.error,
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=positions.flat() if positions is not None and self.is_flat else positions,
+            prompt_token_id_logprobs=None if self.prompt_scores is None else self.prompt_scores.values,
             lora_request=self.request.lora_request,
             metrics=self.stats,
         )

@@ -21,6 +21,7 @@ NO_POOLING_INVARIANCE = (
     "batch_invariant=True is not supported for pooling models, whose attention chooses its tiles by the batch: leave "
     "batch_invariant at False"
 )
+NO_POOLED_EMBEDS = "enable_prompt_embeds=True is not supported for pooling models, which take tokens: leave it at False"
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPE_ALIASES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -64,6 +65,7 @@ class EngineConfig:
         pooler_config: How a pooling model pools, such as {"pooling_type": "MEAN"}; None: as its files say.
         reasoning_config: `reasoning_start_str` and `reasoning_end_str`, between which a model thinks, for
             `thinking_token_budget`; what is left out is "<think>" and "</think>".
+        enable_prompt_embeds: Take prompts as embeddings, [tokens, hidden_size], instead of token ids.
         logits_processors: Classes, or "module:Class", as `logits_processor.py` describes.
         tensor_parallel_size: GPUs that split each layer.
         pipeline_parallel_size: GPUs that split the stack of layers.
@@ -102,6 +104,7 @@ class EngineConfig:
     pooler_config: PoolerConfig | Mapping[str, Any] | None = None
     disable_custom_all_reduce: bool = False
     batch_invariant: bool = False
+    enable_prompt_embeds: bool = False
     reasoning_config: Mapping[str, str] = field(default_factory=dict)
     logits_processors: Sequence[str | type[Any]] = ()
     tensor_parallel_size: int = 1
@@ -126,6 +129,8 @@ class EngineConfig:
         object.__setattr__(self, "pooler_config", PoolerConfig.from_mapping(self.pooler_config))
         _check_device(self.device)
         self._check_batch_invariant()
+        if self.enable_prompt_embeds and self.runner == "pooling":
+            raise ValueError(NO_POOLED_EMBEDS)
         _check_reasoning(self.reasoning_config)
         if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
             raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")
@@ -207,6 +212,7 @@ _FLAGS = (
     "disable_cascade_attn",
     "disable_custom_all_reduce",
     "batch_invariant",
+    "enable_prompt_embeds",
 )
 
 

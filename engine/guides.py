@@ -116,7 +116,7 @@ class Guides:
             sequence.guides.append(BadWordsGuide(sequences))
         if params.thinking_token_budget is not None:
             markers = Markers.of(self._encoder("thinking_token_budget"), self._reasoning_config)
-            prompt = sequence.token_ids[: sequence.num_prompt].tolist()
+            prompt = sequence.prompt_token_ids.tolist()
             sequence.guides.append(ThinkingGuide(markers, params.thinking_token_budget, prompt))
         made = (processor.new_request_processor(params) for processor in self._processors)
         sequence.processors = [one for one in made if one is not None]
@@ -185,7 +185,7 @@ class Guides:
             token_ids = table.output_token_ids(slot)
             for guide in sequence.guides:
                 guide.forbid(words[place], token_ids)
-            prompt = sequence.token_ids[: sequence.num_prompt].tolist() if sequence.processors else []
+            prompt = sequence.prompt_token_ids.tolist() if sequence.processors else []
             processors += [(int(rows[place]), partial(process, prompt, token_ids)) for process in sequence.processors]
         return Bitmask(rows, tensor, processors)
 

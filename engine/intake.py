@@ -203,7 +203,9 @@ class Intake:
             sequence.token_bytes = sequence.token_ids.tobytes()
         # The last known token is always computed: its hidden state is sampled from.
         limit = (len(sequence.token_ids) - 1) // self._limits.block_size
-        if sequence.lacks_prompt_logprobs or sequence.request.sampling_params.skip_reading_prefix_cache:
+        if sequence.lacks_prompt_logprobs:
+            limit = min(limit, sequence.first_asked // self._limits.block_size)
+        if sequence.request.sampling_params.skip_reading_prefix_cache:
             limit = 0
         root = self.adapters.root(sequence.request.lora_request)
         return self._blocks.match(sequence.token_bytes, self._block_bytes, limit, root)

@@ -22,6 +22,8 @@ from raydata_llm.engine.parameter_check import Parameters
 _CPU_KV_SHARE = 0.25
 # Activations of a step on a GPU, per token: the widest tensors alive at once, as multiples of hidden and intermediate.
 _LIVE_HIDDEN, _LIVE_INTERMEDIATE = 8, 3
+# Embeddings of a prompt, as they come (float32) and in the model's dtype.
+_LIVE_EMBEDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +155,14 @@ def _kv_memory(
         return _CPU_KV_SHARE * _free_host_memory() / num_ranks, f"{_CPU_KV_SHARE:.0%} of this machine's free memory"
     free, total = torch.cuda.mem_get_info(device)
     used = total - free
-    reserve = _activation_bytes(model, sizes, dtype)
+    reserve = _activation_bytes(model, sizes, dtype, embeds=config.enable_prompt_embeds)
     memory = config.gpu_memory_utilization * total - used - reserve
     return memory, f"gpu_memory_utilization={config.gpu_memory_utilization} of {total / 2**30:.1f} GiB"
 
 
-def _activation_bytes(model: ModelConfig, sizes: Sizes, dtype: torch.dtype) -> int:
-    per_token = _LIVE_HIDDEN * model.hidden_size + _LIVE_INTERMEDIATE * model.intermediate_size
+def _activation_bytes(model: ModelConfig, sizes: Sizes, dtype: torch.dtype, *, embeds: bool) -> int:
+    live_hidden = _LIVE_HIDDEN + (_LIVE_EMBEDS if embeds else 0)
+    per_token = live_hidden * model.hidden_size + _LIVE_INTERMEDIATE * model.intermediate_size
     logits = 3 * sizes.max_num_seqs * model.vocab_size * 4
     return sizes.max_num_batched_tokens * per_token * dtype.itemsize + logits
 

@@ -19,6 +19,7 @@ import torch
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decoder import Decoder
 from raydata_llm.engine.position_logprobs import HEAD, Wanted
+from raydata_llm.engine.prompt_scores import ids_computed_at
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.sequence import Sequence
 from raydata_llm.engine.upload import to_host, upload
@@ -114,14 +115,17 @@ class PromptPiece:
     sequence: Sequence
     start: int
     token_ids: list[int]
-    wanted: Wanted
     rows: RowLogprobs
 
     def deliver(self) -> None:
         """Put the positions into the sequence; those computed again replace the first ones."""
-        assert self.sequence.prompt_logprobs is not None, "only chunks of sequences that asked have pieces"
-        records = self.rows.positions([self.wanted] * len(self.token_ids))
-        self.sequence.prompt_logprobs.put(self.start, b"".join(records))
+        positions, scores = self.sequence.prompt_logprobs, self.sequence.prompt_scores
+        assert positions is not None or scores is not None, "only chunks of sequences that asked have pieces"
+        if positions is not None:
+            records = self.rows.positions([positions.wanted] * len(self.token_ids))
+            positions.put(self.start, b"".join(records))
+        if scores is not None:
+            scores.put(self.start - 1, self.rows.named.numpy())
 
 
 def prompt_pieces(decoder: Decoder, hidden: torch.Tensor, batch: ScheduledBatch) -> list[PromptPiece]:
@@ -134,20 +138,30 @@ def prompt_pieces(decoder: Decoder, hidden: torch.Tensor, batch: ScheduledBatch)
     firsts = batch.num_decodes + np.cumsum(batch.prefill_counts) - batch.prefill_counts
     pieces = []
     for chunk, sequence in batch.prompt_logprob_chunks:
-        wanted = wanted_of_prompt(sequence.request.sampling_params, decoder.config.vocab_size)
-        assert wanted is not None, "the scheduler names only chunks that asked"
-        begin = int(batch.prefill_starts[chunk])
+        params, begin = sequence.request.sampling_params, int(batch.prefill_starts[chunk])
         # What is computed at a position says how likely the next token is.
         end = min(begin + int(batch.prefill_counts[chunk]), sequence.num_prompt - 1)
-        for start in range(begin, end, rows_at_once):
+        for start in range(_first_asked(params, begin), end, rows_at_once):
             stop = min(start + rows_at_once, end)
             first = int(firsts[chunk]) + start - begin
             tokens = sequence.token_ids[start + 1 : stop + 1]
             (tokens_there,) = upload(hidden.device, tokens.astype(np.int64))
             logits = decoder.logits(hidden[first : first + stop - start])
-            rows = row_logprobs(logits, tokens_there, [wanted])
-            pieces.append(PromptPiece(sequence, start + 1, tokens.tolist(), wanted, rows.to_host()))
+            rows = row_logprobs(logits, tokens_there, _wanted_at(params, decoder.config.vocab_size, start, stop))
+            pieces.append(PromptPiece(sequence, start + 1, tokens.tolist(), rows.to_host()))
     return pieces
+
+
+def _first_asked(params: SamplingParams, begin: int) -> int:
+    """The first position, from `begin` on, that something is asked of."""
+    return begin if params.prompt_logprobs is not None else max(begin, params.prompt_logprob_start or 0)
+
+
+def _wanted_at(params: SamplingParams, vocab_size: int, begin: int, end: int) -> list[Wanted]:
+    """What is asked of the prompt's positions, or one for all."""
+    top = wanted_of_prompt(params, vocab_size)
+    num_top = 0 if top is None else top.num_top
+    return [Wanted(num_top, ids) for ids in ids_computed_at(params, begin, end)]
 
 
 def _top(count: int | None, vocab_size: int) -> Wanted | None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from raydata_llm.engine.adapter_tiles import upload_tiles
-from raydata_llm.engine.batch import ForwardBatch, PrefillRows, SampledRows, ScheduledBatch
+from raydata_llm.engine.batch import EmbeddedRows, ForwardBatch, PrefillRows, SampledRows, ScheduledBatch
 from raydata_llm.engine.decode_step import DecodeStep, SlotState
 from raydata_llm.engine.decoder import Decoder, KVCache
 from raydata_llm.engine.guides import Bitmask
@@ -266,7 +266,15 @@ class ModelRunner:
             ),
             adapters=adapters,
             sampled_adapters=sampled_adapters,
+            embedded=self._embedded_rows(batch),
         )
+
+    def _embedded_rows(self, batch: ScheduledBatch) -> EmbeddedRows | None:
+        if batch.embedded is None or not self._place.is_first:
+            return None
+        places, values = batch.embedded.places, batch.embedded.values
+        tokens, there = upload(self._device, places.astype(np.int64) + batch.num_decodes, values.ravel())
+        return EmbeddedRows(tokens=tokens, values=there.view(values.shape).to(self._decoder.dtype))
 
     def _upload(self, *arrays: npt.NDArray[np.integer]) -> list[torch.Tensor]:
         return upload(self._device, *(array.astype(np.int32, copy=False) for array in arrays))

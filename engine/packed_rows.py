@@ -24,6 +24,7 @@ class PackedRows:
         positions: [T] int64 on the device; each row counts from 0.
         token_types: [T] int64 on the device; None where all are 0.
         row_of: [T] int64 on the device; the row of each token.
+        ids: [T] `token_ids` on the host.
         starts: [R + 1] on the host; row r's tokens are starts[r] to starts[r + 1] - 1.
     """
 
@@ -31,12 +32,14 @@ class PackedRows:
     positions: torch.Tensor
     token_types: torch.Tensor | None
     row_of: torch.Tensor
+    ids: np.ndarray
     starts: list[int]
 
     @classmethod
     def of(cls, requests: Sequence[PoolingRequest], device: torch.device) -> PackedRows:
         """Pack the requests' prompts, in their order."""
         prompts = [np.asarray(request.prompt_token_ids) for request in requests]
+        ids = np.concatenate(prompts)
         lens = np.array([len(prompt) for prompt in prompts])
         starts = [0, *itertools.accumulate(lens.tolist())]
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lens)
@@ -49,7 +52,8 @@ class PackedRows:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
         return cls(
-            token_ids=upload(np.concatenate(prompts)),
+            token_ids=upload(ids),
+            ids=ids,
             positions=upload(positions),
             token_types=None if types is None else upload(types),
             row_of=upload(np.repeat(np.arange(len(lens)), lens)),

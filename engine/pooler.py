@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +19,7 @@ from raydata_llm.engine.encoder import take_linear
 from raydata_llm.engine.packed_rows import PackedRows
 from raydata_llm.engine.pooler_config import PoolingType
 from raydata_llm.engine.pooling_model import Activation, PoolingModel
-from raydata_llm.engine.pooling_params import EMBED_TASKS, PoolingParams
+from raydata_llm.engine.pooling_params import EMBED_TASKS, TOKEN_TASKS, PoolingParams
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
@@ -34,7 +35,7 @@ class PooledGroup:
     Args:
         rows: Which rows of the batch.
         values: float32 [rows, values], or the rows' tokens one after the other, [tokens, values].
-        lens: Tokens of each row, where there is a result a token.
+        lens: Tokens of each row that have a result, where there is one a token.
     """
 
     rows: list[int]
@@ -71,25 +72,39 @@ class Pooler:
         self, hidden: torch.Tensor, rows: PackedRows, indexes: list[int], params: PoolingParams
     ) -> PooledGroup:
         assert params.task is not None, "the engine fills it in"
-        by_token = params.task in ("token_embed", "token_classify")
-        states = self._states_of(hidden, rows, indexes) if by_token else self._pooled(hidden, rows, indexes)
+        by_token = params.task in TOKEN_TASKS
+        lens: list[int] | None = None
+        if by_token:
+            states, lens = self._token_states(hidden, rows, indexes, params.step_tag_id)
+        else:
+            states = self._pooled(hidden, rows, indexes)
         if params.task in EMBED_TASKS:
             values = _embedding(states, params)
         else:
             values = self._logits(states)
+            if params.returned_token_ids is not None:
+                values = values[..., list(params.returned_token_ids)]
             if params.activates:
                 values = _ACTIVATIONS[self._model.activations[params.task]](values)
-        lens = rows.lens
-        return PooledGroup(indexes, values, [lens[row] for row in indexes] if by_token else None)
+        return PooledGroup(indexes, values, lens)
 
     def _pooled(self, hidden: torch.Tensor, rows: PackedRows, indexes: list[int]) -> torch.Tensor:
         pooled = pooled_states(hidden, rows, self._model.pooling)
         return pooled if len(indexes) == rows.num_rows else pooled[indexes]
 
-    def _states_of(self, hidden: torch.Tensor, rows: PackedRows, indexes: list[int]) -> torch.Tensor:
-        if len(indexes) == rows.num_rows:
-            return hidden.float()
-        return torch.cat([hidden[rows.starts[row] : rows.starts[row + 1]] for row in indexes]).float()
+    def _token_states(
+        self, hidden: torch.Tensor, rows: PackedRows, indexes: list[int], step_tag_id: int | None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The states of these rows' tokens, or of those alone that end a step, and how many each row has."""
+        lens = rows.lens
+        if step_tag_id is None and len(indexes) == rows.num_rows:
+            return hidden.float(), lens
+        if step_tag_id is None:
+            chosen = [hidden[rows.starts[row] : rows.starts[row + 1]] for row in indexes]
+            return torch.cat(chosen).float(), [lens[row] for row in indexes]
+        ends = [np.flatnonzero(rows.ids[rows.starts[row] : rows.starts[row + 1]] == step_tag_id) for row in indexes]
+        places = np.concatenate([rows.starts[row] + one for row, one in zip(indexes, ends, strict=True)])
+        return hidden[torch.from_numpy(places).to(hidden.device)].float(), [len(one) for one in ends]
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         head = self._model.head
@@ -99,6 +114,8 @@ class Pooler:
             states = torch.tanh(take_linear(self._parameters, "classifier.dense")(states))
         elif head == "distilbert":
             states = F.relu(take_linear(self._parameters, "pre_classifier")(states))
+        elif head == "reward":
+            states = F.relu(take_linear(self._parameters, "score.0")(states))
         last = next(name for name in reversed(self._parameters) if name.endswith(".weight"))
         return take_linear(self._parameters, last.removesuffix(".weight"))(states)
 

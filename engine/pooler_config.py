@@ -5,12 +5,15 @@ Owns names (vLLM's), types and ranges. Knows no model and no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from raydata_llm.engine.pooling_params import PoolingParams
+
 PoolingType = Literal["cls", "last", "mean"]
 _POOLING_TYPES: dict[str, PoolingType] = {"cls": "cls", "last": "last", "mean": "mean"}
+_TOKEN_TYPES = ("all", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +21,13 @@ class PoolerConfig:
     """Settings of a pooler; None leaves each to the model.
 
     Args:
-        pooling_type: "CLS", "LAST" or "MEAN".
-        seq_pooling_type: Another name for it.
-        tok_pooling_type: "ALL".
+        pooling_type: "CLS", "LAST" or "MEAN"; also what `tok_pooling_type` may be.
+        seq_pooling_type: "CLS", "LAST" or "MEAN".
+        tok_pooling_type: Which tokens have a result, of tasks that give one a token: "ALL", or "STEP": ends of steps.
+        step_tag_id: The token that ends a step, where a request does not say.
+        returned_token_ids: Which classes are returned, where a request does not say.
         normalize: Whether embeddings have length 1 where a request does not say.
-        use_activation: Another name for it.
+        use_activation: Another name for it; of classes, whether they go through the activation.
 
     Raises:
         ValueError: naming the field, its value and the remedy.
@@ -33,14 +38,21 @@ class PoolerConfig:
     tok_pooling_type: str | None = None
     normalize: bool | None = None
     use_activation: bool | None = None
+    step_tag_id: int | None = None
+    returned_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pooling_type", "seq_pooling_type"):
+        kinds = {"pooling_type": (*_POOLING_TYPES, *_TOKEN_TYPES), "seq_pooling_type": tuple(_POOLING_TYPES)}
+        for name, choices in {**kinds, "tok_pooling_type": _TOKEN_TYPES}.items():
             value = getattr(self, name)
-            if value is not None and str(value).lower() not in _POOLING_TYPES:
-                raise ValueError(f"pooler_config: {name}={value!r} is not valid: choose CLS, LAST or MEAN")
-        if self.tok_pooling_type is not None and str(self.tok_pooling_type).upper() != "ALL":
-            raise ValueError(f"pooler_config: tok_pooling_type={self.tok_pooling_type!r} is not valid: choose ALL")
+            if value is not None and str(value).lower() not in choices:
+                names = ", ".join(choices).upper()
+                raise ValueError(f"pooler_config: {name}={value!r} is not valid: choose one of {names}")
+        steps = PoolingParams(step_tag_id=self.step_tag_id, returned_token_ids=self.returned_token_ids)
+        object.__setattr__(self, "returned_token_ids", steps.returned_token_ids)
+        for name in ("step_tag_id", "returned_token_ids"):
+            if getattr(self, name) is not None and not self.takes_steps:
+                raise ValueError(f"pooler_config: {name}={getattr(self, name)!r} needs tok_pooling_type='STEP'")
         for name in ("normalize", "use_activation"):
             if getattr(self, name) not in (None, True, False):
                 raise ValueError(f"pooler_config: {name}={getattr(self, name)!r} is not valid: give True or False")
@@ -69,7 +81,12 @@ class PoolerConfig:
     def kind(self) -> PoolingType | None:
         """Which hidden state stands for the prompt."""
         name = self.seq_pooling_type or self.pooling_type
-        return None if name is None else _POOLING_TYPES[name.lower()]
+        return None if name is None else _POOLING_TYPES.get(name.lower())
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether of results for each token those at the ends of steps are wanted."""
+        return "step" in (str(self.tok_pooling_type).lower(), str(self.pooling_type).lower())
 
     @property
     def normalizes(self) -> bool:

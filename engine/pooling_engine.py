@@ -24,7 +24,7 @@ from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.encoder import Encoder
 from raydata_llm.engine.encoder_config import EncoderConfig
 from raydata_llm.engine.engine import EngineStats
-from raydata_llm.engine.engine_config import NO_POOLING_INVARIANCE, EngineConfig
+from raydata_llm.engine.engine_config import NO_POOLED_EMBEDS, NO_POOLING_INVARIANCE, EngineConfig
 from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.kv_budget import check_weights_fit
 from raydata_llm.engine.model_files import ModelFiles
@@ -32,7 +32,7 @@ from raydata_llm.engine.packed_rows import PackedRows
 from raydata_llm.engine.phases import announce
 from raydata_llm.engine.pooler import PooledGroup, Pooler
 from raydata_llm.engine.pooling_model import EMBEDDING, LM_HEAD, PoolingModel
-from raydata_llm.engine.pooling_params import EMBED_TASKS, PoolingParams
+from raydata_llm.engine.pooling_params import EMBED_TASKS, TOKEN_TASKS, PoolingParams, PoolingTask
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, PoolingRequestOutput
 from raydata_llm.engine.weights import load_weights
 
@@ -62,6 +62,8 @@ class PoolingEngine:
             raise ValueError("enable_lora=True is not supported for pooling models: merge the adapter into its model")
         if config.batch_invariant:
             raise ValueError(NO_POOLING_INVARIANCE)
+        if config.enable_prompt_embeds:
+            raise ValueError(NO_POOLED_EMBEDS)
         files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
         self.model = model = PoolingModel.open(files, config)
         self.default_sampling_params: dict[str, Any] = {}
@@ -221,15 +223,32 @@ class PoolingEngine:
                 f"task={task!r} does not fit this {self.model.architecture}, which does {', '.join(tasks)}: "
                 "set convert='embed' or 'classify', or use another model"
             )
+        steps = self._steps(params, task)
         if task not in EMBED_TASKS:
             for name in ("dimensions", "normalize"):
                 if getattr(params, name) is not None:
                     raise ValueError(f"{name}={getattr(params, name)!r} does not fit task={task!r}: leave it out")
-            return PoolingParams(task=task, use_activation=params.activates)
+            activates = self.model.activates if params.use_activation is None else params.use_activation
+            return PoolingParams(task=task, use_activation=activates, **steps)
         asks = params.normalize is not None or params.use_activation is not None
         self._check_dimensions(params.dimensions)
         normalize = params.normalizes if asks else self.model.normalize
-        return PoolingParams(task=task, dimensions=params.dimensions, normalize=normalize)
+        return PoolingParams(task=task, dimensions=params.dimensions, normalize=normalize, **steps)
+
+    def _steps(self, params: PoolingParams, task: PoolingTask) -> dict[str, Any]:
+        """Which tokens and classes are returned, by the request, else by the model."""
+        steps: dict[str, Any] = {}
+        for name, fits in (("step_tag_id", task in TOKEN_TASKS), ("returned_token_ids", task == "token_classify")):
+            given = getattr(params, name)
+            if given is not None and not fits:
+                remedy = "leave it out, or ask for token_classify"
+                raise ValueError(f"{name}={given!r} does not fit task={task!r}: {remedy}")
+            steps[name] = getattr(self.model, name) if given is None and fits else given
+        returned, count = steps["returned_token_ids"], self.model.num_labels
+        if returned is not None and max(returned) >= count:
+            asked = f"returned_token_ids={list(returned)}"
+            raise ValueError(f"{asked} is not valid: the model's classes are 0 to {count - 1}")
+        return steps
 
     def _check_dimensions(self, dimensions: int | None) -> None:
         if dimensions is None:

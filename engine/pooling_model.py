@@ -24,7 +24,7 @@ from raydata_llm.engine.pooler_config import PoolerConfig, PoolingType
 from raydata_llm.engine.pooling_params import PoolingTask
 from raydata_llm.engine.token_head import TokenHead
 
-Head = Literal["none", "bert", "roberta", "distilbert", "linear", "score"]
+Head = Literal["none", "bert", "roberta", "distilbert", "linear", "score", "reward"]
 Activation = Literal["softmax", "sigmoid", "identity"]
 
 _POOLING_MODES: dict[str, PoolingType] = {
@@ -33,6 +33,11 @@ _POOLING_MODES: dict[str, PoolingType] = {
     "pooling_mode_lasttoken": "last",
 }
 _OTHER_MODES = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
+# Reward models: labels, whether these go through an activation where nobody says, and the token that ends a step.
+_REWARD_MODELS: dict[str, tuple[int, bool, int | None]] = {
+    "Qwen2ForRewardModel": (1, False, None),
+    "Qwen2ForProcessRewardModel": (2, True, 151651),
+}
 _MODULES = ("Transformer", "Pooling", "Normalize")
 # Of checkpoints that hold more than is asked for: other heads, and buffers.
 _ENCODER_EXTRAS: tuple[str, ...] = (
@@ -59,10 +64,12 @@ class PoolingModel:
         pooling: Which hidden state stands for the prompt.
         head: What makes class logits of it. "bert": dense, tanh, linear on [CLS]; "roberta" the same under other names;
             "distilbert": dense, ReLU, linear; "score": a linear without a bias on the pooled state; "linear": a linear
-            on every token's state.
+            on every token's state; "reward": linear, ReLU, linear on every token's state.
         num_labels: Of the head; 0 without one.
         activations: What classify and score put over the logits.
         normalize: Whether embeddings are scaled to length 1 where a request does not say.
+        activates: Whether classes go through their activation where a request does not say.
+        step_tag_id, returned_token_ids: As `PoolingParams` has them, where a request does not say.
         matryoshka_dimensions: What `dimensions` may be; () for anything, None where it may not be given.
         max_seq_length: Sentence-transformers' limit of a prompt.
         token_head: What the "score" head is made of, where it is the language model's own; None if it is stored.
@@ -79,6 +86,9 @@ class PoolingModel:
     normalize: bool
     matryoshka_dimensions: tuple[int, ...] | None
     max_seq_length: int | None
+    activates: bool = True
+    step_tag_id: int | None = None
+    returned_token_ids: tuple[int, ...] | None = None
     token_head: TokenHead | None = None
     joins_pairs: bool = False
     ties_head: bool = True
@@ -94,8 +104,10 @@ class PoolingModel:
         architecture = _architecture(hf_config)
         backbone = _backbone(hf_config)
         token_head = _token_head(hf_config, backbone, config.convert)
-        if token_head is not None:
-            hf_config = {**hf_config, "num_labels": token_head.num_labels}
+        num_labels, activates, step_tag_id = _REWARD_MODELS.get(architecture, (None, True, None))
+        num_labels = num_labels if token_head is None else token_head.num_labels
+        if num_labels is not None:
+            hf_config = {**hf_config, "num_labels": num_labels}
         head: Head = "score" if token_head is not None else _head(architecture, backbone, config.convert)
         folder = files.path if files.kind == "folder" else None
         pooler = PoolerConfig.from_mapping(config.pooler_config)
@@ -108,6 +120,9 @@ class PoolingModel:
             num_labels=0 if head == "none" else _num_labels(hf_config),
             activations=_activations(hf_config),
             normalize=pooler.normalizes,
+            activates=activates if pooler.use_activation is None else pooler.use_activation,
+            step_tag_id=step_tag_id if pooler.step_tag_id is None else pooler.step_tag_id,
+            returned_token_ids=None if pooler.returned_token_ids is None else tuple(pooler.returned_token_ids),
             matryoshka_dimensions=_matryoshka(hf_config),
             max_seq_length=_max_seq_length(folder),
             token_head=token_head,
@@ -120,7 +135,7 @@ class PoolingModel:
         """What may be asked of it."""
         if self.head == "none":
             return ("embed", "token_embed")
-        if self.head == "linear":
+        if self.head in ("linear", "reward"):
             return ("token_classify",)
         if self.head == "score":
             return ("classify", "score", "token_classify") if self.num_labels == 1 else ("classify", "token_classify")
@@ -168,6 +183,8 @@ class PoolingModel:
             return {}
         if self.head == "score":
             return {"score.weight": (labels, hidden)}
+        if self.head == "reward":
+            return linear_shapes("score.0", hidden, hidden) | linear_shapes("score.2", labels, hidden)
         dense = {"bert": "pooler.dense", "roberta": "classifier.dense", "distilbert": "pre_classifier"}.get(self.head)
         last = "classifier.out_proj" if self.head == "roberta" else "classifier"
         if self.head == "linear" and isinstance(self.backbone, ModelConfig):
@@ -246,6 +263,8 @@ def _token_head(hf_config: Mapping[str, Any], backbone: EncoderConfig | ModelCon
 def _head(architecture: str, backbone: EncoderConfig | ModelConfig, convert: str) -> Head:
     if convert == "embed":
         return "none"
+    if architecture in _REWARD_MODELS and isinstance(backbone, ModelConfig):
+        return "reward"
     if architecture.endswith("ForTokenClassification"):
         return "linear"
     if architecture.endswith("ForSequenceClassification") or convert == "classify":

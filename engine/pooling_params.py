@@ -6,7 +6,7 @@ Invariant: a PoolingParams is valid on its own; what depends on the model is che
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,9 @@ class PoolingParams:
         use_activation: Put softmax or sigmoid, as the model says, over class logits; None: yes. Of an embedding it
             is another name for `normalize`.
         softmax, activation: Older names for `use_activation`.
+        step_tag_id: Of results for each token, those alone whose token is this (the end of a step, for reward models).
+        returned_token_ids: Of each token's classes, these alone, before the activation.
+        skip_reading_prefix_cache: Prompts are always computed whole; taken and not used.
         task: "embed", "classify", "score", "token_embed" or "token_classify"; None: what the method is for.
 
     Raises:
@@ -38,13 +41,18 @@ class PoolingParams:
     use_activation: bool | None = None
     softmax: bool | None = None
     activation: bool | None = None
+    step_tag_id: int | None = None
+    returned_token_ids: Sequence[int] | None = None
+    skip_reading_prefix_cache: bool | None = None
     task: PoolingTask | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("truncate_prompt_tokens", -1), ("dimensions", 1)):
+        for name, least in (("truncate_prompt_tokens", -1), ("dimensions", 1), ("step_tag_id", 0)):
             object.__setattr__(self, name, _integer(name, getattr(self, name), least))
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens=0 is not valid: use -1, or 1 or more")
+        object.__setattr__(self, "returned_token_ids", returned_ids("returned_token_ids", self.returned_token_ids))
+        object.__setattr__(self, "skip_reading_prefix_cache", None)
         for name in ("normalize", "use_activation", *_OLDER):
             if getattr(self, name) not in (None, True, False):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not valid: give True, False or None")
@@ -67,6 +75,8 @@ class PoolingParams:
             kind = type(params).__name__
             raise ValueError(f'pooling_params={params!r} is a {kind}: give a dict such as {{"dimensions": 256}}')
         given = {name: value for name, value in (params or {}).items() if value is not None}
+        for name in sorted(_REFUSED.keys() & given.keys()):
+            raise ValueError(f"{name}={given[name]!r} is not supported: {_REFUSED[name]}")
         unknown = sorted(set(map(str, given)) - _FIELD_NAMES)
         if unknown:
             known = ", ".join(sorted(_FIELD_NAMES))
@@ -75,7 +85,12 @@ class PoolingParams:
 
     def to_mapping(self) -> dict[str, Any]:
         """The fields that are set, as plain JSON values (`from_mapping` undoes it)."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
 
     @property
     def normalizes(self) -> bool:
@@ -91,6 +106,13 @@ class PoolingParams:
 
 _FIELD_NAMES = {field.name for field in fields(PoolingParams)}
 _OLDER = ("softmax", "activation")
+# Of vLLM's fields.
+_REFUSED = {
+    "late_chunking_params": "ask for task='token_embed' with normalize=False, and take the means of its rows",
+    "extra_kwargs": "there are no plugins that would read them",
+}
+# Of which there is a result for each token.
+TOKEN_TASKS: tuple[PoolingTask, ...] = ("token_embed", "token_classify")
 
 
 def as_task(name: Any) -> PoolingTask:
@@ -103,6 +125,15 @@ def as_task(name: Any) -> PoolingTask:
         raise ValueError(f"pooling_task={name!r} is not valid: choose one of {', '.join(POOLING_TASKS)}")
     task: PoolingTask = name
     return task
+
+
+def returned_ids(name: str, value: Any) -> tuple[int, ...] | None:
+    """A list of class numbers, checked; None and an empty one are all classes."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"{name}={value!r} is not valid: give a list of whole numbers")
+    return tuple(_integer(name, one, 0) or 0 for one in value) or None
 
 
 def _integer(name: str, value: Any, least: int) -> int | None:

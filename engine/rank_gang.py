@@ -60,15 +60,13 @@ class RankGang:
     Args:
         config: The engine's; its sizes say how many ranks.
         launcher: Starts them.
-        vocab_size: The model's.
 
     Raises:
         ValueError: for settings that the ranks cannot meet.
         RankError: when one ends.
     """
 
-    def __init__(self, config: EngineConfig, launcher: RankLauncher, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, config: EngineConfig, launcher: RankLauncher) -> None:
         self._num_ranks = config.tensor_parallel_size * config.pipeline_parallel_size
         self._encoder = BatchEncoder()
         host = launcher.host
@@ -103,7 +101,7 @@ class RankGang:
 
     def result(self, batch: ScheduledBatch) -> tuple[IntArray, SampledLogprobs | None, list[PromptPiece]]:
         """The oldest step's result, which is `batch`'s."""
-        return decode_result(self._watch.next_result(), batch, self._vocab_size)
+        return decode_result(self._watch.next_result(), batch)
 
     def shutdown(self) -> None:
         """End all ranks."""

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from raydata_llm.engine.prompt_embeds import Embeds
 from raydata_llm.engine.request_stats import RequestStateStats
 from raydata_llm.engine.sampling_params import SamplingParams
 
@@ -48,20 +49,32 @@ class Request:
 
     Args:
         request_id: Chosen by the caller, unique among the engine's unfinished requests.
-        prompt_token_ids: At least one token id.
+        prompt_token_ids: At least one token id; left out where there are `prompt_embeds`, then a 0 for each of these.
         sampling_params: Complete parameters.
         key: 64-bit key of the sampling noise (see `sampling_key`); the draw depends on it, the index in n and the
             position alone.
         lora_request: The adapter it is run with, if any.
+        prompt_embeds: The prompt, [tokens, hidden_size], instead of token ids (`prompt_embeds.as_embeds` makes it).
         arrival_time: When it was made, in seconds since 1970.
+
+    Raises:
+        ValueError: for both token ids and embeddings.
     """
 
     request_id: str
-    prompt_token_ids: TokenArray
+    prompt_token_ids: TokenArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     sampling_params: SamplingParams
     key: int = 0
     lora_request: LoRARequest | None = None
+    prompt_embeds: Embeds | None = None
     arrival_time: float = field(default_factory=time.time, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.prompt_embeds is None:
+            return
+        if np.any(self.prompt_token_ids):
+            raise ValueError("prompt_token_ids and prompt_embeds are both given: give one of them")
+        object.__setattr__(self, "prompt_token_ids", np.zeros(len(self.prompt_embeds), dtype=np.int32))
 
     def refused(self, error: str) -> RequestOutput:
         """The result of a request that cannot be run."""
@@ -109,12 +122,14 @@ class RequestOutput:
 
     Args:
         request_id: The request's.
-        prompt_token_ids: After truncation.
+        prompt_token_ids: After truncation; a 0 for each position of a prompt of embeddings.
         outputs: The n outputs by index; empty when `error` is set.
         error: Why the request could not be run, as `Type: message`.
         prompt: The prompt's text where a front end knows it.
         num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
         prompt_logprobs: A prompt position's {token id: Logprob}, when asked; None for the first position.
+        prompt_token_id_logprobs: Those of `prompt_logprob_token_ids`, float32 [positions, tokens]: from
+            `prompt_logprob_start` to the last position but one.
         lora_request: The adapter it was run with.
         metrics: When it was taken, scheduled and written; None of a request that could not be run.
     """
@@ -126,6 +141,7 @@ class RequestOutput:
     prompt: str | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None
+    prompt_token_id_logprobs: npt.NDArray[np.float32] | None = field(default=None, compare=False)
     lora_request: LoRARequest | None = None
     metrics: RequestStateStats | None = field(default=None, compare=False)
 
@@ -154,10 +170,15 @@ def seeded_key(seed: int) -> int:
 
 
 def request_digest(
-    prompt_token_ids: Sequence[int] | TokenArray, sampling_params: SamplingParams, adapter: str = ""
+    prompt_token_ids: Sequence[int] | TokenArray,
+    sampling_params: SamplingParams,
+    adapter: str = "",
+    prompt_embeds: Embeds | None = None,
 ) -> bytes:
     """A 16-byte digest of prompt, parameters and the adapter's name."""
     digest = hashlib.blake2b(np.asarray(prompt_token_ids, dtype=np.int32).tobytes(), digest_size=16)
     digest.update(json.dumps(sampling_params.to_mapping(), sort_keys=True, default=str).encode())
     digest.update(adapter.encode())
+    if prompt_embeds is not None:
+        digest.update(prompt_embeds.data)
     return digest.digest()

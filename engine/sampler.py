@@ -253,7 +253,7 @@ class _PenaltyPool:
             self._device, np.array(values, dtype=np.float32), sequence.token_ids.astype(np.int64)
         )
         self._values[:, row] = values_there
-        prompt, written = tokens[: sequence.num_prompt], tokens[sequence.num_prompt :]
+        prompt, written = tokens[sequence.num_embedded : sequence.num_prompt], tokens[sequence.num_prompt :]
         in_prompt[row] = False
         in_prompt[row].index_fill_(0, prompt, True)
         counts[row] = 0

@@ -47,6 +47,9 @@ class SamplingParams:
         min_tokens: Output tokens before any end is allowed.
         logprobs: How many likeliest tokens' log-probabilities to return a position, besides the drawn one's; -1 is all.
         prompt_logprobs: The same for the prompt's positions, besides the prompt's own tokens.
+        prompt_logprob_token_ids: Return the log-probabilities of these tokens at the prompt's positions, as
+            `RequestOutput.prompt_token_id_logprobs`: one list for all of them, or a list for each, padded with -1.
+        prompt_logprob_start: The first of these positions; what is computed there is about the next token.
         logprob_token_ids: Return the log-probabilities of these tokens (128 at most) instead of the likeliest.
         flat_logprobs: Return log-probabilities as `FlatLogprobs`, for many positions.
         detokenize: Turn output tokens into text (a front end's matter; `stop` needs it).
@@ -86,6 +89,8 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprob_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None
+    prompt_logprob_start: int | None = None
     logprob_token_ids: Sequence[int] | None = None
     flat_logprobs: bool = False
     detokenize: bool = True
@@ -121,6 +126,8 @@ class SamplingParams:
         for name in _OPTIONAL_TOKEN_IDS:
             if getattr(self, name) is not None:
                 _set(self, name, _token_ids(name, getattr(self, name)))
+        if self.prompt_logprob_token_ids is not None:
+            _set(self, "prompt_logprob_token_ids", _ids_or_rows(self.prompt_logprob_token_ids))
         if self.logit_bias is not None:
             _set(self, "logit_bias", _bias(self.logit_bias))
         self._read_structured_outputs()
@@ -148,6 +155,11 @@ class SamplingParams:
         named = self.logprob_token_ids
         remedy = f"name 1 to {MOST_LOGPROB_TOKEN_IDS} tokens; logprobs=-1 returns all"
         _require(named is None or 0 < len(named) <= MOST_LOGPROB_TOKEN_IDS, "logprob_token_ids", named, remedy)
+        start = self.prompt_logprob_start
+        _require(start is None or start >= 0, "prompt_logprob_start", start, "use 0 or more")
+        if start is not None:
+            remedy = "it says where prompt_logprob_token_ids begins: give these too"
+            _require(self.prompt_logprob_token_ids is not None, "prompt_logprob_start", start, remedy)
         _require(isinstance(self.extra_args, Mapping), "extra_args", self.extra_args, "give a dict")
         budget = self.thinking_token_budget
         _require(budget is None or budget >= 0, "thinking_token_budget", budget, "use -1 for any, or 0 or more")
@@ -230,8 +242,6 @@ _REFUSED = {
     "best_of": "set n, with logprobs=0, and keep those with the highest cumulative_logprob",
     "use_beam_search": "call LLM.beam_search",
     "logits_processors": "give the engine's logits_processors, and each row's values as extra_args",
-    "prompt_logprob_token_ids": "set prompt_logprobs, or give the tokens as the prompt and set prompt_logprobs=0",
-    "prompt_logprob_start": "set prompt_logprobs and skip the first positions",
     "trace_decode_token_ids": "give the tokens as the prompt's end, and set prompt_logprobs=0",
     "routed_experts_prompt_start": "the engine runs dense models",
     "watermarking": "write it as one of the engine's logits_processors",
@@ -242,6 +252,7 @@ _OPTIONAL_INTEGERS = (
     "max_tokens",
     "logprobs",
     "prompt_logprobs",
+    "prompt_logprob_start",
     "thinking_token_budget",
     "truncate_prompt_tokens",
 )
@@ -272,7 +283,7 @@ def _plain(value: object) -> object:
         return value.to_mapping()
     if isinstance(value, RepetitionDetectionParams):
         return asdict(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _require(holds: bool, name: str, value: object, remedy: str) -> None:
@@ -323,6 +334,20 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if any(token_id < 0 for token_id in token_ids):
         raise ValueError(f"{name}={value!r} is not valid: token ids are 0 or more")
     return token_ids
+
+
+def _ids_or_rows(value: Any) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
+    name = "prompt_logprob_token_ids"
+    given = value.tolist() if hasattr(value, "tolist") else value
+    entries = [] if not isinstance(given, Iterable) or isinstance(given, str) else list(given)
+    if not entries:
+        raise ValueError(f"{name}={value!r} is not valid: name at least one token")
+    if not all(isinstance(entry, Sequence) or hasattr(entry, "tolist") for entry in entries):
+        return _token_ids(name, entries)
+    rows = tuple(tuple(_integer(name, token_id, optional=False) or 0 for token_id in entry) for entry in entries)
+    if any(token_id < -1 for row in rows for token_id in row):
+        raise ValueError(f"{name} names tokens below -1: token ids are 0 or more, and -1 fills rows up")
+    return rows
 
 
 def _bias(value: Mapping[Any, Any]) -> dict[int, float]:

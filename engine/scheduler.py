@@ -26,6 +26,7 @@ from raydata_llm.engine.decode_plan import DecodePlan, plan_decode
 from raydata_llm.engine.grammar import GrammarGuide, advance_grammars
 from raydata_llm.engine.intake import Chunk, Intake
 from raydata_llm.engine.length_model import LengthModel
+from raydata_llm.engine.prompt_embeds import embedded_tokens
 from raydata_llm.engine.request import FinishReason
 from raydata_llm.engine.scheduler_limits import SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, IntArray, Sequence, SequenceTable
@@ -249,6 +250,9 @@ class Scheduler:
             prompt_logprob_chunks=self._prompt_logprob_chunks(slots),
             adapter_slots=self._adapter_slots(plan.slots, slots, counts),
             adapter_loads=self.intake.adapters.take_loads(),
+            embedded=embedded_tokens(
+                (self._sequence(slot).prompt_embeds, start, count) for slot, start, count in chunks
+            ),
         )
 
     def _adapter_slots(self, decode_slots: IntArray, prefill_slots: IntArray, counts: IntArray) -> IntArray:
@@ -319,7 +323,7 @@ class Scheduler:
         sequence = self._sequence(slot)
         sequence.token_ids = known
         if self.limits.enable_prefix_caching:
-            sequence.token_bytes = known.tobytes()
+            sequence.token_bytes = sequence.cache_bytes(self.limits.block_size)
             self.intake.register_blocks(slot, int(self.table.num_computed[slot]))
         self._release(slot)
         sequence.num_preemptions += 1

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.block_manager import TRASH_BLOCK, BlockArray
+from raydata_llm.engine.prompt_embeds import Embeds, block_keys
 from raydata_llm.engine.request import FinishReason, Logprob, Request, TokenArray
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from raydata_llm.engine.logits_processor import RequestProcessor
     from raydata_llm.engine.output_watch import OutputWatch
     from raydata_llm.engine.position_logprobs import PositionLogprobs
+    from raydata_llm.engine.prompt_scores import PromptScores
 
 IntArray = npt.NDArray[np.int32]
 NO_SEQUENCE = -1
@@ -47,11 +49,14 @@ class Sequence:
         num_prompt: Prompt tokens after truncation.
         max_tokens: Prompt plus output tokens at which it ends by length.
         stop_token_ids: All token ids that end it.
+        num_embedded: Positions of the prompt, from its start, that have an embedding and no token id.
+        prompt_embeds: These, after truncation; of a rank they come with the steps that compute them.
         token_bytes: `token_ids` as the prefix cache compares them, made at the first admission attempt.
         grammar: Where it stands in the grammar that its output must follow.
         guides: What else says which tokens may follow its outputs.
         processors: Users' own functions of its logits.
         error: Why it cannot go on, as `Type: message`.
+        prompt_scores: None unless it is asked for the log-probabilities of named tokens at its prompt's positions.
         logprobs, prompt_logprobs: None unless it is asked for them; else those of the positions that are known.
     """
 
@@ -62,12 +67,15 @@ class Sequence:
     num_prompt: int
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    num_embedded: int = 0
+    prompt_embeds: Embeds | None = None
     stop_watch: OutputWatch | None = None
     token_bytes: bytes | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     logprobs: PositionLogprobs[dict[int, Logprob]] | None = None
     prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
+    prompt_scores: PromptScores | None = None
     grammar: GrammarGuide | None = None
     guides: list[Guide] = field(default_factory=list)
     processors: list[RequestProcessor] = field(default_factory=list)
@@ -75,9 +83,29 @@ class Sequence:
     aborted: bool = False
 
     @property
+    def prompt_token_ids(self) -> TokenArray:
+        """The prompt's tokens; none of a prompt of embeddings."""
+        return self.token_ids[self.num_embedded : self.num_prompt]
+
+    def cache_bytes(self, block_size: int) -> bytes:
+        """What is known of it as the prefix cache compares it."""
+        if self.prompt_embeds is None:
+            return self.token_ids.tobytes()
+        return block_keys(self.prompt_embeds, self.token_ids[self.num_prompt :], block_size)
+
+    @property
     def lacks_prompt_logprobs(self) -> bool:
-        """Whether its prompt is to be computed from the start for its log-probabilities."""
+        """Whether its prompt is to be computed for its log-probabilities, from `first_asked` on."""
+        if self.prompt_scores is not None and not self.prompt_scores.is_complete:
+            return True
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+
+    @property
+    def first_asked(self) -> int:
+        """The first position of its prompt that it lacks something of, if it does."""
+        if self.prompt_scores is None or self.prompt_logprobs is not None:
+            return 0
+        return self.prompt_scores.start
 
     @property
     def is_guided(self) -> bool:

@@ -18,8 +18,9 @@ import torch
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.guides import Bitmask
-from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs, wanted_of_prompt
+from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs
 from raydata_llm.engine.position_logprobs import Wanted
+from raydata_llm.engine.prompt_embeds import EmbeddedTokens
 from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
@@ -87,6 +88,7 @@ class BatchEncoder:
                 np.array(batch.released, dtype=np.int32),
                 np.array(chunks, dtype=np.int64).ravel(),
                 _encode_loads(batch.adapter_loads),
+                *_encode_embedded(batch.embedded),
                 *_encode_admitted(batch.admitted),
             ]
         )
@@ -108,7 +110,7 @@ class BatchDecoder:
             self._plan = DecodePlan(version=int(head[0]), **dict(zip(_PLAN_ARRAYS, plan_arrays, strict=True)))
         assert self._plan is not None and self._plan.version == head[0], "the plan was never sent"
         fields, arrays = arrays[: len(_BATCH_ARRAYS)], arrays[len(_BATCH_ARRAYS) :]
-        released, chunks, loads, *admissions = arrays
+        released, chunks, loads, places, values, *admissions = arrays
         for slot in released.tolist():
             sequence = self._slots.pop(slot, None)
             if sequence is not None:
@@ -123,7 +125,14 @@ class BatchDecoder:
             admitted=admitted,
             prompt_logprob_chunks=[(chunk, self._running[seq]) for chunk, seq in chunks.reshape(-1, 2).tolist()],
             adapter_loads=_decode_loads(loads),
+            embedded=EmbeddedTokens(places, values.reshape(len(places), -1)) if len(places) else None,
         )
+
+
+def _encode_embedded(embedded: EmbeddedTokens | None) -> tuple[Array, Array]:
+    if embedded is None:
+        return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32)
+    return embedded.places, embedded.values.ravel()
 
 
 def _encode_loads(loads: list[tuple[int, LoRARequest]]) -> Array:
@@ -152,8 +161,8 @@ def _encode_admitted(admitted: list[tuple[int, Sequence]]) -> list[Array]:
         number = numbers.setdefault(text, len(numbers))
         # Of guided sequences the bitmask bans early ends.
         banned = () if sequence.is_guided else sequence.stop_token_ids
-        lens = (len(known), len(banned))
-        entries.append((slot, sequence.seq_id, sequence.index, int(key), sequence.num_prompt, number, *lens))
+        lens = (sequence.num_prompt, sequence.num_embedded, len(known), len(banned))
+        entries.append((slot, sequence.seq_id, sequence.index, int(key), number, *lens))
         tokens.append(known)
         stops.extend(banned)
     return [
@@ -167,7 +176,8 @@ def _encode_admitted(admitted: list[tuple[int, Sequence]]) -> list[Array]:
 def _decode_admitted(entries: Array, tokens: Array, stops: Array, texts: Array) -> list[tuple[int, Sequence]]:
     params = [SamplingParams.from_mapping(json.loads(text)) for text in json.loads(texts.tobytes())]
     admitted, token, stop = [], 0, 0
-    for slot, seq_id, index, key, num_prompt, number, num_tokens, num_stops in entries.reshape(-1, 8).tolist():
+    for slot, seq_id, index, key, number, *lens in entries.reshape(-1, 9).tolist():
+        num_prompt, num_embedded, num_tokens, num_stops = lens
         token_ids: IntArray = tokens[token : token + num_tokens]
         token += num_tokens
         request = Request(
@@ -182,6 +192,7 @@ def _decode_admitted(entries: Array, tokens: Array, stops: Array, texts: Array) 
             index=index,
             token_ids=token_ids,
             num_prompt=num_prompt,
+            num_embedded=num_embedded,
             # Ends are the scheduler's matter.
             max_tokens=0,
             stop_token_ids=tuple(stops[stop : stop + num_stops].tolist()),
@@ -193,7 +204,7 @@ def _decode_admitted(entries: Array, tokens: Array, stops: Array, texts: Array) 
 
 def _needs_tokens(params: SamplingParams) -> bool:
     penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    return bool(penalised) or params.prompt_logprobs is not None
+    return bool(penalised) or params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
 
 
 def encode_bitmask(bitmask: Bitmask | None) -> bytes:
@@ -228,9 +239,7 @@ def encode_result(tokens: IntArray, logprobs: SampledLogprobs | None, pieces: li
     return pack_arrays(arrays)
 
 
-def decode_result(
-    data: bytes, batch: ScheduledBatch, vocab_size: int
-) -> tuple[IntArray, SampledLogprobs | None, list[PromptPiece]]:
+def decode_result(data: bytes, batch: ScheduledBatch) -> tuple[IntArray, SampledLogprobs | None, list[PromptPiece]]:
     """The result of `batch`."""
     tokens, (has_logprobs, num_pieces), *arrays = unpack_arrays(data)
     rest = iter(arrays)
@@ -246,10 +255,7 @@ def decode_result(
     pieces = []
     for _ in range(int(num_pieces)):
         (seq_id, first), token_ids = next(rest).tolist(), next(rest).tolist()
-        sequence = sequences[seq_id]
-        of_prompt = wanted_of_prompt(sequence.request.sampling_params, vocab_size)
-        assert of_prompt is not None
-        pieces.append(PromptPiece(sequence, first, token_ids, of_prompt, _decode_rows(rest)))
+        pieces.append(PromptPiece(sequences[seq_id], first, token_ids, _decode_rows(rest)))
     return tokens, logprobs, pieces
 
 

@@ -30,7 +30,8 @@ _CANDIDATES = 64
 _HARMLESS = {
     *("n", "temperature", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "detokenize"),
     *("skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"),
-    *("truncate_prompt_tokens", "prompt_logprobs", "repetition_detection"),
+    *("truncate_prompt_tokens", "prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start"),
+    "repetition_detection",
 }
 _CUTS = {"top_k", "top_p", "min_p"}
 _PLAIN, _CUT, _WHOLE = 0, 1, 2

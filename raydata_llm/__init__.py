@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from raydata_llm.job_run import report_of
     from raydata_llm.llm import LLM
     from raydata_llm.processor import Processor, build_llm_processor, build_processor
-    from raydata_llm.prompts import TextPrompt, TokensPrompt
+    from raydata_llm.prompts import EmbedsPrompt, TextPrompt, TokensPrompt
     from raydata_llm.resume_config import ResumeConfig
     from raydata_llm.sink import WriteSummary, write_jsonl, write_parquet
     from raydata_llm.stage_config import (
@@ -58,6 +58,7 @@ __all__ = [
     "DetokenizeStageConfig",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "EmbedsPrompt",
     "EngineProcessorConfig",
     "FlatLogprobs",
     "JobReport",
@@ -119,6 +120,7 @@ _MODULES = {
     "report_of": "raydata_llm.job_run",
     "SamplingParams": "raydata_llm.engine.sampling_params",
     "StructuredOutputsParams": "raydata_llm.engine.structured_outputs",
+    "EmbedsPrompt": "raydata_llm.prompts",
     "TextPrompt": "raydata_llm.prompts",
     "TokensPrompt": "raydata_llm.prompts",
     "Processor": "raydata_llm.processor",

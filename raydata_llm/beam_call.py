@@ -17,7 +17,7 @@ import numpy as np
 from raydata_llm.engine.beam_params import BeamRequest, BeamSearchOutput, BeamSearchParams
 from raydata_llm.generation import Encode, noted_interrupts, prompt_chunks, tell_failures
 from raydata_llm.progress import Progress
-from raydata_llm.prompts import Prompt
+from raydata_llm.prompts import Prompt, refuse_embeds
 
 if TYPE_CHECKING:
     from raydata_llm.engine.beam_search import BeamSearch
@@ -94,6 +94,7 @@ class BeamCall:
         return refused
 
     def _submit(self, beams: BeamSearch, prompt: Prompt) -> None:
+        refuse_embeds(prompt)
         request = BeamRequest(
             request_id=str(next(self._request_ids)),
             prompt_token_ids=np.asarray(prompt.token_ids, dtype=np.int32),

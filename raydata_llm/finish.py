@@ -25,7 +25,7 @@ from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.error_kinds import error_kinds
 from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
-from raydata_llm.output_table import OUTPUT_COLUMNS, POOLED_COLUMNS, OutputRows
+from raydata_llm.output_table import ASKED_COLUMNS, OUTPUT_COLUMNS, POOLED_COLUMNS, OutputRows
 from raydata_llm.pooled_rows import CONSUMED_COLUMNS, pooled_columns
 from raydata_llm.prepare import Row, RowFunction
 from raydata_llm.ray_blocks import block_number, block_part, block_rows, execution_id
@@ -234,7 +234,9 @@ def _engine_columns(row: RowOutput, output: AnyOutput, request: RowRequest, besi
         "params": row.sampling_params,
         ERROR_COLUMN: "",
     }
-    assert columns.keys() == OUTPUT_COLUMNS.keys() - {"outputs"}
+    assert columns.keys() == OUTPUT_COLUMNS.keys() - ASKED_COLUMNS
+    if output.prompt_token_id_logprobs is not None:
+        columns["prompt_token_id_logprobs"] = output.prompt_token_id_logprobs.tolist()
     return columns if params.n == 1 else {**columns, "outputs": choices}
 
 

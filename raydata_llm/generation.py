@@ -202,7 +202,7 @@ class Generation:
             key = seeded_key(params.seed)
         else:
             adapter = "" if prompt.lora_request is None else prompt.lora_request.lora_name
-            digest = request_digest(token_ids, params, adapter)
+            digest = request_digest(token_ids, params, adapter, prompt.embeds)
             key = sampling_key(self._seed, digest, self._occurrences[digest])
             self._occurrences[digest] += 1
         self._engine.add_request(
@@ -212,6 +212,7 @@ class Generation:
                 sampling_params=params,
                 key=key,
                 lora_request=prompt.lora_request,
+                prompt_embeds=prompt.embeds,
             )
         )
 

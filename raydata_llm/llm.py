@@ -109,7 +109,8 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         """Generate from prompts.
 
         Args:
-            prompts: One or a list, mixed at will: text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`, token ids.
+            prompts: One or a list, mixed at will: text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`, token ids;
+                with `enable_prompt_embeds=True` also `{"prompt_embeds": tensor}` of shape [tokens, hidden_size].
             sampling_params: For all, or a list with one each; None takes the model's defaults.
             use_tqdm: Show a progress bar (on a terminal or in a notebook), or a class to use as tqdm.
             lora_request: An adapter for all, or a list with one (or None) each; needs `enable_lora=True`.

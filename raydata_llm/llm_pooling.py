@@ -33,7 +33,7 @@ from raydata_llm.pooling_prompts import (
     read_pair,
 )
 from raydata_llm.progress import Progress
-from raydata_llm.prompts import read_prompt
+from raydata_llm.prompts import read_prompt, refuse_embeds
 
 if TYPE_CHECKING:
     from raydata_llm.engine.pooling_engine import PoolingEngine
@@ -219,6 +219,7 @@ class PoolingMethods(ABC):
         asked = pair_pooling_params(prompts, params, task)
         for prompt in asked:
             prompt.attempt(read_prompt)
+            prompt.attempt(refuse_embeds)
         return self._run_pooling(asked, use_tqdm, tokenization_kwargs)
 
     def _run_pooling(

@@ -62,6 +62,7 @@ OUTPUT_COLUMNS: dict[str, pa.DataType] = {
     "cumulative_logprob": pa.float64(),
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
+    "prompt_token_id_logprobs": pa.list_(pa.list_(pa.float32())),
     "embeddings": pa.list_(pa.float32()),
     "metrics": _METRICS,
     "request_id": pa.int64(),
@@ -71,6 +72,8 @@ OUTPUT_COLUMNS: dict[str, pa.DataType] = {
     "outputs": pa.list_(_CHOICE),
     ERROR_COLUMN: pa.string(),
 }
+# Of rows that ask for them alone.
+ASKED_COLUMNS = {"outputs", "prompt_token_id_logprobs"}
 
 
 # The same of a row of a pooling model.
@@ -154,7 +157,7 @@ class OutputRows:
         if self._keep_all:
             names = _keys(self._rows)
             made = [name for name in names if name not in self._engine_columns]
-            engine = [name for name in self._engine_columns if name != "outputs" or name in names]
+            engine = [name for name in self._engine_columns if name not in ASKED_COLUMNS or name in names]
             return list(dict.fromkeys([*self._source.column_names, *made, *engine]))
         good = [row for row, error in zip(self._rows, self.errors, strict=True) if error is None]
         return _keys(good) if good else [*self._source.column_names, ERROR_COLUMN]

@@ -19,6 +19,7 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.pooling_model import PoolingModel
 from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
+from raydata_llm.engine.prompt_embeds import Embeds, as_embeds
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
@@ -41,6 +42,7 @@ from raydata_llm.row_payload import (
 from raydata_llm.row_ticket import append_tickets
 from raydata_llm.tokenizer import encode_texts, load_light_tokenizer, load_tokenizer, render_chat
 
+EMBEDS_COLUMN = "prompt_embeds"
 Row = dict[str, Any]
 RowFunction = Callable[[Row], Mapping[str, Any]]
 
@@ -63,6 +65,7 @@ class PreparePlan:
         adapters: The folder of the adapters that rows name in their `model` column, "" where the name is the place;
             None takes no adapters.
         adapters_of: The model that such a column may name too.
+        prompt_embeds: Take `prompt_embeds` for the prompt, before anything else.
         task: Of a pooling model; None generates.
         engine: The engine's settings, for a pooling model.
     """
@@ -79,6 +82,7 @@ class PreparePlan:
     resume: ResumePlan | None = None
     adapters: str | None = None
     adapters_of: str = ""
+    prompt_embeds: bool = False
     task: PoolingTask | None = None
     engine: EngineConfig | None = None
 
@@ -110,6 +114,7 @@ class _Draft:
     prompt: str | None = None
     templated: bool = False
     token_ids: Any = None
+    embeds: Embeds | None = None
     error: str | None = None
     pooling: PoolingParams | None = None
     token_types: list[int] | None = None
@@ -118,6 +123,11 @@ class _Draft:
     @property
     def columns(self) -> Row:
         return {**self.row, **self.made}
+
+    @property
+    def carried(self) -> Row:
+        """What `preprocess` made, without what the engine alone needs, which is large."""
+        return self.made if self.embeds is None else {n: v for n, v in self.made.items() if n != EMBEDS_COLUMN}
 
 
 def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None = None) -> pa.Table:
@@ -151,7 +161,7 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
     requests = [_request(draft, draft.columns) for draft in drafts]
     table = append_packed(table, REQUEST_COLUMN, requests)
     table = append_tickets(table, TICKET_COLUMN, requests)
-    table = append_packed(table, CARRIED_COLUMN, [Carried(draft.made, draft.prompt) for draft in drafts])
+    table = append_packed(table, CARRIED_COLUMN, [Carried(draft.carried, draft.prompt) for draft in drafts])
     if plan.resume is None:
         return table
     table = plan.resume.admit(table, requests, [draft.row for draft in drafts], [draft.made for draft in drafts])
@@ -161,10 +171,19 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
 
 
 def _request(draft: _Draft, columns: Row) -> RowRequest:
+    if draft.embeds is not None:
+        # In whatever form they came, the same numbers are the same row.
+        columns[EMBEDS_COLUMN] = draft.embeds
     digest = row_digest(columns)
     if draft.pooling is None:
-        params = columns.get("sampling_params")
-        return RowRequest(draft.token_ids, params, digest, draft.error, lora_request=draft.lora_request)
+        return RowRequest(
+            draft.token_ids,
+            columns.get("sampling_params"),
+            digest,
+            draft.error,
+            lora_request=draft.lora_request,
+            prompt_embeds=draft.embeds,
+        )
     types = None if draft.token_types is None else np.asarray(draft.token_types, dtype=np.int32)
     return RowRequest(draft.token_ids, None, digest, draft.error, draft.pooling.to_mapping(), types)
 
@@ -204,6 +223,11 @@ def _choose_prompt(draft: _Draft, plan: PreparePlan, tokenizer: Any) -> None:
     columns = draft.columns
     if plan.task == "score" and is_pair(columns) and not plan.skip_tokenizer:
         return
+    if plan.prompt_embeds and columns.get(EMBEDS_COLUMN) is not None:
+        draft.embeds = as_embeds(columns[EMBEDS_COLUMN])
+        draft.token_ids = np.zeros(len(draft.embeds), dtype=np.int32)
+        draft.prompt = columns.get("prompt")
+        return
     given = {name for name in ("messages", "prompt", "tokenized_prompt") if columns.get(name) is not None}
     prefer_ids = not plan.tokenize or plan.skip_tokenizer or given == {"tokenized_prompt"}
     if "tokenized_prompt" in given and prefer_ids:
@@ -229,6 +253,8 @@ def _choose_prompt(draft: _Draft, plan: PreparePlan, tokenizer: Any) -> None:
 def _missing_prompt(columns: Row, given: set[str]) -> str:
     if "messages" in given:
         return "the row has messages, but the chat template stage is off: switch it on or give prompt"
+    if columns.get(EMBEDS_COLUMN) is not None:
+        return f"the row has {EMBEDS_COLUMN}: set engine_kwargs={{'enable_prompt_embeds': True}} to have them taken"
     return (
         f"the row has none of messages, prompt, tokenized_prompt, only {', '.join(columns)}: "
         "let preprocess return one of them"

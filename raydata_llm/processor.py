@@ -80,6 +80,7 @@ class Processor:
             resume=resume_plan(config),
             adapters=(config.dynamic_lora_loading_path or "") if engine.enable_lora else None,
             adapters_of=config.model_source,
+            prompt_embeds=engine.enable_prompt_embeds,
             task=pooling_task(config.task_type),
             engine=None if config.task_type == "generate" else engine,
         )

@@ -35,6 +35,7 @@ _STAGES = (
             "messages": "a conversation, for the chat template",
             "prompt": "text, where there are no messages or the chat template stage is off",
             "tokenized_prompt": "token ids, where there is neither or the tokenise stage is off",
+            "prompt_embeds": "a matrix, [tokens, hidden_size]; with engine_kwargs={'enable_prompt_embeds': True}",
             "sampling_params": "optional: a dict of sampling parameters",
             "data_1, data_2": "the two texts of a pair, for task_type='score'",
             "pooling_params, tokenization_kwargs": "optional: dicts, for pooling models",

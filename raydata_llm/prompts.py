@@ -1,7 +1,8 @@
 """What `LLM.generate` and `LLM.chat` take, told apart and checked.
 
-Owns the forms of a prompt: text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`, a plain list of token ids, or a
-conversation; and the pairing of prompts with sampling parameters. Knows no tokenizer and no engine.
+Owns the forms of a prompt: text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`, a plain list of token ids,
+`{"prompt_embeds": ...}`, or a conversation; and the pairing of prompts with sampling parameters. Knows no tokenizer and
+no engine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NotRequired, Self, TypedDict
 import numpy as np
 
 from raydata_llm.adapter_source import on_this_node
+from raydata_llm.engine.prompt_embeds import Embeds, as_embeds
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.engine.sampling_params import SamplingParams
 
@@ -33,6 +35,13 @@ class TokensPrompt(TypedDict):
     prompt: NotRequired[str]
 
 
+class EmbedsPrompt(TypedDict):
+    """A prompt of embeddings, [tokens, hidden_size] as a tensor or an array, with or without their text."""
+
+    prompt_embeds: Any
+    prompt: NotRequired[str]
+
+
 @dataclass
 class Prompt:
     """One prompt on its way to a request.
@@ -42,7 +51,8 @@ class Prompt:
         given: As the caller gave it.
         params: None when they could not be read (`error` says why).
         text: As given, or rendered by the chat template; None when only token ids are known.
-        token_ids: As given, or encoded later.
+        token_ids: As given, or encoded later; of embeddings a 0 each.
+        embeds: The prompt as embeddings, if it was given so.
         error: Why it cannot be run, as `Type: message`.
         lora_request: The adapter it is run with.
     """
@@ -52,6 +62,7 @@ class Prompt:
     params: SamplingParams | None
     text: str | None = None
     token_ids: list[int] | None = None
+    embeds: Embeds | None = None
     error: str | None = None
     lora_request: LoRARequest | None = None
 
@@ -141,18 +152,39 @@ def read_prompt(prompt: Prompt) -> None:
     given = prompt.given
     if isinstance(given, Mapping):
         prompt.text = given.get("prompt")
+        if given.get("prompt_embeds") is not None:
+            _read_embeds(prompt, given)
+            return
         if given.get("prompt_token_ids") is not None:
             prompt.token_ids = _token_ids(given["prompt_token_ids"])
             return
         given = prompt.text
         if given is None:
-            raise ValueError(f"prompt has the keys {sorted(map(str, prompt.given))}: give prompt or prompt_token_ids")
+            keys = sorted(map(str, prompt.given))
+            raise ValueError(f"prompt has the keys {keys}: give prompt, prompt_token_ids or prompt_embeds")
     if isinstance(given, str):
         prompt.text = given
         return
     if not isinstance(given, Sequence | np.ndarray):
         raise ValueError(f"prompt={given!r} is a {type(given).__name__}: give text or token ids")
     prompt.token_ids = _token_ids(given)
+
+
+def refuse_embeds(prompt: Prompt) -> None:
+    """Refuse a prompt of embeddings, where there must be tokens.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if prompt.embeds is not None:
+        raise ValueError("prompt_embeds is taken by generate and enqueue only: give text or token ids")
+
+
+def _read_embeds(prompt: Prompt, given: Mapping[str, Any]) -> None:
+    if given.get("prompt_token_ids") is not None:
+        raise ValueError("prompt_token_ids and prompt_embeds are both given: give one of them")
+    prompt.embeds = as_embeds(given["prompt_embeds"])
+    prompt.token_ids = [0] * len(prompt.embeds)
 
 
 def _read_params(params: Any, defaults: Mapping[str, Any], prompt: Prompt) -> None:

@@ -203,6 +203,7 @@ class Replica:
                 sampling_params=params.value,
                 key=key if seed is None else seeded_key(seed),
                 lora_request=adapter,
+                prompt_embeds=row.prompt_embeds,
             )
             asked[request.request_id] = (params.text, len(row.prompt_token_ids))
             requests.append(request)

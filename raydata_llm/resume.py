@@ -88,6 +88,8 @@ class ResumePlan:
             asked["lora"] = request.lora_request.lora_path
         if request.pooling_params is not None:
             asked["pooling_params"] = request.pooling_params
+        if request.prompt_embeds is not None:
+            asked["prompt_embeds"] = request.prompt_embeds
         return _digest(_digest(token_ids) + row_digest(asked) + row_digest(row))
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequestOutput
+from raydata_llm.engine.prompt_embeds import Embeds
 from raydata_llm.engine.request import LoRARequest, RequestOutput, TokenArray
 
 REQUEST_COLUMN = "__raydata_llm_request"
@@ -37,7 +38,7 @@ class RowRequest(NamedTuple):
     """What a replica needs to know of a row; `digest` tells rows apart, `error` says why there is no request.
 
     `pooling_params` (a mapping with a task) and `token_type_ids` are those of a row for a pooling model; `lora_request`
-    names the row's adapter, wherever it is.
+    names the row's adapter, wherever it is. `prompt_embeds` are the prompt in the place of its token ids, which are 0.
     """
 
     prompt_token_ids: TokenArray | None
@@ -47,6 +48,7 @@ class RowRequest(NamedTuple):
     pooling_params: Mapping[str, Any] | None = None
     token_type_ids: TokenArray | None = None
     lora_request: LoRARequest | None = None
+    prompt_embeds: Embeds | None = None
 
 
 class Carried(NamedTuple):

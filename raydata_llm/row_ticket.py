@@ -30,7 +30,9 @@ def append_tickets(table: pa.Table, name: str, requests: Sequence[RowRequest]) -
     """The table with a ticket for each of its rows."""
     tickets = np.zeros(len(requests), _TICKET)
     tickets["cost"] = [_cost(request) for request in requests]
-    tickets["prefix"] = shared_prefixes([request.prompt_token_ids for request in requests])
+    # Embeddings are not compared: two rows with the same are rare, and what they share is found by their engine.
+    prompts = [None if request.prompt_embeds is not None else request.prompt_token_ids for request in requests]
+    tickets["prefix"] = shared_prefixes(prompts)
     digests = b"".join(request.digest for request in requests)
     tickets["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
     width = _TICKET.itemsize

@@ -96,7 +96,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "data_parallel_size": (None, 1),
     "disable_sliding_window": (None, False),
     "enable_prompt_adapter": (None, False),
-    "enable_prompt_embeds": (None, False),
     "hf_config_path": (None,),
     "hf_token": (None, False, True),
     "io_processor_plugin": (None,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.pooling_engine import PoolingEngine
@@ -111,6 +113,103 @@ def test_each_tokens_classes_equal_transformers(tmp_path: Path) -> None:
     engine = PoolingEngine(EngineConfig(model=str(tmp_path)))
     prompts = draw_prompts()
     assert_close(run(engine, prompts), [output.logits[0].softmax(-1) for output in run_each(model, prompts)])
+
+
+STEP_PROMPTS = [[9, 7, 7, 30, 7], [7], [11, 12], [7, 20, 31, 7, 44, 7, 5]]
+STEP = 7
+
+
+@pytest.mark.parametrize("where", ["request", "settings"])
+def test_the_ends_of_steps_alone_have_classes(where: str, tmp_path: Path) -> None:
+    model = save_pooling_model(tmp_path, "bert", "AutoModelForTokenClassification", num_labels=5)
+    asked: dict[str, Any] = {"step_tag_id": STEP, "returned_token_ids": [4, 1]}
+    pooler = {"tok_pooling_type": "STEP", **asked} if where == "settings" else None
+    engine = PoolingEngine(EngineConfig(model=str(tmp_path), pooler_config=pooler))
+    logits = [output.logits[0] for output in run_each(model, STEP_PROMPTS)]
+    ends = [torch.tensor(prompt) == STEP for prompt in STEP_PROMPTS]
+    wanted = [one[end][:, [4, 1]].softmax(-1) for one, end in zip(logits, ends, strict=True)]
+    found = run(engine, STEP_PROMPTS, **({} if where == "settings" else asked))
+    assert [one.shape for one in found] == [(3, 2), (1, 2), (0, 2), (3, 2)]
+    assert_close(found, wanted)
+    if where == "settings":
+        other = run(engine, STEP_PROMPTS, step_tag_id=30, returned_token_ids=[0], use_activation=False)
+        assert_close(other, [one[torch.tensor(p) == 30][:, [0]] for one, p in zip(logits, STEP_PROMPTS, strict=True)])
+
+
+def test_requests_for_steps_and_for_all_tokens_share_a_batch(tmp_path: Path) -> None:
+    model = save_pooling_model(tmp_path, "bert")
+    engine = PoolingEngine(EngineConfig(model=str(tmp_path)))
+    kinds: list[dict[str, Any]] = [{"step_tag_id": STEP}, {}, {"step_tag_id": STEP}, {"step_tag_id": 31}]
+    for index, (prompt, kind) in enumerate(zip(STEP_PROMPTS, kinds, strict=True)):
+        params = PoolingParams(task="token_embed", normalize=False, **kind)
+        ids = np.array(prompt, dtype=np.int32)
+        engine.add_request(PoolingRequest(request_id=str(index), prompt_token_ids=ids, pooling_params=params))
+    outputs: dict[str, Any] = {output.request_id: output for output in engine.step()}
+    assert engine.stats().num_steps == 1
+    states = [output.last_hidden_state[0] for output in run_each(model, STEP_PROMPTS)]
+    wanted = [states[0][[1, 2, 4]], states[1], states[2][:0], states[3][[2]]]
+    assert_close([outputs[str(index)].outputs.data for index in range(4)], wanted)
+
+
+@pytest.mark.parametrize(("architecture", "labels"), [("Qwen2ForProcessRewardModel", 2), ("Qwen2ForRewardModel", 1)])
+def test_a_reward_models_head_is_two_linears(
+    architecture: str, labels: int, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    """Their code comes with their checkpoints, so the reference is the published formula over transformers' decoder."""
+    auto: Any = transformers.AutoModel
+    model = auto.from_pretrained(tiny_model("qwen2"), dtype=torch.float32)
+    hidden = model.config.hidden_size
+    torch.manual_seed(3)
+    score = torch.nn.Sequential(torch.nn.Linear(hidden, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, labels))
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"score.{name}": tensor for name, tensor in score.state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    config = {**model.config.to_dict(), "architectures": [architecture], "use_cache": False}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    engine = PoolingEngine(EngineConfig(model=str(tmp_path), max_num_batched_tokens=1024))
+    with torch.no_grad():
+        logits = [score(output.last_hidden_state[0]) for output in run_each(model, STEP_PROMPTS)]
+    if labels == 1:
+        assert_close(run(engine, STEP_PROMPTS), logits)
+        return
+    # The token that its tokenizer ends steps with is not in this small vocabulary.
+    assert [len(one) for one in run(engine, STEP_PROMPTS)] == [0] * len(STEP_PROMPTS)
+    ends = [one[torch.tensor(prompt) == STEP] for one, prompt in zip(logits, STEP_PROMPTS, strict=True)]
+    assert_close(run(engine, STEP_PROMPTS, step_tag_id=STEP), [one.softmax(-1) for one in ends])
+
+
+def test_a_settings_activation_counts_where_a_request_says_nothing(tmp_path: Path) -> None:
+    model = save_pooling_model(tmp_path, "bert", "AutoModelForSequenceClassification", num_labels=3)
+    engine = PoolingEngine(EngineConfig(model=str(tmp_path), pooler_config={"use_activation": False}))
+    logits = [output.logits[0] for output in run_each(model, STEP_PROMPTS)]
+    assert_close(run(engine, STEP_PROMPTS), logits)
+    assert_close(run(engine, STEP_PROMPTS, use_activation=True), [one.softmax(-1) for one in logits])
+
+
+def test_parameters_of_steps_are_checked(tmp_path: Path) -> None:
+    save_pooling_model(tmp_path, "bert", "AutoModelForTokenClassification", num_labels=5)
+    engine = PoolingEngine(EngineConfig(model=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"returned_token_ids=\[5\] is not valid: the model's classes are 0 to 4"):
+        run(engine, STEP_PROMPTS, returned_token_ids=[5])
+    params = PoolingParams(step_tag_id=STEP, returned_token_ids=[1, 0], skip_reading_prefix_cache=True)
+    assert (
+        PoolingParams.from_mapping(params.to_mapping())
+        == params
+        == PoolingParams.from_mapping({"step_tag_id": 7.0, "returned_token_ids": np.array([1, 0])})
+    )
+    for wrong in ({"step_tag_id": -1}, {"returned_token_ids": 3}, {"returned_token_ids": ["a"]}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PoolingParams.from_mapping(wrong)
+    with pytest.raises(ValueError, match=r"late_chunking_params=.* is not supported: ask for task='token_embed'"):
+        PoolingParams.from_mapping({"late_chunking_params": {"chunk_size": 3}})
+
+
+@pytest.mark.parametrize("field", [{"step_tag_id": 3}, {"returned_token_ids": [0]}])
+def test_steps_do_not_fit_results_of_whole_prompts(field: dict[str, Any], tmp_path: Path) -> None:
+    save_pooling_model(tmp_path, "bert", "AutoModelForSequenceClassification", num_labels=3)
+    engine = PoolingEngine(EngineConfig(model=str(tmp_path)))
+    with pytest.raises(ValueError, match=f"{next(iter(field))}=.* does not fit task='classify'"):
+        run(engine, STEP_PROMPTS, **field)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
@@ -235,7 +334,10 @@ def test_settings_of_engines_that_generate_are_refused(tmp_path: Path) -> None:
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 and .* not supported for pooling models"),
         ({"max_num_batched_tokens": 40}, "max_num_batched_tokens=40 is less than max_model_len=90"),
         ({"max_model_len": 91}, "max_model_len=91 is more"),
-        ({"pooler_config": {"pooling_type": "MAX"}}, "choose CLS, LAST or MEAN"),
+        ({"pooler_config": {"pooling_type": "MAX"}}, "choose one of CLS, LAST, MEAN, ALL, STEP"),
+        ({"pooler_config": {"seq_pooling_type": "STEP"}}, "choose one of CLS, LAST, MEAN"),
+        ({"pooler_config": {"tok_pooling_type": "LAST"}}, "choose one of ALL, STEP"),
+        ({"pooler_config": {"step_tag_id": 3}}, "step_tag_id=3 needs tok_pooling_type='STEP'"),
     ):
         with pytest.raises(ValueError, match=message):
             PoolingEngine(EngineConfig(model=str(tmp_path), **cast(Any, settings)))

@@ -172,5 +172,5 @@ def test_what_is_not_understood_ends_the_engine_with_what_it_was(
     config = EngineConfig(model=str(tiny_model("llama")), device="cpu")
     began = time.monotonic()
     with pytest.raises(RankError, match=said):
-        RankGang(config, Strangers(behaviour), vocab_size=1031)
+        RankGang(config, Strangers(behaviour))
     assert time.monotonic() - began < 30

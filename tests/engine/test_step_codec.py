@@ -17,6 +17,7 @@ from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.guides import Bitmask
 from raydata_llm.engine.logprobs import PromptPiece, RowLogprobs
 from raydata_llm.engine.position_logprobs import HEAD, Wanted
+from raydata_llm.engine.prompt_embeds import EmbeddedTokens
 from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
@@ -169,6 +170,18 @@ def assert_same_sequence(one: Sequence, other: Sequence) -> None:
         assert not len(one.token_ids)
 
 
+def test_embeddings_come_back() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 5)).astype(np.float32)
+    known = dataclasses.replace(sequence(4, 0, 1, [0, 0], {"repetition_penalty": 2.0}), num_embedded=2)
+    step = empty_step(embedded=EmbeddedTokens(np.array([0, 1, 4], dtype=np.int32), values), admitted=[(1, known)])
+    back = BatchDecoder().decode(BatchEncoder().encode(step))
+    assert back.embedded is not None
+    assert back.embedded.places.tolist() == [0, 1, 4] and back.embedded.values.tolist() == values.tolist()
+    # A rank that counts tokens must not count these.
+    assert back.admitted[0][1].num_embedded == 2 and not len(back.admitted[0][1].prompt_token_ids)
+
+
 def test_a_step_of_running_rows_is_small() -> None:
     plan_slots = 1024
     none, some = np.zeros(0, dtype=np.int32), np.arange(plan_slots, dtype=np.int32)
@@ -217,7 +230,7 @@ def assert_same_rows(one: RowLogprobs, other: RowLogprobs) -> None:
 def test_results_come_back(tokens: Any, wanted: list[tuple[int, list[int]]] | None, pieces: list[int]) -> None:
     sequences = [sequence(100 + one, 0, 0, [3, 4, 5, 6, 8], {"prompt_logprobs": 2}) for one in range(len(pieces))]
     sent = [
-        PromptPiece(one, start, list(range(count)), Wanted(2, ()), rows(count, 2, 0))
+        PromptPiece(one, start, list(range(count)), rows(count, 2, 0))
         for start, (one, count) in enumerate(zip(sequences, pieces, strict=True))
     ]
     logprobs = None
@@ -226,7 +239,7 @@ def test_results_come_back(tokens: Any, wanted: list[tuple[int, list[int]]] | No
         width, named = max((one.num_top for one in each), default=0), max((len(w.token_ids) for w in each), default=0)
         logprobs = SampledLogprobs(np.arange(len(each)) * 2, each, rows(len(each), width, named))
     batch = empty_step(prompt_logprob_chunks=list(enumerate(sequences)))
-    back, back_logprobs, back_pieces = decode_result(encode_result(tokens, logprobs, sent), batch, VOCAB)
+    back, back_logprobs, back_pieces = decode_result(encode_result(tokens, logprobs, sent), batch)
     assert back.tolist() == tokens.tolist()
     assert (back_logprobs is None) == (logprobs is None)
     if logprobs is not None and back_logprobs is not None:
@@ -234,7 +247,7 @@ def test_results_come_back(tokens: Any, wanted: list[tuple[int, list[int]]] | No
         assert_same_rows(back_logprobs.values, logprobs.values)
     for one, other in zip(back_pieces, sent, strict=True):
         assert one.sequence is other.sequence
-        assert (one.start, list(one.token_ids), one.wanted) == (other.start, other.token_ids, other.wanted)
+        assert (one.start, list(one.token_ids)) == (other.start, other.token_ids)
         assert_same_rows(one.rows, other.rows)
 
 

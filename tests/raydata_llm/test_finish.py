@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raydata_llm.output_table import OUTPUT_COLUMNS
+from raydata_llm.output_table import ASKED_COLUMNS, OUTPUT_COLUMNS
 from raydata_llm.ray_blocks import block_rows, columns_to_arrow
 from raydata_llm.row_payload import RowError
 from raydata_llm.tokenizer import encode_text, load_tokenizer
@@ -56,7 +56,7 @@ def test_a_row_has_the_engines_columns(model: str) -> None:
     tokenizer = load_tokenizer(model)
     prompt = encode_text(tokenizer, "hello")
     assert table.to_pylist() == [{"answer": row["generated_text"]}]
-    assert set(row) == {"id"} | set(OUTPUT_COLUMNS) - {"outputs"}
+    assert set(row) == {"id"} | set(OUTPUT_COLUMNS) - ASKED_COLUMNS
     assert row["id"] == 4 and row["prompt"] == "hello"
     assert row["prompt_token_ids"] == prompt and row["num_input_tokens"] == len(prompt)
     assert row["generated_tokens"] == prompt[::-1][:3] and row["num_generated_tokens"] == len(prompt[::-1][:3])
@@ -72,9 +72,9 @@ def test_without_postprocess_all_columns_come_out_and_the_datasets_own_are_untou
     table = answered(pa.table(COLUMNS), model, lambda row: {**ask(row), "extra": [{"row": row["id"]}]})
     assert table.column_names[: len(COLUMNS)] == list(COLUMNS)
     assert_carried(table)
-    assert set(table.column_names) == set(COLUMNS) | {"extra"} | set(OUTPUT_COLUMNS) - {"outputs"}
+    assert set(table.column_names) == set(COLUMNS) | {"extra"} | set(OUTPUT_COLUMNS) - ASKED_COLUMNS
     for name, kind in OUTPUT_COLUMNS.items():
-        assert name == "outputs" or table.column(name).type == kind, name
+        assert name in ASKED_COLUMNS or table.column(name).type == kind, name
     assert table.column("extra").to_pylist() == [[{"row": 1}], [{"row": None}], [{"row": 3}]]
 
 

@@ -134,7 +134,7 @@ def test_bad_prompts_are_error_results_and_the_others_finish(llm: LLM) -> None:
     messages = [str(result.error) for result in results]
     assert "max_model_len=96 leaves no room" in messages[1]
     assert messages[2] == "ValueError: prompt=7 is a int: give text or token ids"
-    assert "has the keys ['text']: give prompt or prompt_token_ids" in messages[4]
+    assert "has the keys ['text']: give prompt, prompt_token_ids or prompt_embeds" in messages[4]
     assert "5000000000" in messages[7] and "below 2**31" in messages[7]
     assert results[0].error is None and token_ids([results[0]]) == token_ids([results[-1]])
     assert not llm._live_engine().has_unfinished()

@@ -142,6 +142,8 @@ def ask_for_form(row: dict[str, Any]) -> dict[str, Any]:
     if number == 3:
         structured = {"regex": "("}
     params = {"max_tokens": 60, "prompt_logprobs": 0, "structured_outputs": structured}
+    if number == 5:
+        params["prompt_logprob_token_ids"] = [4, 9]
     return {"prompt": f"hello {number}", "sampling_params": params}
 
 
@@ -163,6 +165,10 @@ def test_each_row_has_its_own_schema(s3: Any, model_folder: Path) -> None:
         first, *others = row["prompt_logprobs"]
         assert first is None
         assert [one[0]["token_id"] for one in others] == list(row["prompt_token_ids"][1:])
+        if row["id"] == 5:
+            assert [len(one) for one in row["prompt_token_id_logprobs"]] == [2] * len(others)
+        else:
+            assert row.get("prompt_token_id_logprobs") is None
 
 
 def test_kv_memory_that_is_too_small_is_one_clear_error(s3: Any, model_folder: Path) -> None:

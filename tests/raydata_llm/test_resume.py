@@ -57,6 +57,16 @@ def test_a_key_follows_the_adapter_and_the_pooling_parameters() -> None:
     assert len({keys[start : start + width] for start in range(0, len(keys), width)}) == len(asked)
 
 
+def test_a_key_follows_the_prompts_embeddings() -> None:
+    matrix = np.ones((2, 3), dtype=np.float32)
+    asked = [None, matrix, matrix * 2]
+    requests = [RowRequest(np.zeros(2, np.int32), None, b"", prompt_embeds=one) for one in asked]
+    table = PLAN.admit(pa.table({"x": [0] * 3}), requests, [{"id": 1}] * 3, [{}] * 3)
+    keys = read_carried(table.column(RESUME_COLUMN), "").keys
+    width = len(keys) // 3
+    assert len({keys[start : start + width] for start in range(0, len(keys), width)}) == 3
+
+
 def test_a_key_column_stands_for_the_row_alone() -> None:
     plan = ResumePlan(config=ResumeConfig("out", key_column="id"), about={})
     assert key({"id": 1, "time": 3}, [5], plan=plan) == key({"id": 1, "time": 4}, [6], {"seed": 1}, plan=plan)

@@ -183,7 +183,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 3}, "best_of"),
     ({"use_beam_search": True}, "use_beam_search"),
     ({"logits_processors": [print]}, "logits_processors"),
-    ({"prompt_logprob_token_ids": [[1]]}, "prompt_logprob_token_ids"),
+    ({"prompt_logprob_token_ids": [[-3]]}, "prompt_logprob_token_ids"),
     ({"prompt_logprob_start": 3}, "prompt_logprob_start"),
     ({"trace_decode_token_ids": [1]}, "trace_decode_token_ids"),
     ({"routed_experts_prompt_start": 3}, "routed_experts_prompt_start"),
