@@ -1,4 +1,4 @@
-"""Grammars that outputs must follow: compiled by threads, followed token by token, and asked for masks.
+"""Grammars that outputs must follow, compiled by threads.
 
 Owns llguidance. A grammar is compiled while its request waits outside the scheduler; many requests with one form share
 what was compiled. Knows no device and no steps.
@@ -50,37 +50,14 @@ class GrammarGuide:
         self.ended = False
         self.error: str | None = None
         self.threads = threads
-        self._eos_token_ids = eos_token_ids
+        self.eos_token_ids = eos_token_ids
 
     def note(self, token_id: int, *, is_allowed: bool) -> None:
-        """The matcher has taken in a drawn token, or could not."""
+        """The matcher has taken in a token that ends the output, or could not take in the one drawn."""
         if not is_allowed:
             cause = self.matcher.get_error().split("\n")[0]
             self.error = f"ValueError: structured_outputs: no token that the grammar allows could be drawn ({cause})"
-        self.ended = token_id in self._eos_token_ids
-
-
-def advance_grammars(drawn: list[tuple[GrammarGuide, int]]) -> None:
-    """Take in what was drawn for these guides, each once, on many threads."""
-    if not drawn:
-        return
-    from llguidance.numpy import consume_token_par
-
-    drawn.sort(key=lambda pair: pair[0].table)
-    allowed = consume_token_par(drawn[0][0].threads, [(guide.matcher, token_id) for guide, token_id in drawn])
-    for (guide, token_id), is_allowed in zip(drawn, allowed, strict=True):
-        guide.note(token_id, is_allowed=is_allowed)
-
-
-def fill_grammars(guides: list[tuple[int, GrammarGuide]], words: Words) -> None:
-    """Write each guide's mask into its row of `words`, [M, W], on many threads."""
-    if not guides:
-        return
-    from llguidance.numpy import fill_next_token_bitmask_par
-
-    # A thread takes neighbours: these should be of one table.
-    guides.sort(key=lambda pair: pair[1].table)
-    fill_next_token_bitmask_par(guides[0][1].threads, [(guide.matcher, row) for row, guide in guides], words)
+        self.ended = token_id in self.eos_token_ids
 
 
 @dataclass
