@@ -34,6 +34,8 @@ from raydata_llm.engine.thinking import Markers, ThinkingGuide
 
 # How long a step waits for a grammar when there is nothing else to do.
 _WAIT_SECONDS = 0.05
+# Rows that memory for words is made for at first.
+_ROWS_AT_FIRST = 256
 
 
 class Guide(Protocol):
@@ -54,7 +56,7 @@ class Bitmask:
 
     Args:
         rows: [M] their numbers.
-        words: [M, W] int32 on the host, a bit a token; pinned where a GPU reads it.
+        words: [M, W] int32 on the host, a bit a token; pinned where a GPU reads it. The next bitmask overwrites them.
         processors: Number of a row, and what is made of its logits, [V] float32.
     """
 
@@ -96,6 +98,7 @@ class Guides:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._pinned = device_type == "cuda"
+        self._words = torch.empty((0, 0), dtype=torch.int32)
         self._compiler: GrammarCompiler | None = None
         self._waiting: list[_Waiting] = []
 
@@ -157,14 +160,17 @@ class Guides:
         return [sequence for one in gone for sequence in one.sequences]
 
     def bitmask(self, batch: ScheduledBatch, table: SequenceTable) -> Bitmask | None:
-        """What the step's guided rows may draw; all tokens that they have drawn must be known."""
+        """What the step's guided rows may draw; all tokens that were drawn must be known.
+
+        So all steps before it have been read, and the words of the last bitmask are free to be overwritten.
+        """
         slots = batch.sample_slots
         live = table.guided[slots] & (table.seq_id[slots] == batch.sample_seq_ids)
         rows = np.flatnonzero(live)
         if not len(rows):
             return None
         slots = slots[rows]
-        tensor = torch.empty((len(rows), -(-self._vocab_size // 32)), dtype=torch.int32, pin_memory=self._pinned)
+        tensor = self._words_of(len(rows), table.num_slots)
         words: Words = tensor.numpy()
         table.grammars.fill(slots, words)
         for place in np.flatnonzero(table.num_known[slots] < table.min_tokens[slots]).tolist():
@@ -177,6 +183,14 @@ class Guides:
             prompt = sequence.prompt_token_ids.tolist() if sequence.processors else []
             processors += [(int(rows[place]), partial(process, prompt, token_ids)) for process in sequence.processors]
         return Bitmask(rows, tensor, processors)
+
+    def _words_of(self, num_rows: int, most_rows: int) -> torch.Tensor:
+        """Memory for so many rows' words, the same each time: to pin some waits for the device."""
+        if num_rows > len(self._words):
+            held = min(most_rows, max(_ROWS_AT_FIRST, 1 << (num_rows - 1).bit_length()))
+            shape = (held, -(-self._vocab_size // 32))
+            self._words = torch.empty(shape, dtype=torch.int32, pin_memory=self._pinned)
+        return self._words[:num_rows]
 
     def shutdown(self) -> None:
         """Stop the threads."""

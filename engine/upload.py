@@ -35,6 +35,26 @@ def upload(device: torch.device, *arrays: npt.NDArray[Any]) -> list[torch.Tensor
     ]
 
 
+class UploadBeside:
+    """Copies to the device beside what the current stream runs; what it is given later waits for the copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, host: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; pinned memory is the caller's again once a later launch has been read."""
+        if self.stream is None:
+            return host.to(self._device)
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self.stream):
+            there = host.to(self._device, non_blocking=True)
+        current.wait_stream(self.stream)
+        # It is the copies' stream's memory: not to be given to the next copy before the current stream is through.
+        there.record_stream(current)
+        return there
+
+
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the host, whole once what was launched is done."""
     if tensor.device.type == "cpu":
