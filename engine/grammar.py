@@ -106,8 +106,8 @@ class GrammarCompiler:
         # Made here, not by the threads, which would all make one.
         self._tokens: Future[Any] = self._compilers.submit(self._load_tokens)
 
-    def compile(self, params: StructuredOutputsParams, num_outputs: int) -> Future[Callable[[], GrammarGuide]]:
-        """Start compiling; the result makes a guide for each of a request's outputs.
+    def compile(self, params: StructuredOutputsParams) -> Future[Callable[[], GrammarGuide]]:
+        """Start compiling for one more output; the result makes its guide.
 
         Raises:
             ValueError: (by the future) for a form that cannot be compiled.
@@ -116,7 +116,7 @@ class GrammarCompiler:
         form = self._forms.setdefault(key, _Form())
         self._forms.move_to_end(key)
         number = form.num_outputs // _OUTPUTS_A_TABLE % (self._num_threads * _TABLES_A_THREAD)
-        form.num_outputs += num_outputs
+        form.num_outputs += 1
         if number >= len(form.tables):
             number = len(form.tables)
             form.tables.append(self._compilers.submit(self._make_table, form, number, params, self._num_tables))

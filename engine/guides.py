@@ -67,7 +67,7 @@ class Bitmask:
 
 @dataclass
 class _Waiting:
-    sequences: list[Sequence]
+    sequence: Sequence
     make_guide: Future[Callable[[], GrammarGuide]]
 
 
@@ -136,7 +136,7 @@ class Guides:
         assert params is not None
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
-        self._waiting.append(_Waiting(sequences, self._compiler.compile(params, len(sequences))))
+        self._waiting += [_Waiting(sequence, self._compiler.compile(params)) for sequence in sequences]
 
     def release(self, *, may_wait: bool) -> list[Sequence]:
         """The sequences whose grammar is compiled, or failed (then `error` is set).
@@ -151,13 +151,13 @@ class Guides:
         for one in self._waiting:
             (ready if one.make_guide.done() else waiting).append(one)
         self._waiting = waiting
-        return [sequence for one in ready for sequence in _with_guide(one)]
+        return [_with_guide(one) for one in ready]
 
     def abort(self, request_ids: set[str]) -> list[Sequence]:
         """Forget requests that wait; returns their sequences."""
-        gone = [one for one in self._waiting if one.sequences[0].request.request_id in request_ids]
-        self._waiting = [one for one in self._waiting if one.sequences[0].request.request_id not in request_ids]
-        return [sequence for one in gone for sequence in one.sequences]
+        gone = [one for one in self._waiting if one.sequence.request.request_id in request_ids]
+        self._waiting = [one for one in self._waiting if one.sequence.request.request_id not in request_ids]
+        return [one.sequence for one in gone]
 
     def bitmask(self, batch: ScheduledBatch, table: SequenceTable) -> Bitmask | None:
         """What the step's guided rows may draw; all tokens that were drawn must be known.
@@ -206,11 +206,10 @@ def _forbid_end(words: Words, sequence: Sequence) -> None:
         words[:] = without
 
 
-def _with_guide(one: _Waiting) -> list[Sequence]:
+def _with_guide(one: _Waiting) -> Sequence:
     failure = one.make_guide.exception()
-    for sequence in one.sequences:
-        if failure is not None:
-            sequence.error = f"{type(failure).__name__}: {failure}"
-        else:
-            sequence.grammar = one.make_guide.result()()
-    return one.sequences
+    if failure is not None:
+        one.sequence.error = f"{type(failure).__name__}: {failure}"
+    else:
+        one.sequence.grammar = one.make_guide.result()()
+    return one.sequence
