@@ -85,6 +85,8 @@ class DecodeStep:
         self._buffer = _PlanBuffer(state.num_slots, decoder.device)
         self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
         self._buckets = fixed_buckets(state.num_slots)
+        # What a step of each takes, once they are measured.
+        self.bucket_seconds: dict[int, float] = {}
         # Whether a row of the plan has an adapter, and which.
         self._adapted = False
         self._tiles: TileBuffer | None = None
@@ -140,7 +142,9 @@ class DecodeStep:
         if not self._use_graphs:
             return
         if not self._decoder.batch_invariant:
-            self._buckets = measured_buckets(self._decoder, self._state.num_slots, lambda run: self._capture(run)[0])
+            max_rows = self._state.num_slots
+            self.bucket_seconds = measured_buckets(self._decoder, max_rows, lambda run: self._capture(run)[0])
+            self._buckets = list(self.bucket_seconds)
         for bucket in reversed(self._buckets):
             for kind in self._kinds():
                 self._forward(bucket, *kind)

@@ -39,6 +39,7 @@ from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray, token_array
 from raydata_llm.engine.request_stats import RequestStateStats
+from raydata_llm.engine.row_target import RowTarget
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.scheduler import Scheduler
@@ -133,8 +134,8 @@ class Engine:
             num_lanes=min(config.pipeline_parallel_size, sizes.max_num_seqs),
             max_loras=config.max_loras if config.enable_lora else 0,
         )
-        self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks))
         worker.start(self.num_kv_blocks)
+        self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks), RowTarget(worker.bucket_seconds()))
         ahead = config.steps_ahead if config.steps_ahead is not None else int(worker.device_type == "cuda")
         # As many steps in flight as stages, and those that hide the host's work.
         self._steps_ahead = ahead + config.pipeline_parallel_size - 1
