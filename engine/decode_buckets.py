@@ -8,12 +8,13 @@ alike, as the sums in their graphs are of one size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from raydata_llm.engine.decoder import Decoder, Linear
+from raydata_llm.engine.graph_pool import GraphPool
 
 # A size earns its graph if it is faster by this share than the next larger one.
 _LEAST_GAIN = 0.03
@@ -23,19 +24,13 @@ _REPLAYS = 3
 # What a layer's other kernels take of few rows (H100).
 _LAYER_SECONDS = 20e-6
 
-Capture = Callable[[Callable[[], object]], torch.cuda.CUDAGraph]
 
-
-def measured_buckets(decoder: Decoder, max_rows: int, capture: Capture) -> dict[int, float]:
-    """The sizes up to `max_rows` that are worth a graph, ascending, and the seconds of a step of each.
-
-    Args:
-        capture: Makes a graph of what a function launches.
-    """
+def measured_buckets(decoder: Decoder, max_rows: int) -> dict[int, float]:
+    """The sizes up to `max_rows` that are worth a graph, ascending, and the seconds of a step of each."""
     sizes = candidate_sizes(max_rows)
     linears = _linears(decoder)
     measured = _some(linears)
-    seconds = linear_seconds(measured, sizes, capture)
+    seconds = linear_seconds(measured, sizes)
     if decoder.parallel.place.tp_size > 1:
         seconds = decoder.parallel.all_reduce_by_group(seconds.to(decoder.device)).cpu()
     scale = _num_bytes(linears) / _num_bytes(measured)
@@ -73,7 +68,7 @@ def fixed_buckets(max_rows: int) -> list[int]:
     return [bucket for bucket in buckets if bucket < max_rows] + [max_rows]
 
 
-def linear_seconds(linears: Sequence[Linear], sizes: Sequence[int], capture: Capture) -> torch.Tensor:
+def linear_seconds(linears: Sequence[Linear], sizes: Sequence[int]) -> torch.Tensor:
     """[sizes] seconds that some linears take together, each size's best of a few runs."""
     weight = linears[0].weight
     inputs = {
@@ -85,10 +80,10 @@ def linear_seconds(linears: Sequence[Linear], sizes: Sequence[int], capture: Cap
         for linear in linears:
             linear(inputs[linear.weight.shape[1]][:size])
 
-    timed = []
+    pool, timed = GraphPool(weight.device), []
     for size in reversed(sizes):
         run(size)  # its kernels are loaded then
-        graph = capture(partial(run, size))
+        graph, _ = pool.capture(partial(run, size))
         timed.append((graph, _replayed(graph)))
     torch.cuda.synchronize(weight.device)
     best = [min(begin.elapsed_time(end) for begin, end in events) for _, events in reversed(timed)]
