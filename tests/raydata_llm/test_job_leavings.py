@@ -97,7 +97,7 @@ def test_a_job_leaves_nothing_however_it_ends(
     assert wait_until(lambda: not references(), 30.0), references()
     # A node tells of what came back a moment later.
     assert wait_until(lambda: ray.available_resources() == ray.cluster_resources(), 30.0), in_use()  # type: ignore[no-untyped-call]
-    groups = ray.util.placement_group_table().values()  # type: ignore[no-untyped-call]
+    groups = ray.util.placement_group_table().values()
     assert [group for group in groups if group["state"] != "REMOVED"] == []
 
 
