@@ -18,6 +18,7 @@ from raydata_llm.adapter_source import on_this_node
 from raydata_llm.engine.prompt_embeds import Embeds, as_embeds
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.vllm_settings import refuse_arguments
 
 ParamsLike = SamplingParams | Mapping[str, Any]
 
@@ -152,6 +153,7 @@ def read_prompt(prompt: Prompt) -> None:
     given = prompt.given
     if isinstance(given, Mapping):
         prompt.text = given.get("prompt")
+        refuse_arguments(multi_modal_data=given.get("multi_modal_data"))
         if given.get("prompt_embeds") is not None:
             _read_embeds(prompt, given)
             return

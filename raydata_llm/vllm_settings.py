@@ -127,11 +127,29 @@ _REMEDY = {
     "tokenizer": "set tokenize_stage={'model_source': ...}",
 }
 
+_NO_ARGUMENTS = {
+    "lora_request": "pooling models take no adapters (merge one into its model)",
+    "mm_processor_kwargs": "models of text are run",
+    "multi_modal_data": "models of text are run",
+    "multimodal_data": "models of text are run",
+}
+
 # Loaders of the same weights: this engine reads them its own way.
 _LOADERS = {"runai_streamer", "runai_streamer_sharded", "fastsafetensors", "instanttensor"}
 
 # Fields that Ray Data LLM had once.
 _OLDER_FIELDS: dict[str, tuple[Any, ...]] = {"has_image": (None, False), "prepare_image_stage": (None, False)}
+
+
+def refuse_arguments(**given: Any) -> None:
+    """Refuse arguments of vLLM's methods, and parts of its prompts, that would change answers and mean nothing here.
+
+    Raises:
+        ValueError: naming the first that asks for something.
+    """
+    for name, value in given.items():
+        if value is not None and value != {} and value != []:
+            raise ValueError(f"{name} is not supported, as {_NO_ARGUMENTS[name]}: leave it out")
 
 
 def split_vllm_settings(values: Mapping[str, Any]) -> dict[str, Any]:
