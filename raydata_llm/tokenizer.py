@@ -244,11 +244,9 @@ def _plain_message(index: int, message: dict[str, Any], *, in_parts: bool) -> di
     # Arrow fills the keys that other rows' messages have with None; templates ask whether a key is there.
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content")
-    texts = _part_texts(index, content) if isinstance(content, list) else None
-    if texts is not None and not in_parts:
-        message["content"] = "\n".join(texts)
-    elif in_parts and (texts is not None or isinstance(content, str)):
-        message["content"] = [{"type": "text", "text": text} for text in texts or [content]]
+    if isinstance(content, str | list):
+        texts = [content] if isinstance(content, str) else _part_texts(index, content)
+        message["content"] = [{"type": "text", "text": text} for text in texts] if in_parts else "\n".join(texts)
     if isinstance(message.get("tool_calls"), list):
         calls = [_with_read_arguments(index, _without_none(call)) for call in message.pop("tool_calls")]
         # Templates ask whether there are calls by whether the key is there.
