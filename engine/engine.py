@@ -108,8 +108,9 @@ class Engine:
         self._tokenizer = tokenizer
         files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
         self.model_config = files.model_config()
-        layered = config.generation_config == "auto"
-        self.default_sampling_params: dict[str, Any] = files.default_sampling_params() if layered else {}
+        self.default_sampling_params: dict[str, Any] = files.default_sampling_params(
+            config.override_generation_config, with_own=config.generation_config == "auto"
+        )
         self._eos_token_ids = files.eos_token_ids(self.model_config)
         # Before anything is loaded; the ranks would each find it as well.
         check_split(self.model_config, config.tensor_parallel_size, config.pipeline_parallel_size)

@@ -216,6 +216,15 @@ def test_defaults_come_from_the_models_generation_config(model_folder: Path, tmp
         assert len(llm.generate("a", {"ignore_eos": True})[0].outputs[0].token_ids) == 3
     with LLM(str(folder), generation_config="vllm", **SETTINGS) as llm:
         assert llm.get_default_sampling_params() == SamplingParams()
+    with LLM(str(folder), override_generation_config={"temperature": 0.0, "max_new_tokens": 4}, **SETTINGS) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(temperature=0.0, top_k=7, max_tokens=4)
+        assert len(llm.generate("a", {"ignore_eos": True})[0].outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize("wrong", [{"temprature": 1}, {"temperature": -1}, {"max_new_tokens": 0}, "greedy"], ids=str)
+def test_a_wrong_override_of_the_generation_config_is_named(wrong: Any, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"override_generation_config=.* is not valid"):
+        LLM(str(model_folder), override_generation_config=wrong, **SETTINGS)
 
 
 def test_noise_depends_on_seed_prompt_and_occurrence_only(model_folder: Path) -> None:
