@@ -268,7 +268,7 @@ class Engine:
         # What is still in flight belongs to requests that have ended; its slots and blocks are the search's from now.
         while self._in_flight:
             self._read_oldest()
-        self._beams = BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams)
+        self._beams = BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams, self._guides.maker)
         return self._beams
 
     def check_beam_request(self, request: BeamRequest) -> None:
@@ -297,6 +297,8 @@ class Engine:
             limit = f"max_num_seqs={self.max_num_seqs}"
             raise ValueError(f"beam_width={params.beam_width} is more than {limit}: lower it, or raise max_num_seqs")
         self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
+        if params.form is not None:
+            self._guides.maker(params.form, 0)
 
     def _check_no_beams(self) -> None:
         if self._beams is not None and self._beams.is_open:

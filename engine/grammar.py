@@ -53,6 +53,10 @@ class GrammarGuide:
         self.threads = threads
         self._eos_token_ids = eos_token_ids
 
+    def fork(self) -> GrammarGuide:
+        """A guide at the same place that goes its own way from here."""
+        return GrammarGuide(self.matcher.deep_copy(), self.table, self._eos_token_ids, self.threads)
+
     def note(self, token_id: int, *, is_allowed: bool) -> None:
         """The matcher has taken in a drawn token, or could not."""
         if not is_allowed:
