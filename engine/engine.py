@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import numpy as np
-
 from raydata_llm.engine.adapter_slots import load_adapter
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.beam_params import BeamRequest, BeamSearchParams
@@ -39,8 +37,9 @@ from raydata_llm.engine.prompt_embeds import block_keys, check_embeds
 from raydata_llm.engine.prompt_scores import PromptScores, ids_of_each_row
 from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
-from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray
+from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray, token_array
 from raydata_llm.engine.request_stats import RequestStateStats
+from raydata_llm.engine.row_target import RowTarget
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.scheduler import Scheduler
@@ -49,6 +48,10 @@ from raydata_llm.engine.sequence import FinishedSequence, Sequence
 from raydata_llm.engine.shard import check_split
 from raydata_llm.engine.worker import MOST_PENALTY_SEQS, Worker
 
+# Requests that wait are enough to choose from; while fewer do, the next ones are worth the device's wait.
+_WAITING_WANTED = 256
+# Tokens that a device computes while the host takes in a request (30 to 60 us, of some thousand tokens).
+_TOKENS_PER_REQUEST = 64
 _STEP_REMEDY = "lower gpu_memory_utilization, or max_num_batched_tokens and max_num_seqs"
 
 
@@ -132,12 +135,14 @@ class Engine:
             num_lanes=min(config.pipeline_parallel_size, sizes.max_num_seqs),
             max_loras=config.max_loras if config.enable_lora else 0,
         )
-        self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks))
         worker.start(self.num_kv_blocks)
+        self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks), RowTarget(worker.bucket_seconds()))
         ahead = config.steps_ahead if config.steps_ahead is not None else int(worker.device_type == "cuda")
         # As many steps in flight as stages, and those that hide the host's work.
         self._steps_ahead = ahead + config.pipeline_parallel_size - 1
         self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep | RemoteStep]] = deque()
+        # Ended, and not yet in their requests' results: these are made while the device has a step to run.
+        self._ended: list[FinishedSequence] = []
         self._unfinished: dict[str, _UnfinishedRequest] = {}
         self._beams: BeamSearch | None = None
         self._next_seq_id = 0
@@ -224,6 +229,13 @@ class Engine:
         """Whether `step` has anything to do."""
         return bool(self._unfinished)
 
+    def num_wanted(self) -> int:
+        """Requests that it would take before the next step: enough to choose from, too few to keep a device waiting."""
+        if self._scheduler.intake.num_waiting < _WAITING_WANTED:
+            return _WAITING_WANTED
+        under_way = self._in_flight[-1][0].num_tokens if self._in_flight else 0
+        return max(_WAITING_WANTED // 8, under_way // _TOKENS_PER_REQUEST)
+
     def step(self) -> list[RequestOutput]:
         """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests.
 
@@ -239,7 +251,7 @@ class Engine:
 
             def bitmask() -> Bitmask | None:
                 while self._in_flight:
-                    finished.extend(self._read_oldest(under_way=True))
+                    self._read_oldest(under_way=True)
                 return self._guides.bitmask(batch, self._scheduler.table)
 
             has_guided = bool(self._scheduler.table.guided[batch.sample_slots].any())
@@ -248,9 +260,12 @@ class Engine:
             assert launched is not None, "a worker alone samples"
             self._in_flight.append((batch, launched))
             self._count(batch)
-            if len(self._in_flight) <= self._steps_ahead:
-                return finished
-        return [*finished, *self._read_oldest()] if self._in_flight else finished
+        finished += self._collect_ended()
+        if self._in_flight and (batch is None or len(self._in_flight) > self._steps_ahead):
+            self._read_oldest()
+            if not self._in_flight:
+                finished += self._collect_ended()
+        return finished
 
     def beam_search(self) -> BeamSearch:
         """A beam search, which has the engine to itself until it is closed.
@@ -334,9 +349,12 @@ class Engine:
 
     def abort(self, request_ids: set[str]) -> list[RequestOutput]:
         """End these requests now; their outputs hold what was read so far."""
+        ended = [one for one in self._ended if one.sequence.request.request_id in request_ids]
+        self._ended = [one for one in self._ended if one.sequence.request.request_id not in request_ids]
+        outputs = self._collect(ended)
         known = request_ids & self._unfinished.keys()
         waiting = [FinishedSequence(sequence, [], "abort", None) for sequence in self._guides.abort(known)]
-        return self._collect([*waiting, *self._scheduler.abort(known)])
+        return [*outputs, *self._collect([*waiting, *self._scheduler.abort(known)])]
 
     def abort_all(self) -> list[RequestOutput]:
         """End every request."""
@@ -423,7 +441,7 @@ class Engine:
             raise RuntimeError("the engine was shut down")
         return self._worker
 
-    def _read_oldest(self, *, under_way: bool = False) -> list[RequestOutput]:
+    def _read_oldest(self, *, under_way: bool = False) -> None:
         """Read a step; `under_way`: the device has another one's forward pass to run."""
         batch, launched = self._in_flight.popleft()
         with explained(f"running a step of {batch.num_tokens} tokens", _STEP_REMEDY):
@@ -434,7 +452,7 @@ class Engine:
         self._note_first_tokens(batch)
         if logprobs is not None:
             self._add_logprobs(batch, logprobs)
-        return self._collect(self._scheduler.update(batch, token_ids))
+        self._ended += self._scheduler.update(batch, token_ids)
 
     def _note_scheduled(self, batch: ScheduledBatch) -> None:
         now = time.monotonic()
@@ -469,6 +487,10 @@ class Engine:
                 assert sequence.logprobs is not None, "only rows of sequences that asked have an answer"
                 sequence.logprobs.add(position)
 
+    def _collect_ended(self) -> list[RequestOutput]:
+        ended, self._ended = self._ended, []
+        return self._collect(ended)
+
     def _collect(self, finished: list[FinishedSequence]) -> list[RequestOutput]:
         """Put ended sequences into their requests; returns the requests of which all have ended."""
         complete = []
@@ -489,7 +511,7 @@ class Engine:
         return complete
 
     def _checked_prompt(self, request: Request) -> TokenArray:
-        prompt = np.asarray(request.prompt_token_ids, dtype=np.int32)
+        prompt = token_array(request.prompt_token_ids)
         if prompt.ndim != 1 or not len(prompt):
             raise ValueError("prompt_token_ids is empty: give at least one token")
         low, high = int(prompt.min()), int(prompt.max())
@@ -555,6 +577,15 @@ class _UnfinishedRequest:
         return self.request.sampling_params.flat_logprobs
 
     @property
+    def prompt_token_ids(self) -> list[int]:
+        """The list that was given, if it was one and nothing was cut off."""
+        given = self.request.prompt_token_ids
+        if isinstance(given, list) and len(given) == len(self.prompt):
+            return given
+        token_ids: list[int] = self.prompt.tolist()
+        return token_ids
+
+    @property
     def num_missing(self) -> int:
         return sum(output is None for output in self.outputs)
 
@@ -583,7 +614,7 @@ class _UnfinishedRequest:
             positions.close(self.prompt.tolist())
         return RequestOutput(
             request_id=self.request.request_id,
-            prompt_token_ids=self.prompt.tolist(),
+            prompt_token_ids=self.prompt_token_ids,
             outputs=[output for output in self.outputs if output is not None and self.error is None],
             error=self.error,
             num_cached_tokens=self.num_cached_tokens,

@@ -22,6 +22,8 @@ from raydata_llm.engine.request import Request, RequestOutput
 
 # Requests with an engine at most, as a multiple of what it runs at once: its admission needs some to choose from.
 _HELD_PER_SLOT = 1.5
+# Requests that are queued between two looks for results.
+_WANTED = 256
 
 
 class EngineGroup:
@@ -67,6 +69,10 @@ class EngineGroup:
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to wait for."""
         return bool(self._unfinished)
+
+    def num_wanted(self) -> int:
+        """As `Engine.num_wanted`; the engines draw on the queue from threads of their own."""
+        return _WANTED
 
     def step(self) -> list[RequestOutput]:
         """Wait a moment for requests that finish."""

@@ -40,6 +40,10 @@ class DrivenEngine(Protocol):
         """Queue a request."""
         ...
 
+    def num_wanted(self) -> int:
+        """Requests that it would take before the next step."""
+        ...
+
     def step(self) -> Sequence[AnyOutput]:
         """Do some work; returns finished requests."""
         ...
@@ -134,8 +138,8 @@ class EngineThread:
             while not self._inbox and not self._running and not self._stopping:
                 self._wake.wait()
                 self._last_sign = time.monotonic()
-            arrived = list(self._inbox)
-            self._inbox.clear()
+            wanted = self._engine.num_wanted()
+            arrived = [self._inbox.popleft() for _ in range(min(wanted, len(self._inbox)))]
         for request, deliver in arrived:
             self._add(request, deliver)
         return not self._stopping

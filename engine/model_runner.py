@@ -135,6 +135,11 @@ class ModelRunner:
         # The largest step too: the memory it needs, and cuBLAS's kernels for it, are there from now on.
         self._run_prefill_and_sampling(self._max_num_batched_tokens)
 
+    @property
+    def bucket_seconds(self) -> dict[int, float]:
+        """Rows that decode steps are padded to, and the seconds of such a step; empty where nothing was measured."""
+        return self._decode.bucket_seconds
+
     def _run_prefill_and_sampling(self, most_tokens: int) -> None:
         for num_rows, num_tokens in ((1, 1), (self._state.num_slots, most_tokens)):
             incoming = None if self._incoming is None else self._incoming[:num_tokens]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import sys
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,10 @@ class PoolingEngine:
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._unfinished)
+
+    def num_wanted(self) -> int:
+        """Requests that it would take before the next step: all there are, to pack those of like lengths together."""
+        return sys.maxsize
 
     def step(self) -> list[RawOutput]:
         """Launch a batch if there is one, read the oldest if enough are in flight; returns finished requests."""

@@ -50,6 +50,7 @@ class Request:
     Args:
         request_id: Chosen by the caller, unique among the engine's unfinished requests.
         prompt_token_ids: At least one token id; left out where there are `prompt_embeds`, then a 0 for each of these.
+            The result has the very list, if it is one and is not truncated.
         sampling_params: Complete parameters.
         key: 64-bit key of the sampling noise (see `sampling_key`); the draw depends on it, the index in n and the
             position alone.
@@ -62,7 +63,7 @@ class Request:
     """
 
     request_id: str
-    prompt_token_ids: TokenArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    prompt_token_ids: list[int] | TokenArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     sampling_params: SamplingParams
     key: int = 0
     lora_request: LoRARequest | None = None
@@ -151,6 +152,13 @@ class RequestOutput:
         return self.error is not None or all(output.finish_reason is not None for output in self.outputs)
 
 
+def token_array(token_ids: Sequence[int] | TokenArray) -> TokenArray:
+    """Token ids as int32; a list's by twice as quick a way as `np.asarray`."""
+    if isinstance(token_ids, list):
+        return np.fromiter(token_ids, dtype=np.int32, count=len(token_ids))
+    return np.asarray(token_ids, dtype=np.int32)
+
+
 def sampling_key(job_seed: int, row_digest: bytes, occurrence: int = 0) -> int:
     """The 64-bit noise key of a row without a seed of its own.
 
@@ -176,7 +184,7 @@ def request_digest(
     prompt_embeds: Embeds | None = None,
 ) -> bytes:
     """A 16-byte digest of prompt, parameters and the adapter's name."""
-    digest = hashlib.blake2b(np.asarray(prompt_token_ids, dtype=np.int32).tobytes(), digest_size=16)
+    digest = hashlib.blake2b(token_array(prompt_token_ids).tobytes(), digest_size=16)
     digest.update(json.dumps(sampling_params.to_mapping(), sort_keys=True, default=str).encode())
     digest.update(adapter.encode())
     if prompt_embeds is not None:

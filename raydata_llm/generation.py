@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
 from raydata_llm.engine.beam_params import BeamSearchOutput
 from raydata_llm.engine.request import Request, RequestOutput, request_digest, sampling_key, seeded_key
 from raydata_llm.progress import Progress
@@ -67,6 +65,7 @@ class Generation:
         self._finish = finish
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
         self._chunks: deque[tuple[dict[str, Prompt], Future[None]]] = deque()
+        self._tokenised: deque[tuple[str, Prompt]] = deque()
         self._unfinished: dict[str, Prompt] = {}
         self._done: deque[RequestOutput] = deque()
 
@@ -151,6 +150,7 @@ class Generation:
         for _, encoding in self._chunks:
             encoding.cancel()
         self._chunks.clear()
+        self._tokenised.clear()
         self._unfinished.clear()
         self._engine.abort_all()
 
@@ -180,35 +180,42 @@ class Generation:
             raise
 
     def _feed(self) -> None:
-        """Hand the next tokenised prompts to the engine, waiting only when it has nothing to do."""
-        if not self._chunks or (self._engine.has_unfinished() and not self._chunks[0][1].done()):
-            return
-        self._chunks[0][1].result()
-        chunk, _ = self._chunks.popleft()
-        for request_id, prompt in chunk.items():
+        """Hand tokenised prompts to the engine, as many as it wants, waiting only when it has nothing to do."""
+        wanted = self._engine.num_wanted()
+        while wanted > 0 and (self._tokenised or self._take_chunk()):
+            request_id, prompt = self._tokenised.popleft()
+            wanted -= 1
             prompt.attempt(functools.partial(self._submit, request_id))
             if prompt.error is not None:
                 refused = RequestOutput(request_id, prompt.token_ids or [], error=prompt.error, prompt=prompt.text)
                 self._done.append(refused)
                 del self._unfinished[request_id]
 
+    def _take_chunk(self) -> bool:
+        """Move on to the next chunk, if there is one that is tokenised or the engine has nothing to do."""
+        if not self._chunks or (self._engine.has_unfinished() and not self._chunks[0][1].done()):
+            return False
+        self._chunks[0][1].result()
+        self._tokenised.extend(self._chunks.popleft()[0].items())
+        return True
+
     def _submit(self, request_id: str, prompt: Prompt) -> None:
         params = prompt.params
         assert params is not None
-        token_ids = np.asarray(prompt.token_ids, dtype=np.int32)
+        assert prompt.token_ids is not None
         if params.greedy:
             key = 0  # nothing is drawn
         elif params.seed is not None:
             key = seeded_key(params.seed)
         else:
             adapter = "" if prompt.lora_request is None else prompt.lora_request.lora_name
-            digest = request_digest(token_ids, params, adapter, prompt.embeds)
+            digest = request_digest(prompt.token_ids, params, adapter, prompt.embeds)
             key = sampling_key(self._seed, digest, self._occurrences[digest])
             self._occurrences[digest] += 1
         self._engine.add_request(
             Request(
                 request_id=request_id,
-                prompt_token_ids=token_ids,
+                prompt_token_ids=prompt.token_ids,
                 sampling_params=params,
                 key=key,
                 lora_request=prompt.lora_request,

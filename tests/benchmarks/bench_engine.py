@@ -110,11 +110,10 @@ class Bench:
         rows = iter(enumerate(work))
         while True:
             # As `LLM.generate` feeds it: the engine works on the first rows while the others are taken in.
-            for index, (prompt, max_tokens) in itertools.islice(rows, 256):
+            for index, (prompt, max_tokens) in itertools.islice(rows, engine.num_wanted()):
                 params = self._params(EOS_MAX_TOKENS if forced else max_tokens, ignore_eos=not forced)
-                token_ids = np.fromiter(prompt, dtype=np.int32, count=len(prompt))
                 engine.add_request(
-                    Request(request_id=str(index), prompt_token_ids=token_ids, sampling_params=params, key=index)
+                    Request(request_id=str(index), prompt_token_ids=prompt, sampling_params=params, key=index)
                 )
             if not engine.has_unfinished():
                 return [tokens[index] for index in range(len(work))]

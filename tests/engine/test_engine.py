@@ -326,3 +326,52 @@ def test_device_errors_say_what_to_change() -> None:
     told = r"the GPU failed while stepping: illegal access.*CUDA_LAUNCH_BLOCKING=1"
     with pytest.raises(DeviceError, match=told), explained("stepping", "buy more"):
         raise torch.AcceleratorError("illegal access")
+
+
+def test_a_result_has_the_very_list_of_its_prompt(engine: Engine) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=2)
+    cut = SamplingParams(temperature=0.0, max_tokens=2, truncate_prompt_tokens=3)
+    asked = [list(PROMPT), list(PROMPT)]
+    requests = [
+        Request(request_id=str(index), prompt_token_ids=prompt, sampling_params=one)
+        for index, (prompt, one) in enumerate(zip(asked, (params, cut), strict=True))
+    ]
+    whole, truncated = run(engine, requests)
+    assert whole.prompt_token_ids is asked[0] and truncated.prompt_token_ids == PROMPT[-3:]
+    assert run(engine, [request(2)])[0].prompt_token_ids == PROMPT
+
+
+def test_ended_requests_are_handed_out_while_the_next_step_runs(model_path: str) -> None:
+    engine = Engine(EngineConfig(model=model_path, device="cpu", steps_ahead=1))
+    ended: list[set[str]] = []
+    for index, length in enumerate((3, 3, 6, 6, 9)):
+        engine.add_request(request(index, max_tokens=length))
+    while engine.has_unfinished():
+        ended.append({output.request_id for output in engine.step()})
+        engine.check_integrity()
+    assert [one for one in ended if one] == [{"0", "1"}, {"2", "3"}, {"4"}]
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_aborting_loses_no_request_that_has_ended(model_path: str, step: int) -> None:
+    engine = Engine(EngineConfig(model=model_path, device="cpu", steps_ahead=1))
+    for index, length in enumerate((2, 3, 40)):
+        engine.add_request(request(index, max_tokens=length))
+    outputs = [output for _ in range(step) for output in engine.step()]
+    outputs += engine.abort({"0", "2"})
+    while engine.has_unfinished():
+        outputs += engine.step()
+    reasons = {output.request_id: output.outputs[0].finish_reason for output in outputs}
+    assert sorted(output.request_id for output in outputs) == ["0", "1", "2"]
+    assert reasons["1"] == "length" and reasons["2"] == "abort" and reasons["0"] in ("length", "abort")
+    assert step < 4 or reasons["0"] == "length"
+
+
+def test_few_requests_are_wanted_while_enough_wait(model_path: str) -> None:
+    engine = Engine(EngineConfig(model=model_path, device="cpu", max_num_seqs=4))
+    assert engine.num_wanted() == 256
+    for index in range(256):
+        engine.add_request(request(index, max_tokens=2))
+    assert engine.num_wanted() == 32
+    while engine.has_unfinished():
+        engine.step()

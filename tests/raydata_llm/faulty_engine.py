@@ -54,6 +54,9 @@ class FaultyEngine:
     def add_request(self, request: Request) -> None:
         self._waiting.append(request)
 
+    def num_wanted(self) -> int:
+        return 256
+
     def step(self) -> list[RequestOutput]:
         time.sleep(0.005)
         while self._waiting and len(self._running) < SLOTS:

@@ -65,6 +65,9 @@ class EchoEngine:
             )
         self._running.append(request)
 
+    def num_wanted(self) -> int:
+        return 256
+
     def step(self) -> list[RequestOutput]:
         time.sleep(self._seconds)
         running, self._running = self._running, []

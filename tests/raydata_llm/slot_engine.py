@@ -71,6 +71,9 @@ class SlotEngine:
         length = int(self._random.integers(1, longest + 1)) if self._settings.random_lengths else longest
         heapq.heappush(self._waiting, (-longest, next(self._order), request, length))
 
+    def num_wanted(self) -> int:
+        return 256
+
     def step(self) -> list[RequestOutput]:
         self._admit()
         self._note()
