@@ -126,7 +126,7 @@ def test_output_text_is_the_decoded_tokens(llm: LLM) -> None:
     assert output.finish_reason == "length"
     assert output.text == llm.get_tokenizer().decode(output.token_ids, skip_special_tokens=True)
     silent = llm.generate("hello", SamplingParams(max_tokens=3, detokenize=False))[0].outputs[0]
-    assert silent.text == "" and silent.token_ids
+    assert silent.text == "" and silent.token_ids and silent.finished()
 
 
 def test_a_stop_string_is_cut_from_the_text_and_kept_in_the_tokens(llm: LLM) -> None:
