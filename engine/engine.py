@@ -113,8 +113,9 @@ class Engine:
         self._tokenizer = tokenizer
         files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
         self.model_config = files.model_config()
-        layered = config.generation_config == "auto"
-        self.default_sampling_params: dict[str, Any] = files.default_sampling_params() if layered else {}
+        self.default_sampling_params: dict[str, Any] = files.default_sampling_params(
+            config.override_generation_config, with_own=config.generation_config == "auto"
+        )
         self._eos_token_ids = files.eos_token_ids(self.model_config)
         # Before anything is loaded; the ranks would each find it as well.
         check_split(self.model_config, config.tensor_parallel_size, config.pipeline_parallel_size)
@@ -286,7 +287,7 @@ class Engine:
         # What is still in flight belongs to requests that have ended; its slots and blocks are the search's from now.
         while self._in_flight:
             self._read_oldest()
-        self._beams = BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams)
+        self._beams = BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams, self._guides.maker)
         return self._beams
 
     def check_beam_request(self, request: BeamRequest) -> None:
@@ -315,6 +316,8 @@ class Engine:
             limit = f"max_num_seqs={self.max_num_seqs}"
             raise ValueError(f"beam_width={params.beam_width} is more than {limit}: lower it, or raise max_num_seqs")
         self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
+        if params.form is not None:
+            self._guides.maker(params.form, 0)
 
     def _check_no_beams(self) -> None:
         if self._beams is not None and self._beams.is_open:

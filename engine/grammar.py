@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
+from raydata_llm.engine.tag_grammar import tag_grammar
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -51,6 +52,10 @@ class GrammarGuide:
         self.error: str | None = None
         self.threads = threads
         self._eos_token_ids = eos_token_ids
+
+    def fork(self) -> GrammarGuide:
+        """A guide at the same place that goes its own way from here."""
+        return GrammarGuide(self.matcher.deep_copy(), self.table, self._eos_token_ids, self.threads)
 
     def note(self, token_id: int, *, is_allowed: bool) -> None:
         """The matcher has taken in a drawn token, or could not."""
@@ -158,16 +163,26 @@ class GrammarCompiler:
     def _compile(self, params: StructuredOutputsParams, table: int) -> Callable[[], GrammarGuide]:
         from llguidance import LLMatcher
 
-        form, grammar = _grammar(params)
         tokens = self._tokens.result()
+        form, grammar = self._grammar(params, tokens)
         template = LLMatcher(tokens, grammar, log_level=0)
         if template.is_error():
             raise ValueError(f"structured_outputs: {form} cannot be compiled: {template.get_error().strip()}")
         return lambda: GrammarGuide(template.deep_copy(), table, self._eos_token_ids, self._mask_threads)
 
+    def _grammar(self, params: StructuredOutputsParams, tokens: Any) -> tuple[str, str]:
+        """The form's name and its grammar in llguidance's terms."""
+        tags = params.tags()
+        if tags is None:
+            return _grammar(params)
+        from llguidance import LLMatcher
+
+        added = self._tokenizer.get_added_vocab()
+        special = {text: token_id for text, token_id in added.items() if tokens.is_special_token(token_id)}
+        return "structural_tag", str(LLMatcher.grammar_from_lark(tag_grammar(tags, special)))
+
 
 def _grammar(params: StructuredOutputsParams) -> tuple[str, str]:
-    """The form's name and its grammar in llguidance's terms."""
     from llguidance import LLMatcher, grammar_from
 
     schema = params.json_schema()
@@ -178,9 +193,8 @@ def _grammar(params: StructuredOutputsParams) -> tuple[str, str]:
         return "regex", LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
         return "choice", grammar_from("choice", json.dumps(params.choice, ensure_ascii=False))
-    if params.grammar is not None:
-        return "grammar", grammar_from("grammar", params.grammar)
-    return "structural_tag", _tag_grammar(params)
+    assert params.grammar is not None, "it has exactly one form"
+    return "grammar", grammar_from("grammar", params.grammar)
 
 
 def _json_options(params: StructuredOutputsParams) -> JsonCompileOptions:
@@ -188,13 +202,3 @@ def _json_options(params: StructuredOutputsParams) -> JsonCompileOptions:
     if params.whitespace_pattern is not None:
         options["whitespace_pattern"] = params.whitespace_pattern
     return options
-
-
-def _tag_grammar(params: StructuredOutputsParams) -> str:
-    from llguidance import LLMatcher, StructTag
-
-    tags = [
-        StructTag(trigger=tag["trigger"], begin=tag["begin"], grammar=tag["schema"], end=tag["end"])
-        for tag in params.tags() or ()
-    ]
-    return str(LLMatcher.grammar_from_lark(StructTag.to_grammar(tags)))
