@@ -47,13 +47,21 @@ class Admission:
             return True  # alone it fits, whatever is predicted: the engine was sized so
         return self._keeps_peak(sequence, num_cached, num_evictable)
 
+    def num_fitting(self, sequence: Sequence, num_cached: int) -> int:
+        """About how many sequences such as this one would fit beside those that run; more if their ends lie apart."""
+        assert self._table.num_running > 0, "the first is admitted without a forecast"
+        may_stop = sequence.may_stop
+        num_tokens = len(sequence.token_ids) + self._remaining(sequence, may_stop)
+        own = -(-num_tokens // self._table.block_size) - num_cached
+        forecast = self._forecast_of_all()
+        spare = self._limit(may_stop) - forecast.peak if self._is_exact else self._spare
+        return max(0, spare) // max(1, own)
+
     def _keeps_peak(self, sequence: Sequence, num_cached: int, num_evictable: int) -> bool:
         # Peaks add up to no less than the peak of the sum: while there is room for a sequence's own, all that it may
         # write, nothing need be simulated.
         most = -(-sequence.max_tokens // self._table.block_size) - num_cached + num_evictable
-        if self._forecast is None:
-            self._forecast = forecast(self._table, self._blocks, self._lengths)
-            self._spare = self._limit(False) - self._forecast.peak
+        self._forecast_of_all()
         if not self._is_exact:
             if most <= self._spare:
                 self._spare -= most
@@ -61,13 +69,19 @@ class Admission:
             self._forecast = forecast(self._table, self._blocks, self._lengths)
             self._is_exact = True
         may_stop = sequence.may_stop
-        return self._forecast.add_within(
+        return self._forecast_of_all().add_within(
             self._limit(may_stop),
             len(sequence.token_ids),
             self._remaining(sequence, may_stop),
             num_cached,
             num_evictable,
         )
+
+    def _forecast_of_all(self) -> BlockForecast:
+        if self._forecast is None:
+            self._forecast = forecast(self._table, self._blocks, self._lengths)
+            self._spare = self._limit(False) - self._forecast.peak
+        return self._forecast
 
     def _limit(self, drawn: bool) -> int:
         usable = self._blocks.num_usable

@@ -13,11 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from raydata_llm.engine.beam_params import BeamRequest
 from raydata_llm.engine.beam_rules import Numbers
 from raydata_llm.engine.beam_tree import BeamTree
 from raydata_llm.engine.block_manager import BlockArray, BlockManager
+from raydata_llm.engine.grammar import GrammarGuide
 from raydata_llm.engine.prefix_cache import ROOT
 from raydata_llm.engine.sequence import IntArray, Sequence
 
@@ -45,6 +47,7 @@ class BeamGroup:
         node, num_registered: The prefix cache's node of the prompt, as far as its blocks are known to others.
         adapter: The slot of its adapter.
         last_tokens: Of each beam the token that it computes next.
+        guides: Of each beam where it stands in its grammar; none without one.
         tables, copies: What the device is yet to be told: block table entries, and blocks to copy from and to.
     """
 
@@ -60,6 +63,7 @@ class BeamGroup:
     num_registered: int = 0
     adapter: int = -1
     last_tokens: Numbers = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    guides: list[GrammarGuide] = field(default_factory=list)
     tables: list[TableEntries] = field(default_factory=list)
     copies: list[tuple[BlockArray, BlockArray]] = field(default_factory=list)
 
@@ -113,6 +117,22 @@ class BeamGroup:
         for slot, block in zip(self.beam_slots, fresh, strict=True):
             self.blocks_of[slot] = np.append(self.blocks_of[slot], block)
         self.tables.append((slots, np.full(len(slots), column, dtype=np.int32), fresh))
+
+    def allowed(self, vocab_size: int) -> npt.NDArray[np.bool_] | None:
+        """Which tokens may follow each beam, [beams, vocabulary]; None where all may."""
+        if not self.guides:
+            return None
+        words = np.zeros((len(self.guides), -(-vocab_size // 32)), dtype=np.int32)
+        for row, guide in enumerate(self.guides):
+            guide.fill(words, row)
+        return np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :vocab_size].astype(bool)
+
+    def guide(self, parents: Numbers) -> None:
+        """Let each new beam, with its token in `last_tokens`, stand where its parent's token leads."""
+        if self.guides:
+            self.guides = [self.guides[parent].fork() for parent in parents.tolist()]
+            for guide, token_id in zip(self.guides, self.last_tokens.tolist(), strict=True):
+                guide.advance(token_id)
 
     def take_tables(self) -> list[TableEntries]:
         """The block table entries since the last step."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from raydata_llm.engine.request import FinishReason, Logprob, LoRARequest, TokenArray
+from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 
 MOST_BEAMS = 16
 
@@ -25,7 +26,8 @@ class BeamSearchParams:
         temperature: Taken and not used, as in vLLM: beams are ranked by the model's own log-probabilities.
         length_penalty: Exponent of the length that scores are divided by; above 0 it favours long sequences.
         include_stop_str_in_output: Whether `text` shows the end token; `tokens` always holds it.
-        structured_outputs: Not supported; must be None.
+        structured_outputs: The form of every output: `StructuredOutputsParams`, or a dict of its fields. The log-
+            probabilities stay the model's own, as with `allowed_token_ids`.
         allowed_token_ids: The only tokens that may follow.
         rules: When a beam is finished, how it is scored and when a search ends, see `beam_rules.py`: "vllm", or
             "transformers" for what `generate(num_beams=...)` of Hugging Face gives.
@@ -41,7 +43,7 @@ class BeamSearchParams:
     temperature: float = 0.0
     length_penalty: float = 1.0
     include_stop_str_in_output: bool = False
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     allowed_token_ids: Sequence[int] | None = None
     rules: Literal["vllm", "transformers"] = "vllm"
     early_stopping: bool | Literal["never"] = False
@@ -59,7 +61,9 @@ class BeamSearchParams:
         if self.temperature < 0:
             raise self._wrong("temperature", "give 0 or more")
         if self.structured_outputs is not None:
-            raise self._wrong("structured_outputs", "beam search takes no grammar: leave it out, or use generate")
+            object.__setattr__(self, "structured_outputs", StructuredOutputsParams.from_value(self.structured_outputs))
+            if self.ignore_eos:
+                raise self._wrong("ignore_eos", "an output that has its whole form ends: leave it at False")
         if self.rules not in ("vllm", "transformers"):
             raise self._wrong("rules", "choose vllm or transformers")
         if self.early_stopping not in (True, False, "never"):
@@ -87,6 +91,11 @@ class BeamSearchParams:
         if missing:
             raise ValueError(f"params lacks {missing[0]}: give it")
         return cls(**value)
+
+    @property
+    def form(self) -> StructuredOutputsParams | None:
+        """The form of every output, if there is one."""
+        return None if self.structured_outputs is None else StructuredOutputsParams.from_value(self.structured_outputs)
 
     def _check_whole(self, name: str, high: int | None = None) -> None:
         value = getattr(self, name)

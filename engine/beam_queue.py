@@ -10,6 +10,7 @@ another's end. Only one that could need more blocks than there are runs alone, a
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,12 +19,15 @@ from raydata_llm.engine.beam_params import BeamRequest, BeamSearchParams
 from raydata_llm.engine.beam_rules import Numbers
 from raydata_llm.engine.beam_tree import BeamTree
 from raydata_llm.engine.block_manager import BlockArray
+from raydata_llm.engine.grammar import GrammarGuide
 from raydata_llm.engine.request import Request
 from raydata_llm.engine.sampling_params import MOST_LOGPROB_TOKEN_IDS, SamplingParams
 from raydata_llm.engine.scheduler import Scheduler
 from raydata_llm.engine.sequence import Sequence
+from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 
 _NO_INTS = np.zeros(0, dtype=np.int32)
+GuideMaker = Callable[[StructuredOutputsParams, int], Callable[[], GrammarGuide]]
 # Of a group in a step: the first prompt token to compute, and how many.
 Chunk = tuple[BeamGroup, int, int]
 
@@ -34,11 +38,12 @@ class BeamQueue:
     Args:
         scheduler: Of an engine without unfinished requests; its blocks, adapters and slots are the queue's meanwhile.
         end_token_ids: The model's.
+        guide_maker: Makes what makes guides of a grammar, for so many outputs.
     """
 
-    def __init__(self, scheduler: Scheduler, end_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, scheduler: Scheduler, end_token_ids: tuple[int, ...], guide_maker: GuideMaker) -> None:
         self.groups: list[BeamGroup] = []
-        self._scheduler, self._end_token_ids = scheduler, end_token_ids
+        self._scheduler, self._end_token_ids, self._guide_maker = scheduler, end_token_ids, guide_maker
         self._limits, self._blocks, self._adapters = scheduler.limits, scheduler.blocks, scheduler.intake.adapters
         self._waiting: deque[BeamRequest] = deque()
         self._free_slots = list(range(self._limits.max_num_seqs - 1, -1, -1))
@@ -151,6 +156,7 @@ class BeamQueue:
             node=node,
             num_registered=len(cached),
             adapter=self._adapters.acquire(request.lora_request),
+            guides=[] if params.form is None else [self._guide_maker(params.form, params.beam_width)()],
             tables=[table_row(slots[0], blocks)],
         )
         self._admitted += zip(slots, group.sequences, strict=True)
@@ -203,6 +209,9 @@ class BeamQueue:
 def scoring_params(params: BeamSearchParams, num_candidates: int) -> SamplingParams:
     """What a beam's rows ask of the sampler: their likeliest tokens, or those that are allowed."""
     allowed = params.allowed_token_ids
+    if params.form is not None:
+        # Which of them may follow is each beam's own matter.
+        return SamplingParams(temperature=0.0, logprobs=-1)
     if allowed is None:
         return SamplingParams(temperature=0.0, logprobs=num_candidates)
     if len(allowed) <= MOST_LOGPROB_TOKEN_IDS:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 import numpy as np
+import numpy.typing as npt
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.beam_group import BeamGroup, OutOfBlocksError
 from raydata_llm.engine.beam_params import BeamRequest, BeamSearchOutput
-from raydata_llm.engine.beam_queue import BeamQueue, Chunk
+from raydata_llm.engine.beam_queue import BeamQueue, Chunk, GuideMaker
 from raydata_llm.engine.beam_tree import TopTokens
 from raydata_llm.engine.decode_plan import DecodePlan, plan_decode
 from raydata_llm.engine.sampler import Rows, SampledLogprobs
@@ -34,12 +35,15 @@ class BeamSearch:
         scheduler: Of an engine without unfinished requests; its blocks, adapters and slots are the search's meanwhile.
         end_token_ids: The model's.
         run: Runs a step.
+        guide_maker: Makes what makes guides of a grammar.
     """
 
-    def __init__(self, scheduler: Scheduler, end_token_ids: tuple[int, ...], run: RunStep) -> None:
+    def __init__(
+        self, scheduler: Scheduler, end_token_ids: tuple[int, ...], run: RunStep, guide_maker: GuideMaker
+    ) -> None:
         self._scheduler, self._run, self._limits = scheduler, run, scheduler.limits
         self._adapters = scheduler.intake.adapters
-        self._queue = BeamQueue(scheduler, end_token_ids)
+        self._queue = BeamQueue(scheduler, end_token_ids, guide_maker)
         self._is_open = True
         self._plan = self._plan_of([], version=-2)
 
@@ -170,11 +174,18 @@ class BeamSearch:
     ) -> tuple[str, BeamSearchOutput] | None:
         """Choose the group's next beams; returns its result if it has ended."""
         rows = np.array([row_of[slot] for slot in group.beam_slots])
-        tops = top_tokens(logprobs, rows, group.request.params.allowed_token_ids, group.tree.num_candidates)
+        tops = top_tokens(
+            logprobs,
+            rows,
+            group.request.params.allowed_token_ids,
+            group.tree.num_candidates,
+            group.allowed(logprobs.wanted[int(rows[0])].num_top),
+        )
         chosen = group.tree.advance(tops)
         if chosen is None:
             return self._finish(group)
         parents, group.last_tokens = chosen
+        group.guide(parents)
         try:
             self._queue.fork(group, parents)
         except OutOfBlocksError as error:
@@ -194,13 +205,18 @@ class BeamSearch:
 
 
 def top_tokens(
-    logprobs: SampledLogprobs, rows: Rows, allowed: Collection[int] | None, num_candidates: int
+    logprobs: SampledLogprobs,
+    rows: Rows,
+    allowed: Collection[int] | None,
+    num_candidates: int,
+    allowed_by_form: npt.NDArray[np.bool_] | None = None,
 ) -> TopTokens:
     """The best candidates of some beams.
 
     Args:
         rows: [b] the beams' rows among the step's.
         allowed: The only token ids that may follow, or None.
+        allowed_by_form: [b, V] which tokens may follow each beam, or None; all log-probabilities were asked for then.
     """
     values, wanted = logprobs.values, logprobs.wanted
     first = wanted[int(rows[0])]
@@ -210,9 +226,12 @@ def top_tokens(
     else:
         token_ids = values.top_ids.numpy()[rows, : first.num_top].astype(np.int64)
         found = values.top_logprobs.numpy()[rows, : first.num_top].astype(np.float64)
-    if allowed is None:
+    if allowed is None and allowed_by_form is None:
         return TopTokens(token_ids, found, ranked=True)
-    found = np.where(np.isin(token_ids, np.array([*allowed])), found, -np.inf)
+    if allowed is not None:
+        found = np.where(np.isin(token_ids, np.array([*allowed])), found, -np.inf)
+    if allowed_by_form is not None:
+        found = np.where(np.take_along_axis(allowed_by_form, token_ids, 1), found, -np.inf)
     best = np.argsort(-found, axis=1, kind="stable")[:, :num_candidates]
     return TopTokens(np.take_along_axis(token_ids, best, 1), np.take_along_axis(found, best, 1), ranked=False)
 

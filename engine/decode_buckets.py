@@ -8,33 +8,35 @@ alike, as the sums in their graphs are of one size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from raydata_llm.engine.decoder import Decoder, Linear
+from raydata_llm.engine.graph_pool import GraphPool
 
 # A size earns its graph if it is faster by this share than the next larger one.
 _LEAST_GAIN = 0.03
 # Weights that are read between two uses of one: more than any GPU's cache holds.
 _MEASURED_BYTES = 128 << 20
 _REPLAYS = 3
+# What a layer's other kernels take of few rows (H100).
+_LAYER_SECONDS = 20e-6
 
-Capture = Callable[[Callable[[], object]], torch.cuda.CUDAGraph]
 
-
-def measured_buckets(decoder: Decoder, max_rows: int, capture: Capture) -> list[int]:
-    """The sizes up to `max_rows` that are worth a graph, ascending.
-
-    Args:
-        capture: Makes a graph of what a function launches.
-    """
+def measured_buckets(decoder: Decoder, max_rows: int) -> dict[int, float]:
+    """The sizes up to `max_rows` that are worth a graph, ascending, and the seconds of a step of each."""
     sizes = candidate_sizes(max_rows)
-    seconds = linear_seconds(_some_linears(decoder), sizes, capture)
+    linears = _linears(decoder)
+    measured = _some(linears)
+    seconds = linear_seconds(measured, sizes)
     if decoder.parallel.place.tp_size > 1:
         seconds = decoder.parallel.all_reduce_by_group(seconds.to(decoder.device)).cpu()
-    return worthwhile_sizes(sizes, seconds.tolist())
+    scale = _num_bytes(linears) / _num_bytes(measured)
+    rest = _LAYER_SECONDS * len(decoder.layers)
+    step_seconds = {size: took * scale + rest for size, took in zip(sizes, seconds.tolist(), strict=True)}
+    return {size: step_seconds[size] for size in worthwhile_sizes(sizes, seconds.tolist())}
 
 
 def candidate_sizes(max_rows: int) -> list[int]:
@@ -66,7 +68,7 @@ def fixed_buckets(max_rows: int) -> list[int]:
     return [bucket for bucket in buckets if bucket < max_rows] + [max_rows]
 
 
-def linear_seconds(linears: Sequence[Linear], sizes: Sequence[int], capture: Capture) -> torch.Tensor:
+def linear_seconds(linears: Sequence[Linear], sizes: Sequence[int]) -> torch.Tensor:
     """[sizes] seconds that some linears take together, each size's best of a few runs."""
     weight = linears[0].weight
     inputs = {
@@ -78,10 +80,10 @@ def linear_seconds(linears: Sequence[Linear], sizes: Sequence[int], capture: Cap
         for linear in linears:
             linear(inputs[linear.weight.shape[1]][:size])
 
-    timed = []
+    pool, timed = GraphPool(weight.device), []
     for size in reversed(sizes):
         run(size)  # its kernels are loaded then
-        graph = capture(partial(run, size))
+        graph, _ = pool.capture(partial(run, size))
         timed.append((graph, _replayed(graph)))
     torch.cuda.synchronize(weight.device)
     best = [min(begin.elapsed_time(end) for begin, end in events) for _, events in reversed(timed)]
@@ -100,14 +102,16 @@ def _replayed(graph: torch.cuda.CUDAGraph) -> list[tuple[torch.cuda.Event, torch
     return pairs
 
 
-def _some_linears(decoder: Decoder) -> list[Linear]:
-    """Those of the first layers, as many as make `_MEASURED_BYTES`."""
-    linears: list[Linear] = []
-    size = 0
-    for layer in decoder.layers:
-        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
-            linears.append(linear)
-            size += linear.weight.nbytes
-        if size > _MEASURED_BYTES:
-            break
-    return linears
+def _linears(decoder: Decoder) -> list[Linear]:
+    return [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+
+
+def _some(linears: list[Linear]) -> list[Linear]:
+    """The first layers', as many as make `_MEASURED_BYTES`."""
+    per_layer = 4
+    layers = -(-_MEASURED_BYTES // _num_bytes(linears[:per_layer]))
+    return linears[: per_layer * layers]
+
+
+def _num_bytes(linears: Sequence[Linear]) -> int:
+    return sum(linear.weight.nbytes for linear in linears)

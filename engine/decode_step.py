@@ -3,17 +3,14 @@
 Owns what a decode step reads (which slots, which groups) in buffers that never move, and one graph a bucket of row
 numbers, with and without prefix groups and adapters. Knows no prefill and no sampling: a step ends in hidden states.
 
-Invariants: a graph is captured only after the same step ran eagerly (kernels are compiled and loaded by then), in
-thread-local mode (other threads of the process may use CUDA meanwhile); graphs share one memory pool, so they run on
-one stream, one after the other; rows that pad a bucket name the padding slot, which writes to the trash block.
+Invariants: a graph is captured only after the same step ran eagerly (kernels are compiled and loaded by then); rows
+that pad a bucket name the padding slot, which writes to the trash block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,11 +20,10 @@ from raydata_llm.engine.batch import DecodeRows, ForwardBatch
 from raydata_llm.engine.decode_buckets import fixed_buckets, measured_buckets
 from raydata_llm.engine.decode_plan import MAX_GROUPS, DecodePlan
 from raydata_llm.engine.decoder import Decoder, KVCache
+from raydata_llm.engine.graph_pool import GraphPool
 from raydata_llm.engine.sequence import IntArray
 from raydata_llm.kernels.decode_inputs import DecodeInputs, decode_inputs
 from raydata_llm.kernels.paged_attention import SharedPrefixes
-
-_Result = TypeVar("_Result")
 
 
 class SlotState:
@@ -85,14 +81,15 @@ class DecodeStep:
         self._buffer = _PlanBuffer(state.num_slots, decoder.device)
         self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
         self._buckets = fixed_buckets(state.num_slots)
+        # What a step of each takes, once they are measured.
+        self.bucket_seconds: dict[int, float] = {}
         # Whether a row of the plan has an adapter, and which.
         self._adapted = False
         self._tiles: TileBuffer | None = None
         if decoder.adapters is not None:
             self._tiles = TileBuffer(state.num_slots, decoder.adapters.num_slots, decoder.device)
         if use_graphs:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(decoder.device)
+            self._graph_pool = GraphPool(decoder.device)
 
     def set_plan(self, plan: DecodePlan, adapter_slots: IntArray) -> None:
         """Take the plan of the next step, and the slots of its rows' adapters (empty if no row has one)."""
@@ -140,11 +137,12 @@ class DecodeStep:
         if not self._use_graphs:
             return
         if not self._decoder.batch_invariant:
-            self._buckets = measured_buckets(self._decoder, self._state.num_slots, lambda run: self._capture(run)[0])
+            self.bucket_seconds = measured_buckets(self._decoder, self._state.num_slots)
+            self._buckets = list(self.bucket_seconds)
         for bucket in reversed(self._buckets):
             for kind in self._kinds():
                 self._forward(bucket, *kind)
-                self._graphs[bucket, *kind] = _Graph(*self._capture(partial(self._forward, bucket, *kind)))
+                self._graphs[bucket, *kind] = _Graph(*self._graph_pool.capture(partial(self._forward, bucket, *kind)))
 
     def _kinds(self) -> list[tuple[bool, bool]]:
         """Of steps: with and without groups, with and without adapters."""
@@ -168,18 +166,6 @@ class DecodeStep:
         return self._decoder.forward(
             batch, self._kv_cache, None if self._incoming is None else self._incoming[:num_rows]
         )
-
-    def _capture(self, run: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Result]:
-        """A graph of what a function launches, and what it returned."""
-        # Not torch.cuda.graph(): that waits for the device and collects garbage first.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                result = run()
-            finally:
-                graph.capture_end()
-        return graph, result
 
 
 class _PlanBuffer:

@@ -39,6 +39,7 @@ from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
 from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray, token_array
 from raydata_llm.engine.request_stats import RequestStateStats
+from raydata_llm.engine.row_target import RowTarget
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.scheduler import Scheduler
@@ -49,6 +50,8 @@ from raydata_llm.engine.worker import MOST_PENALTY_SEQS, Worker
 
 # Requests that wait are enough to choose from; while fewer do, the next ones are worth the device's wait.
 _WAITING_WANTED = 256
+# With none at all, the device begins on so many.
+_FIRST_WANTED = 32
 # Tokens that a device computes while the host takes in a request (30 to 60 us, of some thousand tokens).
 _TOKENS_PER_REQUEST = 64
 _STEP_REMEDY = "lower gpu_memory_utilization, or max_num_batched_tokens and max_num_seqs"
@@ -110,8 +113,9 @@ class Engine:
         self._tokenizer = tokenizer
         files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
         self.model_config = files.model_config()
-        layered = config.generation_config == "auto"
-        self.default_sampling_params: dict[str, Any] = files.default_sampling_params() if layered else {}
+        self.default_sampling_params: dict[str, Any] = files.default_sampling_params(
+            config.override_generation_config, with_own=config.generation_config == "auto"
+        )
         self._eos_token_ids = files.eos_token_ids(self.model_config)
         # Before anything is loaded; the ranks would each find it as well.
         check_split(self.model_config, config.tensor_parallel_size, config.pipeline_parallel_size)
@@ -133,8 +137,8 @@ class Engine:
             num_lanes=min(config.pipeline_parallel_size, sizes.max_num_seqs),
             max_loras=config.max_loras if config.enable_lora else 0,
         )
-        self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks))
         worker.start(self.num_kv_blocks)
+        self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks), RowTarget(worker.bucket_seconds()))
         ahead = config.steps_ahead if config.steps_ahead is not None else int(worker.device_type == "cuda")
         # As many steps in flight as stages, and those that hide the host's work.
         self._steps_ahead = ahead + config.pipeline_parallel_size - 1
@@ -229,10 +233,12 @@ class Engine:
 
     def num_wanted(self) -> int:
         """Requests that it would take before the next step: enough to choose from, too few to keep a device waiting."""
+        if not self._unfinished:
+            return _FIRST_WANTED
         if self._scheduler.intake.num_waiting < _WAITING_WANTED:
             return _WAITING_WANTED
         under_way = self._in_flight[-1][0].num_tokens if self._in_flight else 0
-        return max(_WAITING_WANTED // 8, under_way // _TOKENS_PER_REQUEST)
+        return max(_FIRST_WANTED, under_way // _TOKENS_PER_REQUEST)
 
     def step(self) -> list[RequestOutput]:
         """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests.
@@ -281,7 +287,7 @@ class Engine:
         # What is still in flight belongs to requests that have ended; its slots and blocks are the search's from now.
         while self._in_flight:
             self._read_oldest()
-        self._beams = BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams)
+        self._beams = BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams, self._guides.maker)
         return self._beams
 
     def check_beam_request(self, request: BeamRequest) -> None:
@@ -310,6 +316,8 @@ class Engine:
             limit = f"max_num_seqs={self.max_num_seqs}"
             raise ValueError(f"beam_width={params.beam_width} is more than {limit}: lower it, or raise max_num_seqs")
         self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
+        if params.form is not None:
+            self._guides.maker(params.form, 0)
 
     def _check_no_beams(self) -> None:
         if self._beams is not None and self._beams.is_open:

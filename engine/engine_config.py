@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from raydata_llm.engine.pooler_config import PoolerConfig
+from raydata_llm.engine.sampling_params import SamplingParams
 
 NO_CPU_INVARIANCE = (
     "batch_invariant=True needs a GPU: on a CPU the order of a product's sums is the BLAS library's choice, by the "
@@ -53,6 +54,7 @@ class EngineConfig:
         num_threads: CPU threads of the engine; None leaves torch's setting.
         generation_config: "auto" takes the model's generation_config as the default sampling parameters;
             "vllm" leaves the neutral defaults.
+        override_generation_config: Values that replace those of the generation_config, such as {"temperature": 0.5}.
         batch_invariant: Make a row's tokens the same on one kind of GPU, bit for bit, whatever the batch it runs in, at
             any temperature; slower, as `engine/README.md` says.
         disable_custom_all_reduce: Sum small tensors over GPUs by NCCL too, not through memory that they all map.
@@ -95,6 +97,7 @@ class EngineConfig:
     steps_ahead: int | None = None
     num_threads: int | None = None
     generation_config: str = "auto"
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     enable_lora: bool = False
     max_loras: int = 1
@@ -132,6 +135,7 @@ class EngineConfig:
         if self.enable_prompt_embeds and self.runner == "pooling":
             raise ValueError(NO_POOLED_EMBEDS)
         _check_reasoning(self.reasoning_config)
+        _check_generation(self.override_generation_config)
         if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
             raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")
         if self.num_ranks > 1 and ":" in self.device:
@@ -243,6 +247,18 @@ def _check_reasoning(config: Any) -> None:
     if not named or not all(isinstance(value, str) for value in config.values()):
         remedy = 'give {"reasoning_start_str": ..., "reasoning_end_str": ...}'
         raise ValueError(f"reasoning_config={config!r} is not valid: {remedy}")
+
+
+def _check_generation(config: Any) -> None:
+    known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "do_sample")
+    if not isinstance(config, Mapping) or not set(config) <= set(known):
+        remedy = f"give a dict of {', '.join(known)}"
+        raise ValueError(f"override_generation_config={config!r} is not valid: {remedy}")
+    named = {"max_tokens" if name == "max_new_tokens" else name: config[name] for name in config if name != "do_sample"}
+    try:
+        SamplingParams.from_mapping(named)
+    except ValueError as error:
+        raise ValueError(f"override_generation_config={config!r} is not valid: {error}") from error
 
 
 def _check_device(device: object) -> None:

@@ -134,7 +134,7 @@ class _Member:
         try:
             while not self.is_ending:
                 for request in self._take():
-                    self.engine.add_request(request)
+                    self._add(request)
                 if self.engine.has_unfinished():
                     self._give(self.engine.step())
         except BaseException as error:
@@ -144,6 +144,13 @@ class _Member:
                 self.is_ending, self.is_aborting = True, False
                 self._group.changed.notify_all()
             self.engine.shutdown()
+
+    def _add(self, request: Request) -> None:
+        try:
+            self.engine.add_request(request)
+        except ValueError as error:
+            # What needs more than a look at the request: its guides, and users' logits processors.
+            self._give([request.refused(f"ValueError: {error}")])
 
     def _take(self) -> Iterable[Request]:
         """Requests that it has room for; with nothing to do it waits for one."""

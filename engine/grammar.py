@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
+from raydata_llm.engine.tag_grammar import tag_grammar
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -62,6 +63,22 @@ class GrammarGuide:
         self.error: str | None = None
         self.threads = threads
         self.eos_token_ids = eos_token_ids
+
+    def fork(self) -> GrammarGuide:
+        """A guide at the same place that goes its own way from here."""
+        return GrammarGuide(self.matcher.deep_copy(), self.table, self.eos_token_ids, self.threads)
+
+    def advance(self, token_id: int) -> None:
+        """Take in a token; `GrammarSlots` does so for many guides at once."""
+        is_allowed = bool(self.matcher.consume_token(token_id))
+        if not is_allowed or token_id in self.eos_token_ids:
+            self.note(token_id, is_allowed=is_allowed)
+
+    def fill(self, words: Words, row: int) -> None:
+        """Write what may come next into a row of `words`, [M, W]."""
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(self.matcher, words, row)
 
     def note(self, token_id: int, *, is_allowed: bool) -> None:
         """The matcher has taken in a token that ends the output, or could not take in the one drawn."""
@@ -106,8 +123,8 @@ class GrammarCompiler:
         # Made here, not by the threads, which would all make one.
         self._tokens: Future[Any] = self._compilers.submit(self._load_tokens)
 
-    def compile(self, params: StructuredOutputsParams) -> Future[Callable[[], GrammarGuide]]:
-        """Start compiling for one more output; the result makes its guide.
+    def compile(self, params: StructuredOutputsParams, num_outputs: int) -> Future[Callable[[], GrammarGuide]]:
+        """Start compiling; the result makes a guide for each of some outputs, of one table.
 
         Raises:
             ValueError: (by the future) for a form that cannot be compiled.
@@ -116,7 +133,7 @@ class GrammarCompiler:
         form = self._forms.setdefault(key, _Form())
         self._forms.move_to_end(key)
         number = form.num_outputs // _OUTPUTS_A_TABLE % (self._num_threads * _TABLES_A_THREAD)
-        form.num_outputs += 1
+        form.num_outputs += num_outputs
         if number >= len(form.tables):
             number = len(form.tables)
             form.tables.append(self._compilers.submit(self._make_table, form, number, params, self._num_tables))
@@ -169,16 +186,26 @@ class GrammarCompiler:
     def _compile(self, params: StructuredOutputsParams, table: int) -> Callable[[], GrammarGuide]:
         from llguidance import LLMatcher
 
-        name, grammar = _grammar(params)
         tokens = self._tokens.result()
+        name, grammar = self._grammar(params, tokens)
         template = LLMatcher(tokens, grammar, log_level=0)
         if template.is_error():
             raise ValueError(f"structured_outputs: {name} cannot be compiled: {template.get_error().strip()}")
         return lambda: GrammarGuide(template.deep_copy(), table, self._eos_token_ids, self._mask_threads)
 
+    def _grammar(self, params: StructuredOutputsParams, tokens: Any) -> tuple[str, str]:
+        """The form's name and its grammar in llguidance's terms."""
+        tags = params.tags()
+        if tags is None:
+            return _grammar(params)
+        from llguidance import LLMatcher
+
+        added = self._tokenizer.get_added_vocab()
+        special = {text: token_id for text, token_id in added.items() if tokens.is_special_token(token_id)}
+        return "structural_tag", str(LLMatcher.grammar_from_lark(tag_grammar(tags, special)))
+
 
 def _grammar(params: StructuredOutputsParams) -> tuple[str, str]:
-    """The form's name and its grammar in llguidance's terms."""
     from llguidance import LLMatcher, grammar_from
 
     schema = params.json_schema()
@@ -189,9 +216,8 @@ def _grammar(params: StructuredOutputsParams) -> tuple[str, str]:
         return "regex", LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
         return "choice", grammar_from("choice", json.dumps(params.choice, ensure_ascii=False))
-    if params.grammar is not None:
-        return "grammar", grammar_from("grammar", params.grammar)
-    return "structural_tag", _tag_grammar(params)
+    assert params.grammar is not None, "it has exactly one form"
+    return "grammar", grammar_from("grammar", params.grammar)
 
 
 def _json_options(params: StructuredOutputsParams) -> JsonCompileOptions:
@@ -199,13 +225,3 @@ def _json_options(params: StructuredOutputsParams) -> JsonCompileOptions:
     if params.whitespace_pattern is not None:
         options["whitespace_pattern"] = params.whitespace_pattern
     return options
-
-
-def _tag_grammar(params: StructuredOutputsParams) -> str:
-    from llguidance import LLMatcher, StructTag
-
-    tags = [
-        StructTag(trigger=tag["trigger"], begin=tag["begin"], grammar=tag["schema"], end=tag["end"])
-        for tag in params.tags() or ()
-    ]
-    return str(LLMatcher.grammar_from_lark(StructTag.to_grammar(tags)))

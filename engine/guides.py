@@ -30,6 +30,7 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.grammar import GrammarCompiler, GrammarGuide, Words
 from raydata_llm.engine.logits_processor import load_logits_processors
 from raydata_llm.engine.sequence import Sequence, SequenceTable
+from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 from raydata_llm.engine.thinking import Markers, ThinkingGuide
 
 # How long a step waits for a grammar when there is nothing else to do.
@@ -134,9 +135,23 @@ class Guides:
         """Keep a request's sequences until the grammar of its output is compiled."""
         params = sequences[0].request.sampling_params.structured_outputs
         assert params is not None
+        self._waiting += [_Waiting(sequence, self._compile(params, 1)) for sequence in sequences]
+
+    def maker(self, params: StructuredOutputsParams, num_outputs: int) -> Callable[[], GrammarGuide]:
+        """What makes guides of a grammar, once it is compiled, which is waited for.
+
+        Args:
+            num_outputs: How many outputs will have a guide; 0 to see whether it can be compiled.
+
+        Raises:
+            ValueError: for a form that cannot be compiled.
+        """
+        return self._compile(params, num_outputs).result()
+
+    def _compile(self, params: StructuredOutputsParams, num_outputs: int) -> Future[Callable[[], GrammarGuide]]:
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
-        self._waiting += [_Waiting(sequence, self._compiler.compile(params)) for sequence in sequences]
+        return self._compiler.compile(params, num_outputs)
 
     def release(self, *, may_wait: bool) -> list[Sequence]:
         """The sequences whose grammar is compiled, or failed (then `error` is set).

@@ -16,6 +16,7 @@ from raydata_llm.engine.block_manager import BlockArray, BlockManager
 from raydata_llm.engine.length_model import LengthModel
 from raydata_llm.engine.prefix_cache import ROOT
 from raydata_llm.engine.request import LoRARequest
+from raydata_llm.engine.row_target import RowTarget
 from raydata_llm.engine.scheduler_limits import SchedulerLimits
 from raydata_llm.engine.sequence import Sequence, SequenceTable
 from raydata_llm.engine.waiting_queue import WaitingQueue
@@ -35,10 +36,16 @@ class Intake:
         table: The slots.
         blocks: The block pool.
         lengths: What is known of lengths.
+        row_target: How many rows to run where memory holds some of them.
     """
 
     def __init__(
-        self, limits: SchedulerLimits, table: SequenceTable, blocks: BlockManager, lengths: LengthModel
+        self,
+        limits: SchedulerLimits,
+        table: SequenceTable,
+        blocks: BlockManager,
+        lengths: LengthModel,
+        row_target: RowTarget,
     ) -> None:
         self.adapters = AdapterPool(limits.max_loras)
         self.num_waiting = 0
@@ -46,6 +53,7 @@ class Intake:
         self._table = table
         self._blocks = blocks
         self._lengths = lengths
+        self._row_target = row_target
         self._block_bytes = limits.block_size * table.token_ids.itemsize
         self._waiting = WaitingQueue(limits.block_size)
         self._num_admissions = 0
@@ -125,6 +133,8 @@ class Intake:
             rest = len(sequence.token_ids) - start
             if rest > budget and not self._limits.enable_chunked_prefill and (anything_scheduled or admitted):
                 break
+            if self._has_enough(admission, sequence, len(cached)):
+                return admitted
             if not admission.fits(sequence, len(cached), self._blocks.num_evictable(cached)):
                 return admitted
             slot = self._occupy(self._waiting.pop(), lane, cached, node)
@@ -138,6 +148,14 @@ class Intake:
         # The step is full, or the slots are: with slots free, the next step goes on.
         self._is_due = self._table.num_free_slots > 0
         return admitted
+
+    def _has_enough(self, admission: Admission, sequence: Sequence, num_cached: int) -> bool:
+        """Whether no more rows should run, although there is memory for some."""
+        running = self._table.num_running
+        if not running:
+            return False
+        fitting, total = running + admission.num_fitting(sequence, num_cached), running + self.num_waiting
+        return fitting < self._limits.max_num_seqs and running >= self._row_target.of(fitting, total) < fitting
 
     def register_blocks(self, slot: int, num_computed: int) -> None:
         """Let others share the slot's full blocks, as far as their tokens were known when it was admitted."""

@@ -118,12 +118,17 @@ class ModelFiles:
             entries |= header
         check_parameters(self.path, _renamed(entries, name_of), model)
 
-    def default_sampling_params(self) -> dict[str, Any]:
-        """The generation_config's values in SamplingParams' names; do_sample=False means greedy."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: self.generation_config.get(name) for name in names}
-        given["max_tokens"] = self.generation_config.get("max_new_tokens")
-        if self.generation_config.get("do_sample") is False:
+    def default_sampling_params(self, overrides: Mapping[str, Any], *, with_own: bool = True) -> dict[str, Any]:
+        """The generation_config's values in SamplingParams' names; do_sample=False means greedy.
+
+        Args:
+            overrides: Values in its names that replace its own.
+            with_own: Whether its own count at all.
+        """
+        merged = {**(self.generation_config if with_own else {}), **overrides}
+        given = {name: merged.get(name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        given["max_tokens"] = merged.get("max_new_tokens")
+        if merged.get("do_sample") is False and "temperature" not in overrides:
             given["temperature"] = 0.0
         return {name: value for name, value in given.items() if value is not None}
 

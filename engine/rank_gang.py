@@ -91,6 +91,10 @@ class RankGang:
         self._send_all(START, json.dumps(num_blocks).encode())
         self._watch.wait_for(READY, self._num_ranks)
 
+    def bucket_seconds(self) -> dict[int, float]:
+        """None: the ranks keep them to themselves."""
+        return {}
+
     def launch(self, batch: ScheduledBatch, bitmask: Callable[[], Bitmask | None] | None = None) -> RemoteStep:
         """Start a step on all ranks; the bitmask follows while they compute."""
         self._watch.step_launched()

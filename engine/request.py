@@ -116,6 +116,10 @@ class CompletionOutput:
     logprobs: Sequence[dict[int, Logprob]] | None = None
     lora_request: LoRARequest | None = None
 
+    def finished(self) -> bool:
+        """Whether it has ended (always true of results the engine hands out)."""
+        return self.finish_reason is not None
+
 
 @dataclass
 class RequestOutput:

@@ -39,7 +39,7 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens whose probability reaches this.
         top_k: Keep this many most likely tokens; 0 or -1 keeps all.
         min_p: Keep tokens at least this fraction as likely as the likeliest.
-        seed: Makes the draw depend on (seed, index in n, position) alone.
+        seed: Makes the draw depend on (seed, index in n, position) alone; -1 is none.
         stop: A string or strings that end the output; left out of the text unless `include_stop_str_in_output`.
         stop_token_ids: Token ids that end the output.
         ignore_eos: Go on after the model's end-of-sequence tokens.
@@ -111,6 +111,9 @@ class SamplingParams:
     stream_interval: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is True:
+                _set(self, name, 1)
         for name in _INTEGERS:
             _set(self, name, _integer(name, getattr(self, name), optional=name in _OPTIONAL_INTEGERS))
         for name, (low, high) in _RANGES.items():
@@ -119,8 +122,9 @@ class SamplingParams:
             _flag(name, getattr(self, name))
         for name in ("stop", "bad_words"):
             _set(self, name, _strings(name, getattr(self, name)))
-        if self.thinking_token_budget == -1:
-            _set(self, "thinking_token_budget", None)
+        for name in ("thinking_token_budget", "seed"):
+            if getattr(self, name) == -1:
+                _set(self, name, None)
         _set(self, "extra_args", {} if self.extra_args is None else self.extra_args)
         _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
         for name in _OPTIONAL_TOKEN_IDS:
@@ -196,6 +200,15 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
+
+    @classmethod
+    def from_optional(cls, **params: Any) -> SamplingParams:
+        """Build from values of which None stands for the default, as vLLM's method of this name does."""
+        return cls.from_mapping(params)
+
+    def clone(self) -> SamplingParams:
+        """A copy of its own."""
+        return replace(self)
 
     @classmethod
     def from_mapping(

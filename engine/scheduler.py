@@ -27,6 +27,7 @@ from raydata_llm.engine.intake import Chunk, Intake
 from raydata_llm.engine.length_model import LengthModel
 from raydata_llm.engine.prompt_embeds import embedded_tokens
 from raydata_llm.engine.request import FinishReason
+from raydata_llm.engine.row_target import RowTarget
 from raydata_llm.engine.scheduler_limits import SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, IntArray, Sequence, SequenceTable
 
@@ -39,14 +40,15 @@ class Scheduler:
     Args:
         limits: Budgets.
         blocks: The block pool; must hold at least one sequence of `max_model_len`.
+        row_target: How many rows to run where memory holds some of them.
     """
 
-    def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, row_target: RowTarget | None = None) -> None:
         self.limits = limits
         self.blocks = blocks
         self.table = SequenceTable(limits.max_num_seqs, limits.max_model_len, limits.block_size)
         self.lengths = LengthModel()
-        self.intake = Intake(limits, self.table, blocks, self.lengths)
+        self.intake = Intake(limits, self.table, blocks, self.lengths, row_target or RowTarget({}))
         self.num_preemptions = 0
         self._released: list[int] = []
         self._lane = 0

@@ -113,6 +113,11 @@ class Worker:
         with explained("capturing CUDA graphs", "set enforce_eager=True, or lower gpu_memory_utilization"):
             self._runner.warm_up()
 
+    def bucket_seconds(self) -> dict[int, float]:
+        """As `ModelRunner.bucket_seconds`, of a rank that has started."""
+        assert self._runner is not None
+        return self._runner.bucket_seconds
+
     def sleep(self, *, keep_weights: bool) -> None:
         """Give up the memory of KV, graphs and weights; no step may be in flight.
 

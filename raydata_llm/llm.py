@@ -18,6 +18,7 @@ from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.flat_logprobs import FlatLogprobs
 from raydata_llm.engine.pooling_model import runner_of
+from raydata_llm.engine.pooling_params import PoolingParams
 from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.request import Logprob, LoRARequest, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
@@ -29,6 +30,7 @@ from raydata_llm.llm_queue import Asked, ChatOptions, QueueMethods
 from raydata_llm.llm_sleep import SleepMethods
 from raydata_llm.model_source import resolve_model
 from raydata_llm.openmp import wait_passively
+from raydata_llm.pooling_prompts import Tokenization
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import (
     ParamsLike,
@@ -39,8 +41,15 @@ from raydata_llm.prompts import (
     pair_params,
     read_prompt,
 )
-from raydata_llm.tokenizer import check_chat_template, encode_chat, encode_texts, load_tokenizer
-from raydata_llm.vllm_settings import split_llm_settings
+from raydata_llm.tokenizer import (
+    CONTENT_FORMATS,
+    check_chat_template,
+    encode_chat,
+    encode_texts,
+    encode_whole,
+    load_tokenizer,
+)
+from raydata_llm.vllm_settings import refuse_arguments, split_llm_settings
 
 if TYPE_CHECKING:
     from raydata_llm.engine.engine import Engine
@@ -105,6 +114,9 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Generate from prompts.
 
@@ -114,6 +126,9 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
             sampling_params: For all, or a list with one each; None takes the model's defaults.
             use_tqdm: Show a progress bar (on a terminal or in a notebook), or a class to use as tqdm.
             lora_request: An adapter for all, or a list with one (or None) each; needs `enable_lora=True`.
+            priority: Taken and not used: the engine chooses the order, which changes no result.
+            tokenization_kwargs: {"truncation": True, "max_length": n, "add_special_tokens": False}, for texts.
+            mm_processor_kwargs: For images, which are not read.
 
         Returns:
             Results in the order of the prompts. A prompt that cannot be run has `error` set and no outputs; so have
@@ -122,9 +137,17 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         Raises:
             ValueError: for arguments that are wrong for all prompts.
         """
-        return self._run(self._ask_prompts(prompts, sampling_params, lora_request), use_tqdm)
+        refuse_arguments(mm_processor_kwargs=mm_processor_kwargs)
+        return self._run(self._ask_prompts(prompts, sampling_params, lora_request, tokenization_kwargs), use_tqdm)
 
-    def _ask_prompts(self, prompts: Any, sampling_params: Any, lora_request: Any) -> Asked:
+    def _ask_prompts(
+        self,
+        prompts: Any,
+        sampling_params: Any,
+        lora_request: Any,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> Asked:
+        tokenization = Tokenization.from_mapping(tokenization_kwargs) if tokenization_kwargs else None
         asked = pair_params(list_prompts(prompts), sampling_params, self._live_engine().default_sampling_params)
         for prompt in asked:
             prompt.attempt(read_prompt)
@@ -134,20 +157,23 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
                     'give {"prompt_token_ids": [...]}'
                 )
         pair_adapters(asked, lora_request)
-        return asked, self._encode_texts
+        return asked, functools.partial(self._encode_texts, tokenization)
 
     def chat(
         self,
         messages: Any,
         sampling_params: ParamsLike | Sequence[ParamsLike] | None = None,
-        *,
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Generate the next message of conversations.
 
@@ -156,11 +182,15 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
             sampling_params: As in `generate`.
             use_tqdm: As in `generate`.
             lora_request: As in `generate`.
+            priority: As in `generate`.
             chat_template: A Jinja template instead of the tokenizer's own.
+            chat_template_content_format: "openai" gives the template a message's content as a list of parts; "string",
+                and "auto", as text.
             add_generation_prompt: Open the assistant's turn.
             continue_final_message: Go on in the last message; needs `add_generation_prompt=False`.
             tools: Function schemas, for templates that know tools.
             chat_template_kwargs: Further variables of the template.
+            mm_processor_kwargs: As in `generate`.
 
         Returns:
             As `generate`; `prompt` is the rendered text.
@@ -168,8 +198,10 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         Raises:
             ValueError: for arguments that are wrong for all conversations.
         """
+        refuse_arguments(mm_processor_kwargs=mm_processor_kwargs)
         template = ChatOptions(
             chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
@@ -180,6 +212,10 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
     def _ask_conversations(self, messages: Any, sampling_params: Any, lora_request: Any, options: ChatOptions) -> Asked:
         if options.add_generation_prompt and options.continue_final_message:
             raise ValueError("continue_final_message=True needs add_generation_prompt=False: go on, or begin anew")
+        if options.chat_template_content_format not in CONTENT_FORMATS:
+            known = ", ".join(CONTENT_FORMATS)
+            given = f"chat_template_content_format={options.chat_template_content_format!r}"
+            raise ValueError(f"{given} is not valid: choose one of {known}")
         check_chat_template(self.get_tokenizer(), options.chat_template, options.chat_template_kwargs)
         defaults = self._live_engine().default_sampling_params
         asked = pair_params(list_conversations(messages), sampling_params, defaults)
@@ -289,19 +325,28 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         with Progress(len(prompts), use_tqdm, "Processed prompts") as progress:
             return generation.run(progress)
 
-    def _encode_texts(self, prompts: list[Prompt]) -> None:
+    def _encode_texts(self, tokenization: Tokenization | None, prompts: list[Prompt]) -> None:
         texts = [prompt for prompt in prompts if prompt.error is None and prompt.token_ids is None]
         try:
-            encoded = encode_texts(self._tokenizer, [prompt.text or "" for prompt in texts])
+            encoded = self._token_ids([prompt.text or "" for prompt in texts], tokenization)
         except Exception:  # one text spoils the batch (a lone surrogate, say): each for itself shows which
             for prompt in texts:
-                prompt.attempt(self._encode_text)
+                prompt.attempt(functools.partial(self._encode_text, tokenization))
             return
         for prompt, token_ids in zip(texts, encoded, strict=True):
             prompt.token_ids = token_ids
 
-    def _encode_text(self, prompt: Prompt) -> None:
-        prompt.token_ids = encode_texts(self._tokenizer, [prompt.text or ""])[0]
+    def _encode_text(self, tokenization: Tokenization | None, prompt: Prompt) -> None:
+        prompt.token_ids = self._token_ids([prompt.text or ""], tokenization)[0]
+
+    def _token_ids(self, texts: list[str], tokenization: Tokenization | None) -> list[list[int]]:
+        if tokenization is None:
+            return encode_texts(self._tokenizer, texts)
+        # One place is left for an output token.
+        length = tokenization.max_tokens(PoolingParams(), self._live_engine().max_model_len - 1)
+        special = tokenization.add_special_tokens
+        encoded = encode_whole(self._tokenizer, texts, max_length=length, add_special_tokens=special)
+        return [token_ids for token_ids, _ in encoded]
 
     def _finish(self, prompt: Prompt, output: RequestOutput) -> None:
         output.prompt, output.lora_request = prompt.text, prompt.lora_request

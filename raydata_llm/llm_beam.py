@@ -43,6 +43,7 @@ class BeamMethods(ABC):
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool | Callable[..., Any] = False,
         concurrency_limit: int | None = None,
+        priority: Sequence[int] | None = None,
     ) -> list[BeamSearchOutput]:
         """Find the `beam_width` likeliest outputs of each prompt.
 
@@ -54,6 +55,7 @@ class BeamMethods(ABC):
             lora_request: As in `generate`.
             use_tqdm: As in `generate`.
             concurrency_limit: Prompts that are searched at the same time at most; None is as many as fit.
+            priority: As in `generate`.
 
         Returns:
             Results in the order of the prompts, each with its sequences, the best first. Their `tokens` and `text`

@@ -34,6 +34,7 @@ from raydata_llm.pooling_prompts import (
 )
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import read_prompt, refuse_embeds
+from raydata_llm.vllm_settings import refuse_arguments
 
 if TYPE_CHECKING:
     from raydata_llm.engine.pooling_engine import PoolingEngine
@@ -90,6 +91,7 @@ class PoolingMethods(ABC):
         use_tqdm: UseTqdm = True,
         pooling_task: PoolingTask | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        lora_request: Any = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Pool prompts; `outputs.data` is a float32 tensor.
 
@@ -100,6 +102,7 @@ class PoolingMethods(ABC):
             pooling_task: "token_embed": the hidden state of each token, [tokens, hidden]; "token_classify": the
                 classes of each token; or "embed", "classify". None: the model's own for tokens if it has one.
             tokenization_kwargs: {"truncation": True, "max_length": n, "add_special_tokens": False}.
+            lora_request: None: pooling models take no adapters.
 
         Returns:
             Results in the order of the prompts. A prompt that cannot be run has `error` set and no `outputs`.
@@ -107,6 +110,7 @@ class PoolingMethods(ABC):
         Raises:
             ValueError: for arguments that are wrong for all prompts.
         """
+        refuse_arguments(lora_request=lora_request)
         tasks = self._live_pooling_engine().model.tasks
         by_token = next((task for task in tasks if task.startswith("token_")), tasks[0])
         task = by_token if pooling_task is None else as_task(pooling_task)
@@ -125,8 +129,10 @@ class PoolingMethods(ABC):
         use_tqdm: UseTqdm = True,
         pooling_params: ManyParams = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        lora_request: Any = None,
     ) -> list[EmbeddingRequestOutput]:
         """An embedding of each prompt; arguments and errors as `encode`'s."""
+        refuse_arguments(lora_request=lora_request)
         outputs = self._pool(prompts, pooling_params, "embed", use_tqdm, tokenization_kwargs)
         return [_as(EmbeddingRequestOutput, EmbeddingOutput.from_base, output) for output in outputs]
 
@@ -137,8 +143,10 @@ class PoolingMethods(ABC):
         pooling_params: ManyParams = None,
         use_tqdm: UseTqdm = True,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        lora_request: Any = None,
     ) -> list[ClassificationRequestOutput]:
         """Each prompt's class probabilities; arguments and errors as `encode`'s."""
+        refuse_arguments(lora_request=lora_request)
         outputs = self._pool(prompts, pooling_params, "classify", use_tqdm, tokenization_kwargs)
         return [_as(ClassificationRequestOutput, ClassificationOutput.from_base, output) for output in outputs]
 
@@ -152,6 +160,7 @@ class PoolingMethods(ABC):
         pooling_params: PoolingParamsLike | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        lora_request: Any = None,
     ) -> list[ScoringRequestOutput]:
         """How well texts fit together: a cross-encoder's score, or the cosine of two embeddings.
 
@@ -164,6 +173,7 @@ class PoolingMethods(ABC):
             chat_template: For a cross-encoder: a Jinja template that makes one text of a pair, from messages with the
                 roles `query` and `document`. None: the tokenizer's form of pairs, or both texts one after the other
                 where the scorer is made of a language model (`classifier_from_token`).
+            lora_request: As in `encode`.
 
         Returns:
             A result for each pair, one with a text that cannot be run with `error` set.
@@ -171,6 +181,7 @@ class PoolingMethods(ABC):
         Raises:
             ValueError: for arguments that are wrong for all pairs, or a model that gives no single score.
         """
+        refuse_arguments(lora_request=lora_request)
         pairs = pair_texts(data_1, data_2)
         model = self._live_pooling_engine().model
         tasks = model.tasks

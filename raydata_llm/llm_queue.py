@@ -26,6 +26,7 @@ class ChatOptions:
     """What `LLM.chat` hands to the chat template."""
 
     chat_template: str | None = None
+    chat_template_content_format: str = "auto"
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     tools: list[Any] | None = None
@@ -38,7 +39,13 @@ class QueueMethods(ABC):
     _queue: Generation | None = None
 
     @abstractmethod
-    def _ask_prompts(self, prompts: Any, sampling_params: Any, lora_request: Any) -> Asked:
+    def _ask_prompts(
+        self,
+        prompts: Any,
+        sampling_params: Any,
+        lora_request: Any,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> Asked:
         """Prompts as `LLM.generate` takes them."""
 
     @abstractmethod
@@ -54,7 +61,13 @@ class QueueMethods(ABC):
         """Raise while the LLM sleeps."""
 
     def enqueue(
-        self, prompts: Any, sampling_params: ManyParams = None, *, lora_request: ManyAdapters = None
+        self,
+        prompts: Any,
+        sampling_params: ManyParams = None,
+        *,
+        lora_request: ManyAdapters = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Queue prompts; arguments and errors as `generate`'s.
 
@@ -63,7 +76,7 @@ class QueueMethods(ABC):
         Returns:
             The `request_id` of each prompt's result.
         """
-        return self._enqueue(self._ask_prompts(prompts, sampling_params, lora_request))
+        return self._enqueue(self._ask_prompts(prompts, sampling_params, lora_request, tokenization_kwargs))
 
     def enqueue_chat(
         self,
@@ -71,7 +84,9 @@ class QueueMethods(ABC):
         sampling_params: ManyParams = None,
         *,
         lora_request: ManyAdapters = None,
+        priority: Sequence[int] | None = None,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[Any] | None = None,
@@ -80,6 +95,7 @@ class QueueMethods(ABC):
         """Queue conversations; arguments as `chat`'s, the rest as `enqueue`'s."""
         options = ChatOptions(
             chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,

@@ -41,6 +41,7 @@ from raydata_llm.row_payload import (
 )
 from raydata_llm.row_ticket import append_tickets
 from raydata_llm.tokenizer import encode_texts, load_light_tokenizer, load_tokenizer, render_chat
+from raydata_llm.vllm_settings import refuse_arguments
 
 EMBEDS_COLUMN = "prompt_embeds"
 Row = dict[str, Any]
@@ -221,6 +222,7 @@ def _preprocess(draft: _Draft, preprocess: RowFunction | None) -> None:
 
 def _choose_prompt(draft: _Draft, plan: PreparePlan, tokenizer: Any) -> None:
     columns = draft.columns
+    refuse_arguments(multimodal_data=columns.get("multimodal_data"))
     if plan.task == "score" and is_pair(columns) and not plan.skip_tokenizer:
         return
     if plan.prompt_embeds and columns.get(EMBEDS_COLUMN) is not None:

@@ -18,6 +18,7 @@ from raydata_llm.adapter_source import on_this_node
 from raydata_llm.engine.prompt_embeds import Embeds, as_embeds
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.vllm_settings import refuse_arguments
 
 ParamsLike = SamplingParams | Mapping[str, Any]
 
@@ -82,7 +83,7 @@ def list_prompts(prompts: Any) -> list[Any]:
     Raises:
         ValueError: for what is neither.
     """
-    if isinstance(prompts, (str, Mapping)) or _is_token_ids(prompts):
+    if isinstance(prompts, (str, Mapping)) or _is_token_ids(prompts) or _is_matrix(prompts):
         return [prompts]
     if isinstance(prompts, Iterable) and not isinstance(prompts, bytes):
         return list(prompts)
@@ -152,6 +153,7 @@ def read_prompt(prompt: Prompt) -> None:
     given = prompt.given
     if isinstance(given, Mapping):
         prompt.text = given.get("prompt")
+        refuse_arguments(multi_modal_data=given.get("multi_modal_data"))
         if given.get("prompt_embeds") is not None:
             _read_embeds(prompt, given)
             return
@@ -166,7 +168,10 @@ def read_prompt(prompt: Prompt) -> None:
         prompt.text = given
         return
     if not isinstance(given, Sequence | np.ndarray):
-        raise ValueError(f"prompt={given!r} is a {type(given).__name__}: give text or token ids")
+        remedy = 'give {"prompt_embeds": ...}' if hasattr(given, "detach") else "give text or token ids"
+        raise ValueError(f"prompt={_short(given)} is a {type(given).__name__}: {remedy}")
+    if _is_matrix(given):
+        raise ValueError(f'prompt is a matrix of {len(given)} rows: give {{"prompt_embeds": ...}}')
     prompt.token_ids = _token_ids(given)
 
 
@@ -195,6 +200,16 @@ def _is_token_ids(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
     return isinstance(value, (list, tuple)) and bool(value) and all(_is_integer(one) for one in value)
+
+
+def _is_matrix(value: Any) -> bool:
+    """Whether it is an array or tensor of numbers that are no token ids: one prompt's embeddings, not prompts."""
+    is_floating = value.is_floating_point() if hasattr(value, "is_floating_point") else _kind(value) == "f"
+    return bool(is_floating) and getattr(value, "ndim", 0) == 2
+
+
+def _kind(value: Any) -> str:
+    return str(getattr(getattr(value, "dtype", None), "kind", ""))
 
 
 def _is_integer(value: Any) -> bool:

@@ -7,6 +7,7 @@ has written them). Knows no rows and no engine. Importing it imports neither tra
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from raydata_llm.tokenizer_cache import load_light, load_prepared, tokenizer_stamp
 
 Messages = Sequence[Mapping[str, Any]]
+# How a message's content reaches the template: as text, or, for templates made so, as a list of parts.
+CONTENT_FORMATS = ("auto", "string", "openai")
 
 
 def load_tokenizer(local_path: str, *, trust_remote_code: bool = False) -> Any:
@@ -127,6 +130,7 @@ def encode_chat(
     tools: Any = None,
     add_generation_prompt: bool | None = None,
     continue_final_message: bool | None = None,
+    chat_template_content_format: str = "auto",
 ) -> tuple[str, list[int]]:
     """Render a conversation to text and token ids; arguments as `render_chat`'s.
 
@@ -141,6 +145,7 @@ def encode_chat(
         tools=tools,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
+        chat_template_content_format=chat_template_content_format,
     )
     return text, encode_texts(tokenizer, [text], add_special_tokens=False)[0]
 
@@ -154,6 +159,7 @@ def render_chat(
     tools: Any = None,
     add_generation_prompt: bool | None = None,
     continue_final_message: bool | None = None,
+    chat_template_content_format: str = "auto",
 ) -> str:
     """Apply the chat template.
 
@@ -164,11 +170,13 @@ def render_chat(
         tools: Function schemas, for templates that know tools.
         add_generation_prompt: Open the assistant's turn; None: unless the last message is the assistant's.
         continue_final_message: Let the model go on in the last message; None: if it is the assistant's.
+        chat_template_content_format: "openai" gives the template a message's content as a list of parts; "string", and
+            "auto", as text.
 
     Raises:
         ValueError: naming what came in place of messages, or why the template could not be applied.
     """
-    conversation = _plain_messages(messages)
+    conversation = _plain_messages(messages, in_parts=chat_template_content_format == "openai")
     variables = dict(_plain(chat_template_kwargs or {}))
     tools = _plain(tools) if tools is not None else variables.pop("tools", None)
     if chat_template is None:
@@ -219,7 +227,7 @@ def _choose_ending(conversation: list[Any], opens: bool | None, continues: bool 
     return (not continues if opens is None else opens), continues
 
 
-def _plain_messages(messages: Any) -> list[dict[str, Any]]:
+def _plain_messages(messages: Any, *, in_parts: bool) -> list[dict[str, Any]]:
     conversation = _plain(messages)
     remedy = 'give a list such as [{"role": "user", "content": "Hello"}]'
     if not isinstance(conversation, list):
@@ -229,27 +237,45 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
     for index, message in enumerate(conversation):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages[{index}]={_short(message)} is not a dict with a role: {remedy}")
-    return [_plain_message(index, message) for index, message in enumerate(conversation)]
+    return [_plain_message(index, message, in_parts=in_parts) for index, message in enumerate(conversation)]
 
 
-def _plain_message(index: int, message: dict[str, Any]) -> dict[str, Any]:
+def _plain_message(index: int, message: dict[str, Any], *, in_parts: bool) -> dict[str, Any]:
     # Arrow fills the keys that other rows' messages have with None; templates ask whether a key is there.
     message = {key: value for key, value in message.items() if value is not None}
-    if isinstance(message.get("content"), list):
-        message["content"] = _joined_text(index, message["content"])
+    content = message.get("content")
+    if isinstance(content, str | list):
+        texts = [content] if isinstance(content, str) else _part_texts(index, content)
+        message["content"] = [{"type": "text", "text": text} for text in texts] if in_parts else "\n".join(texts)
     if isinstance(message.get("tool_calls"), list):
-        message["tool_calls"] = [_without_none(call) for call in message["tool_calls"]]
+        calls = [_with_read_arguments(index, _without_none(call)) for call in message.pop("tool_calls")]
+        # Templates ask whether there are calls by whether the key is there.
+        message |= {"tool_calls": calls} if calls else {}
     return message
 
 
-def _joined_text(index: int, parts: list[Any]) -> str:
+def _with_read_arguments(index: int, call: Any) -> Any:
+    """A call whose arguments are a dict: OpenAI's form has them as JSON's text, and templates write JSON themselves."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments", ""), str):
+        return call
+    try:
+        arguments = json.loads(function.get("arguments") or "{}")
+    except json.JSONDecodeError as error:
+        given = _short(function["arguments"])
+        remedy = "give a dict, or its text as JSON"
+        raise ValueError(f"messages[{index}]['tool_calls'] has arguments={given} ({error}): {remedy}") from error
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _part_texts(index: int, parts: list[Any]) -> list[str]:
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             raise ValueError(f"messages[{index}]['content'] has a part that is no text: {_short(part)}; give text only")
         texts.append(text)
-    return "\n".join(texts)
+    return texts
 
 
 def _without_none(value: Any) -> Any:

@@ -50,8 +50,9 @@ _LEFT_OUT_FOR = {
         long_prefill_token_threshold max_cudagraph_capture_size max_long_partial_prefills
         max_num_partial_prefills max_num_scheduled_tokens max_seq_len_to_capture multi_step_stream_outputs
         num_lookahead_slots num_scheduler_steps optimization_level override_attention_dtype
-        override_neuron_config performance_mode preemption_mode scheduler_cls scheduler_delay_factor
-        scheduler_reserve_full_isl scheduling_policy stream_interval use_v2_block_manager
+        override_neuron_config performance_mode preemption_mode prefill_schedule_interval scheduler_cls
+        scheduler_delay_factor scheduler_reserve_full_isl scheduling_policy stream_interval use_v2_block_manager
+        watermark
     """,
     "speculative decoding: the same answers, drawn in another way": """
         disable_logprobs_during_spec_decoding ngram_prompt_lookup_max ngram_prompt_lookup_min
@@ -101,7 +102,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "io_processor_plugin": (None,),
     "logprobs_mode": (None, "raw_logprobs"),
     "lora_modules": (None, []),
-    "override_generation_config": (None, {}),
     "qlora_adapter_name_or_path": (None,),
     "quantization": (None,),
     "quantization_config": (None, {}),
@@ -118,7 +118,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
 _REMEDY = {
     "data_parallel_size": "set concurrency to as many replicas",
     "hf_token": "set the environment variable HF_TOKEN, for workers in runtime_env",
-    "override_generation_config": "set these values in each row's sampling_params",
     "revision": "download that revision and give its folder as model_source",
     "rope_scaling": "set hf_overrides={'rope_parameters': ...}",
     "rope_theta": "set hf_overrides={'rope_parameters': ...}",
@@ -127,11 +126,29 @@ _REMEDY = {
     "tokenizer": "set tokenize_stage={'model_source': ...}",
 }
 
+_NO_ARGUMENTS = {
+    "lora_request": "pooling models take no adapters (merge one into its model)",
+    "mm_processor_kwargs": "models of text are run",
+    "multi_modal_data": "models of text are run",
+    "multimodal_data": "models of text are run",
+}
+
 # Loaders of the same weights: this engine reads them its own way.
 _LOADERS = {"runai_streamer", "runai_streamer_sharded", "fastsafetensors", "instanttensor"}
 
 # Fields that Ray Data LLM had once.
 _OLDER_FIELDS: dict[str, tuple[Any, ...]] = {"has_image": (None, False), "prepare_image_stage": (None, False)}
+
+
+def refuse_arguments(**given: Any) -> None:
+    """Refuse arguments of vLLM's methods, and parts of its prompts, that would change answers and mean nothing here.
+
+    Raises:
+        ValueError: naming the first that asks for something.
+    """
+    for name, value in given.items():
+        if value is not None and value != {} and value != []:
+            raise ValueError(f"{name} is not supported, as {_NO_ARGUMENTS[name]}: leave it out")
 
 
 def split_vllm_settings(values: Mapping[str, Any]) -> dict[str, Any]:

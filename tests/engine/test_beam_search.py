@@ -319,7 +319,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "half a token": ({"max_tokens": 1.5}, "max_tokens=1.5 is not valid"),
     "cold": ({"temperature": -1}, "temperature=-1 is not valid"),
     "no number": ({"length_penalty": "1"}, "length_penalty='1' is not valid"),
-    "a grammar": ({"structured_outputs": {"regex": "a"}}, "structured_outputs=.* is not valid"),
+    "two grammars": (
+        {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+        "structured_outputs has regex and choice",
+    ),
+    "a form that goes on": ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos=True is not valid"),
     "other rules": ({"rules": "sglang"}, "rules='sglang' is not valid"),
     "stopping of others": ({"early_stopping": True}, "early_stopping=True is not valid: .*rules='transformers'"),
     "nothing allowed": ({"allowed_token_ids": []}, r"allowed_token_ids=\[\] is not valid"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -54,15 +53,7 @@ def test_no_step_is_padded_to_a_size_much_slower_than_another_that_holds_it(seco
 @pytest.mark.gpu
 def test_linears_are_measured_at_each_size() -> None:
     weight = torch.randn((4096, 4096), dtype=torch.bfloat16, device="cuda")
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
-    def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            run()
-            graph.capture_end()
-        return graph
-
-    small, large = linear_seconds([Linear(weight)] * 8, [64, 8192], capture).tolist()
-    assert 0 < small < large / 8
+    small, large = linear_seconds([Linear(weight)] * 8, [64, 8192]).tolist()
+    assert 0 < small < large
+    # Again: what was captured before is gone.
+    assert (linear_seconds([Linear(weight)], [16, 32, 64]) > 0).all()

@@ -41,7 +41,7 @@ def compiler(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gramma
 
 
 def tables_of(compiler: GrammarCompiler, num_rows: int) -> list[int]:
-    return [made.result()().table for made in [compiler.compile(PARAMS) for _ in range(num_rows)]]
+    return [made.result()().table for made in [compiler.compile(PARAMS, 1) for _ in range(num_rows)]]
 
 
 def test_rows_are_dealt_out_to_some_tables_a_thread(compiler: GrammarCompiler) -> None:
@@ -61,9 +61,9 @@ def test_a_grammar_that_compiles_slowly_has_one_table_a_thread(
 def test_the_tables_used_longest_ago_are_forgotten(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "_KEPT", 3)
     forms = [StructuredOutputsParams(choice=[f"a{number}"]) for number in range(4)]
-    first = [compiler.compile(form) for form in forms]
-    assert compiler.compile(forms[3]) is first[3]
-    assert compiler.compile(forms[0]) is not first[0]
+    first = [compiler.compile(form, 1) for form in forms]
+    assert compiler.compile(forms[3], 1) is first[3]
+    assert compiler.compile(forms[0], 1) is not first[0]
 
 
 def test_masks_of_slots_are_those_of_each_alone(compiler: GrammarCompiler, tokenizer: Any) -> None:
@@ -77,7 +77,7 @@ def test_masks_of_slots_are_those_of_each_alone(compiler: GrammarCompiler, token
         if slot % 5 == 3:
             continue
         params = other if slot % 7 == 2 else PARAMS
-        slots.occupy(slot, compiler.compile(params).result()())
+        slots.occupy(slot, compiler.compile(params, 1).result()())
         alone[slot] = LLMatcher(plain, _grammar_of(params), log_level=0)
     rng = np.random.default_rng(0)
     for _ in range(30):
@@ -100,7 +100,7 @@ def test_masks_of_slots_are_those_of_each_alone(compiler: GrammarCompiler, token
 
 def test_ends_and_refused_tokens_are_noted(compiler: GrammarCompiler, tokenizer: Any) -> None:
     slots = GrammarSlots(4)
-    guides = [compiler.compile(StructuredOutputsParams(regex="(ab)*")).result()() for _ in range(3)]
+    guides = [compiler.compile(StructuredOutputsParams(regex="(ab)*"), 1).result()() for _ in range(3)]
     for slot, guide in zip((0, 1, 3), guides, strict=True):
         slots.occupy(slot, guide)
     first, wrong = (tokenizer.encode(text, add_special_tokens=False)[0] for text in ("a", "b"))

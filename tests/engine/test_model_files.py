@@ -247,7 +247,7 @@ def test_generation_config_becomes_sampling_params(folder: Path) -> None:
         "transformers_version": "5.0.0",
     }
     (folder / "generation_config.json").write_text(json.dumps(values))
-    defaults = ModelFiles.open(str(folder)).default_sampling_params()
+    defaults = ModelFiles.open(str(folder)).default_sampling_params({})
     assert defaults == {
         "temperature": 0.6,
         "top_p": 0.9,
@@ -262,11 +262,15 @@ def test_generation_config_becomes_sampling_params(folder: Path) -> None:
 def test_do_sample_false_means_greedy_and_absent_means_nothing(folder: Path) -> None:
     path = folder / "generation_config.json"
     path.write_text('{"do_sample": false, "temperature": 0.6}')
-    assert ModelFiles.open(str(folder)).default_sampling_params() == {"temperature": 0.0}
+    files = ModelFiles.open(str(folder))
+    assert files.default_sampling_params({}) == {"temperature": 0.0}
+    assert files.default_sampling_params({"temperature": 0.3, "top_k": 4}) == {"temperature": 0.3, "top_k": 4}
+    assert files.default_sampling_params({"max_new_tokens": 9}) == {"temperature": 0.0, "max_tokens": 9}
+    assert files.default_sampling_params({"top_p": 0.5}, with_own=False) == {"top_p": 0.5}
     path.write_text('{"eos_token_id": 2}')
-    assert ModelFiles.open(str(folder)).default_sampling_params() == {}
+    assert ModelFiles.open(str(folder)).default_sampling_params({}) == {}
     path.unlink()
-    assert ModelFiles.open(str(folder)).default_sampling_params() == {}
+    assert ModelFiles.open(str(folder)).default_sampling_params({}) == {}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from raydata_llm.engine.prompt_embeds import Embeds, as_embeds, block_keys, embe
 from raydata_llm.engine.request import Request, RequestOutput, request_digest
 from raydata_llm.engine.sampling_params import SamplingParams
 from tests.engine.optimism import optimistic_admission
+from tests.engine.tiny_shape import write_tiny_shape
 
 LENGTHS = (1, 5, 16, 33, 64, 100, 3, 47)
 MAX_TOKENS = 24
@@ -152,6 +153,26 @@ def test_embeddings_of_tokens_write_what_the_tokens_write(
                 assert {token: entry.logprob for token, entry in position.items()} == pytest.approx(
                     {token: entry.logprob for token, entry in its.items()}, abs=1e-4
                 )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_embeddings_of_tokens_write_what_the_tokens_write(tmp_path: Path) -> None:
+    config = EngineConfig(
+        model=str(write_tiny_shape(tmp_path)),
+        load_format="dummy",
+        enable_prompt_embeds=True,
+        max_num_batched_tokens=64,
+        max_num_seqs=32,
+    )
+    engine: Any = Engine(config)
+    table = engine._worker._decoder._embedding.float().cpu().numpy()
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(3, len(table), length).astype(np.int32) for length in (1, 17, 64, 100, 300)]
+    of_ids = run(engine, [asked(f"i{index}", ids, index) for index, ids in enumerate(prompts)])
+    of_embeds = run(engine, [asked(f"e{index}", table[ids], index) for index, ids in enumerate(prompts)])
+    mixed = run(engine, [asked(f"m{index}", table[ids] if index % 2 else ids) for index, ids in enumerate(prompts)])
+    assert written(of_embeds) == written(of_ids) == written(mixed)
+    assert len({token for tokens in written(of_ids) for token in tokens}) > 5
 
 
 def test_equal_beginnings_are_computed_once_and_never_taken_for_others(reference: Callable[[str], Reference]) -> None:

@@ -63,6 +63,45 @@ def test_every_form_of_prompt_gives_the_same_result(llm: LLM) -> None:
         assert token_ids(llm.generate(form, GREEDY)) == token_ids(results[:1])
 
 
+def test_texts_are_tokenised_as_asked(llm: LLM) -> None:
+    whole = llm.get_tokenizer()("the quick brown fox")["input_ids"]
+
+    def asked(prompts: Any, **tokenization: Any) -> list[list[int]]:
+        results = llm.generate(prompts, GREEDY, tokenization_kwargs=tokenization)
+        return [result.prompt_token_ids for result in results]
+
+    assert asked(["the quick brown fox", whole], truncation=True, max_length=3) == [whole[:3], whole]
+    assert asked("the quick brown fox", add_special_tokens=False) == [whole[1:]]
+    # One place is left for an output.
+    assert [len(ids) for ids in asked("x " * 500, truncation=True)] == [95]
+    assert asked(["the quick brown fox"]) == [whole]
+    llm.enqueue("the quick brown fox", GREEDY, tokenization_kwargs={"max_length": 2, "truncation": True})
+    assert [one.prompt_token_ids for one in llm.wait_for_completion()] == [whole[:2]]
+    with pytest.raises(ValueError, match=r"tokenization_kwargs\['padding'\] is not valid"):
+        asked("x", padding=True)
+    [bad] = llm.generate("\ud800", GREEDY, tokenization_kwargs={"truncation": True})
+    assert bad.error is not None
+
+
+def test_arguments_of_vllms_methods_are_taken_or_refused_by_name(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    [plain] = llm.generate("hello", GREEDY)
+    [asked] = llm.generate("hello", GREEDY, priority=[3], mm_processor_kwargs={})
+    assert token_ids([asked]) == token_ids([plain])
+    # As vLLM's, by position.
+    [chat] = llm.chat(messages, GREEDY, False, None, priority=[3], chat_template_content_format="string")
+    assert token_ids([chat]) == token_ids(llm.chat(messages, GREEDY))
+    with pytest.raises(ValueError, match="mm_processor_kwargs is not supported, as models of text are run"):
+        llm.generate("hello", GREEDY, mm_processor_kwargs={"num_crops": 4})
+    with pytest.raises(ValueError, match="mm_processor_kwargs is not supported"):
+        llm.chat(messages, GREEDY, mm_processor_kwargs={"num_crops": 4})
+    with pytest.raises(ValueError, match="chat_template_content_format='list' is not valid: choose one of auto"):
+        llm.chat(messages, GREEDY, chat_template_content_format="list")
+    image, text = llm.generate([{"prompt": "hello", "multi_modal_data": {"image": "x"}}, "hello"], GREEDY)
+    assert image.error == "ValueError: multi_modal_data is not supported, as models of text are run: leave it out"
+    assert token_ids([text]) == token_ids([plain])
+
+
 def test_no_prompts_give_no_results(llm: LLM) -> None:
     assert llm.generate([]) == []
     assert llm.chat([]) == []
@@ -87,7 +126,7 @@ def test_output_text_is_the_decoded_tokens(llm: LLM) -> None:
     assert output.finish_reason == "length"
     assert output.text == llm.get_tokenizer().decode(output.token_ids, skip_special_tokens=True)
     silent = llm.generate("hello", SamplingParams(max_tokens=3, detokenize=False))[0].outputs[0]
-    assert silent.text == "" and silent.token_ids
+    assert silent.text == "" and silent.token_ids and silent.finished()
 
 
 def test_a_stop_string_is_cut_from_the_text_and_kept_in_the_tokens(llm: LLM) -> None:
@@ -177,6 +216,15 @@ def test_defaults_come_from_the_models_generation_config(model_folder: Path, tmp
         assert len(llm.generate("a", {"ignore_eos": True})[0].outputs[0].token_ids) == 3
     with LLM(str(folder), generation_config="vllm", **SETTINGS) as llm:
         assert llm.get_default_sampling_params() == SamplingParams()
+    with LLM(str(folder), override_generation_config={"temperature": 0.0, "max_new_tokens": 4}, **SETTINGS) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(temperature=0.0, top_k=7, max_tokens=4)
+        assert len(llm.generate("a", {"ignore_eos": True})[0].outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize("wrong", [{"temprature": 1}, {"temperature": -1}, {"max_new_tokens": 0}, "greedy"], ids=str)
+def test_a_wrong_override_of_the_generation_config_is_named(wrong: Any, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"override_generation_config=.* is not valid"):
+        LLM(str(model_folder), override_generation_config=wrong, **SETTINGS)
 
 
 def test_noise_depends_on_seed_prompt_and_occurrence_only(model_folder: Path) -> None:

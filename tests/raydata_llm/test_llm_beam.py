@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raydata_llm import LLM, BeamSearchOutput, BeamSearchParams, LoRARequest, SamplingParams
+from raydata_llm import LLM, BeamSearchOutput, BeamSearchParams, LoRARequest, SamplingParams, StructuredOutputsParams
 from raydata_llm.engine.beam_search import BeamSearch
 from raydata_llm.engine.engine import Engine
+from raydata_llm.engine.grammar import GrammarCompiler
 from tests.engine.lora_adapters import adapter_pairs, save_adapter
 from tests.engine.tiny_pooling import save_pooling_model
 from tests.raydata_llm.tiny_tokenizer import save_pair_tokenizer, save_tokenizer
@@ -43,7 +47,12 @@ def tokens(outputs: list[BeamSearchOutput]) -> list[list[list[int]]]:
     return [[sequence.tokens for sequence in output.sequences] for output in outputs]
 
 
-def transformers_beams(model: Any, prompt: list[int], params: BeamSearchParams) -> list[list[int]]:
+def transformers_beams(
+    model: Any,
+    prompt: list[int],
+    params: BeamSearchParams,
+    allowed: Callable[[int, torch.Tensor], list[int]] | None = None,
+) -> list[list[int]]:
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         found = model.generate(
@@ -54,6 +63,7 @@ def transformers_beams(model: Any, prompt: list[int], params: BeamSearchParams) 
             num_beams=params.beam_width,
             num_return_sequences=params.beam_width,
             pad_token_id=0,
+            prefix_allowed_tokens_fn=allowed,
         )
     rows: list[list[int]] = found.tolist()
     return rows
@@ -75,6 +85,78 @@ def test_the_texts_are_those_of_transformers(folder: Path, llm: LLM) -> None:
         assert texts[0].startswith(f"<s>{prompt}")
         reasons |= {sequence.finish_reason for sequence in output.sequences}
     assert reasons == {"stop", "length"}, "both ends must be met"
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "regex": {"regex": r"(the|fox|[a-f]{2,6})( (dog|[g-k]+))?"},
+    "choice": {"choice": ["hello", "hello world", "world", "quick"]},
+    "json": {
+        "json": {"type": "object", "properties": {"a": {"enum": [1, 2, "x"]}}, "required": ["a"]},
+        "disable_any_whitespace": True,
+        "disable_additional_properties": True,
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_beams_of_a_form_are_those_of_transformers_with_the_same_tokens_allowed(
+    form: str, folder: Path, llm: LLM
+) -> None:
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder).eval()
+    structured = StructuredOutputsParams(**FORMS[form])
+    params = BeamSearchParams(beam_width=4, max_tokens=14, rules="transformers", structured_outputs=structured)
+    tokenizer = llm.get_tokenizer()
+    compiler = GrammarCompiler(tokenizer, 331, tuple(ENDS))
+    make_guide = compiler.compile(structured, 1).result()
+    prompts = ["hello world", "the quick brown fox", "a"]
+    # In full batches, chunks of which another prompt's beams are part.
+    outputs = llm.beam_search(prompts, params)
+    endings = set()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+
+        def allowed(_: int, row: torch.Tensor, num_prompt: int = len(ids)) -> list[int]:
+            """From the start, by what is written, as no beam of the engine's is."""
+            written = [token_id for token_id in row[num_prompt:].tolist() if token_id not in (0, *ENDS)]
+            guide = make_guide()
+            assert guide.matcher.try_consume_tokens(written) == len(written)
+            words = np.zeros((1, 11), dtype=np.int32)
+            guide.fill(words, 0)
+            return [
+                int(bit) for bit in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")) if bit < 331
+            ]
+
+        expected = transformers_beams(model, ids, params, allowed)
+        ends = [next((at for at, token_id in enumerate(row, 1) if token_id in ENDS), None) for row in expected]
+        assert [one.tokens for one in output.sequences] == [row[:end] for row, end in zip(expected, ends, strict=True)]
+        for sequence in output.sequences:
+            assert sequence.text is not None
+            written = sequence.text.removeprefix(f"<s>{prompt}")
+            endings.add(sequence.finish_reason)
+            if sequence.finish_reason == "stop" and form == "json":
+                assert json.loads(written)["a"] in (1, 2, "x")
+            elif sequence.finish_reason == "stop":
+                assert re.fullmatch(FORMS[form].get("regex") or "|".join(FORMS[form]["choice"]), written)
+    compiler.shutdown()
+    assert "stop" in endings
+
+
+def test_beams_of_a_form_under_vllms_rules(llm: LLM) -> None:
+    [output] = llm.beam_search(
+        "hello", {"beam_width": 4, "max_tokens": 20, "structured_outputs": {"choice": ["ab", "ba"]}}
+    )
+    assert {str(one.text).removeprefix("<s>hello") for one in output.sequences} <= {"ab", "ba"}
+    # All four are whole: each has another of the many end tokens.
+    assert [one.finish_reason for one in output.sequences] == ["stop"] * 4
+    for sequence in output.sequences:
+        total = sum(
+            position[token].logprob
+            for position, token in zip(sequence.logprobs, sequence.tokens[-len(sequence.logprobs) :], strict=True)
+        )
+        assert sequence.cum_logprob == pytest.approx(total, abs=1e-5)
+    with pytest.raises(ValueError, match="structured_outputs: regex cannot be compiled"):
+        llm.beam_search("hello", {"beam_width": 2, "max_tokens": 4, "structured_outputs": {"regex": "("}})
 
 
 @pytest.mark.model

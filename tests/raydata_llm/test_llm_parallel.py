@@ -65,6 +65,18 @@ def test_engines_take_rows_as_they_have_room(tiny_model: Callable[..., Path]) ->
     assert sum(shares) == 20 * len(PROMPTS) and min(shares) > 0
 
 
+def test_a_prompt_that_only_its_engine_refuses_is_one_error(tiny_model: Callable[..., Path]) -> None:
+    each = [{**PARAMS, "bad_words": ["x"]} if index % 5 == 0 else PARAMS for index in range(len(PROMPTS))]
+    with LLM(str(tiny_model("llama", num_attention_heads=8)), **SETTINGS, data_parallel_size=2) as llm:
+        for _ in range(2):
+            results = llm.generate(PROMPTS, each, use_tqdm=False)
+            for index, result in enumerate(results):
+                if index % 5 == 0:
+                    assert result.error is not None and "bad_words needs the model's tokenizer" in result.error
+                else:
+                    assert result.error is None and len(result.outputs[0].token_ids) == 20
+
+
 def test_data_parallel_sizes_that_cannot_be_are_value_errors(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

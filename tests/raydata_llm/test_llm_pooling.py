@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import raydata_llm
-from raydata_llm import LLM, PoolingParams
+from raydata_llm import LLM, LoRARequest, PoolingParams
 from raydata_llm.engine.pooling_engine import PoolingEngine
 from tests.engine.tiny_pooling import save_pooling_model
 from tests.raydata_llm.tiny_tokenizer import save_pair_tokenizer, save_tokenizer
@@ -177,6 +177,15 @@ def test_arguments_that_are_wrong_for_all_prompts_raise(tiny_embedder: LLM, tiny
     generating = LLM(str(folder), skip_tokenizer_init=True, max_model_len=64)
     with pytest.raises(ValueError, match="runner='pooling'"):
         generating.embed([[5, 6]])
+
+
+def test_adapters_of_pooling_models_are_refused_by_name(tiny_embedder: LLM) -> None:
+    assert tiny_embedder.embed("hello", lora_request=None)[0].error is None
+    for pool in (tiny_embedder.embed, tiny_embedder.encode, tiny_embedder.classify):
+        with pytest.raises(ValueError, match="lora_request is not supported, as pooling models take no adapters"):
+            pool("hello", lora_request=LoRARequest("a", 1, "/a"))
+    with pytest.raises(ValueError, match="lora_request is not supported"):
+        tiny_embedder.score("a", "b", lora_request=LoRARequest("a", 1, "/a"))
 
 
 def test_texts_are_cut_as_tokenization_kwargs_say(tiny_embedder: LLM) -> None:

@@ -47,6 +47,14 @@ def test_a_datasets_own_column_needs_no_preprocess(model: str, tokenizer: Any) -
     assert only(pa.table({"tokenized_prompt": [[5, 6, 7]]}), model) == ([5, 6, 7], None)
 
 
+def test_images_of_a_row_are_refused_not_left_out(model: str) -> None:
+    rows = pa.table({"id": [0, 1]})
+    made = [{"prompt": "hello", "multimodal_data": {"image": "x"}}, {"prompt": "hello", "multimodal_data": None}]
+    [failed, good], _ = prepared(rows, model, preprocess=lambda row: made[row["id"]], keep_going=True)
+    assert failed.error is not None and "multimodal_data is not supported, as models of text are run" in failed.error
+    assert good.error is None
+
+
 def test_rows_of_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
     table = pa.table({"tokenized_prompt": [[5, 6, 7]], "prompt": ["five six seven"]})
     assert only(table, str(tmp_path), skip_tokenizer=True) == ([5, 6, 7], "five six seven")

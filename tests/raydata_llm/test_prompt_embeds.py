@@ -85,6 +85,17 @@ def test_a_wrong_matrix_is_one_error_and_the_others_finish(llm: LLM, table: torc
     assert "max_model_len=96 leaves no room" in str(long.error)
 
 
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+def test_a_bare_matrix_is_one_prompt_that_says_how_to_give_it(kind: str, llm: LLM, table: torch.Tensor) -> None:
+    matrix: Any = table[[5, 6, 7]] if kind == "tensor" else table[[5, 6, 7]].numpy()
+    for results in (llm.generate(matrix, GREEDY), llm.generate([matrix], GREEDY)):
+        [result] = results
+        assert result.error is not None and result.error.endswith(': give {"prompt_embeds": ...}')
+        assert len(result.error) < 400
+    # A matrix of token ids is a prompt a row.
+    assert [one.prompt_token_ids for one in llm.generate(np.array([[5, 6], [7, 8]]), GREEDY)] == [[5, 6], [7, 8]]
+
+
 def test_other_embeddings_draw_other_noise_and_the_same_ones_draw_anew(folder: Path, table: torch.Tensor) -> None:
     params = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
 

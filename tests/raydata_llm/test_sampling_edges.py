@@ -133,6 +133,16 @@ def test_an_end_token_beside_a_stop_token(llm: LLM) -> None:
     assert (output.token_ids, output.finish_reason, output.stop_reason, output.text) == ([EOS], "stop", EOS, "")
 
 
+def test_values_that_stand_for_others() -> None:
+    assert SamplingParams(seed=-1).seed is None
+    assert (SamplingParams(logprobs=True).logprobs, SamplingParams(prompt_logprobs=True).prompt_logprobs) == (1, 1)
+    made = SamplingParams.from_optional(temperature=None, top_k=-1, stop="x", seed=None)
+    assert made == SamplingParams(stop=["x"])
+    copy = made.clone()
+    copy.temperature = 0.5
+    assert made.temperature == 1.0 and copy != made
+
+
 # Parameters that make no sense, and the field that the error names.
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),

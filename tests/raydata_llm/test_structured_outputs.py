@@ -14,7 +14,9 @@ import jsonschema
 import pytest
 
 from raydata_llm import LLM, SamplingParams, StructuredOutputsParams
+from raydata_llm.engine.grammar import GrammarCompiler
 from raydata_llm.engine.request import RequestOutput
+from raydata_llm.tokenizer import load_tokenizer
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_model_len": 256, "max_num_seqs": 64}
@@ -115,6 +117,35 @@ def test_a_structural_tag_holds_only_within_its_tags(llm: LLM) -> None:
         assert parts
         whole = output.text if output.finish_reason == "stop" else output.text[: output.text.rindex("q")]
         assert whole.count("q") == len(re.findall(r"q=(?:true|false);", whole))
+
+
+@pytest.mark.parametrize(
+    ("trigger", "begin", "end"),
+    [
+        ("<f>", "<f>", "</f>"),  # looks like a special token, and is none of this tokenizer
+        ("<f", "<f=1>", "<|user|>"),
+        ("<|assistant|>", "<|assistant|>q:", "<|user|>;"),
+        ("<|assistant|>", "<|assistant|>", ""),
+    ],
+)
+def test_a_tags_ends_are_text_or_special_tokens(trigger: str, begin: str, end: str, model_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(model_folder))
+    tag = {"structures": [{"begin": begin, "schema": {"type": "boolean"}, "end": end}], "triggers": [trigger]}
+    compiler = GrammarCompiler(tokenizer, 1031, (EOS,))
+
+    def accepted(text: str) -> str:
+        """How much of a text the grammar lets be written."""
+        matcher = compiler.compile(StructuredOutputsParams(structural_tag=tag), 1).result()().matcher
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        return str(tokenizer.decode(token_ids[: matcher.try_consume_tokens(token_ids)]))
+
+    try:
+        whole = f"hello {begin}true{end} world {begin}false{end}"
+        assert accepted(whole) == whole
+        assert accepted(f"hello {begin}maybe") == f"hello {begin}"
+        assert accepted(f"hello {begin}true!") == f"hello {begin}true" + ("!" if not end else "")
+    finally:
+        compiler.shutdown()
 
 
 def test_unguided_rows_draw_the_same_beside_guided_ones(llm: LLM) -> None:

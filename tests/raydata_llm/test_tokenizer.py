@@ -310,6 +310,35 @@ def test_null_arguments_of_a_tool_call_stay(tokenizer: Any) -> None:
     assert json.loads(text) == [{"function": {"name": "f", "arguments": {"x": None}}}]
 
 
+def test_arguments_of_a_tool_call_are_read_from_their_text(tokenizer: Any) -> None:
+    template = "{% for m in messages %}{{ (m.tool_calls | tojson) if 'tool_calls' in m else 'none' }};{% endfor %}"
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "K\u00f6ln"}'}},
+        {"id": "2", "type": "function", "function": {"name": "f", "arguments": {"city": "Köln"}}},
+        {"id": "3", "type": "function", "function": {"name": "f", "arguments": ""}},
+    ]
+    messages = [{"role": "assistant", "tool_calls": calls}, {"role": "assistant", "content": "a", "tool_calls": []}]
+    text = render_chat(tokenizer, messages, chat_template=template, continue_final_message=False)
+    read, empty, _ = text.split(";")
+    assert [call["function"]["arguments"] for call in json.loads(read)] == [{"city": "Köln"}, {"city": "Köln"}, {}]
+    assert empty == "none"
+    assert calls[0]["function"] == {"name": "f", "arguments": '{"city": "K\u00f6ln"}'}, "the caller's own is left alone"
+    bad = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{city"}}]}]
+    with pytest.raises(ValueError, match=r"messages\[0\]\['tool_calls'\] has arguments='{city'.*give a dict"):
+        render_chat(tokenizer, bad, chat_template=template)
+
+
+def test_content_comes_in_parts_where_that_is_asked_for(tokenizer: Any) -> None:
+    template = "{% for m in messages %}{{ m.content | tojson if m.content else '' }};{% endfor %}"
+    parts = [{"type": "text", "text": "one"}, "two"]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}, {"role": "user"}]
+    text = render_chat(tokenizer, messages, chat_template=template, chat_template_content_format="openai")
+    assert text == (
+        '[{"type": "text", "text": "s"}];[{"type": "text", "text": "one"}, {"type": "text", "text": "two"}];;'
+    )
+    assert render_chat(tokenizer, messages, chat_template=template) == '"s";"one\\ntwo";;'
+
+
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [

@@ -87,6 +87,49 @@ print(outputs[0].prompt_token_ids, len(outputs[0].outputs[0].token_ids))
 """,
         "[5, 6, 7] 3",
     ),
+    "prompts of embeddings": (
+        """
+import transformers
+from vllm import LLM, SamplingParams
+tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+transformers_model = transformers.AutoModelForCausalLM.from_pretrained(MODEL)
+embedding_layer = transformers_model.get_input_embeddings()
+llm = LLM(model=MODEL, enable_prompt_embeds=True)
+chats = [[{"role": "user", "content": text}] for text in ("Name a river.", "Which is the tallest mountain?")]
+token_ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt",
+                                           return_dict=True)["input_ids"] for chat in chats]
+prompt_embeds = [embedding_layer(ids).squeeze(0) for ids in token_ids]
+greedy = SamplingParams(temperature=0.0, max_tokens=8)
+single = llm.generate({"prompt_embeds": prompt_embeds[0]}, greedy)
+outputs = llm.generate([{"prompt_embeds": embeds} for embeds in prompt_embeds], greedy)
+same = llm.chat(chats, greedy)
+print(single[0].outputs[0].text == outputs[0].outputs[0].text,
+      [output.outputs[0].token_ids == other.outputs[0].token_ids for output, other in zip(outputs, same)])
+""",
+        "True [True, True]",
+    ),
+    "scores of a student's tokens": (
+        """
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+llm = LLM(MODEL)
+prompt_ids, response_ids = [5, 6, 7, 8], [9, 10, 11]
+student_topk_ids = [[9, 3], [10, 4], [11, 5]]
+output = llm.generate(
+    TokensPrompt(prompt_token_ids=prompt_ids + response_ids),
+    SamplingParams(
+        max_tokens=1,
+        prompt_logprob_token_ids=student_topk_ids,
+        prompt_logprob_start=len(prompt_ids) - 1,
+        prompt_logprobs=0,
+    ),
+)
+scores = output[0].prompt_token_id_logprobs
+own = [output[0].prompt_logprobs[place][token].logprob for place, token in enumerate(response_ids, len(prompt_ids))]
+print(scores.shape == (len(response_ids), 2), [bool(abs(one - other) < 1e-4) for one, other in zip(scores[:, 0], own)])
+""",
+        "True [True, True, True]",
+    ),
     "structured outputs": (
         """
 from vllm import LLM, SamplingParams
