@@ -14,6 +14,8 @@ from raydata_llm.engine.sequence import Sequence, SequenceTable
 
 # Share of the blocks kept free where lengths are drawn, not known: the draws of some hundred rows err by 1 to 2 %.
 _HEADROOM = 0.04
+# Ends that lie apart by less than this share of what is still to be written are as good as one.
+_APART, _NEARLY_ALL = 1 / 8, 0.9
 
 
 class Admission:
@@ -48,14 +50,20 @@ class Admission:
         return self._keeps_peak(sequence, num_cached, num_evictable)
 
     def num_fitting(self, sequence: Sequence, num_cached: int) -> int:
-        """About how many sequences such as this one would fit beside those that run; more if their ends lie apart."""
+        """About how many sequences such as this one would fit beside those that run."""
         assert self._table.num_running > 0, "the first is admitted without a forecast"
         may_stop = sequence.may_stop
         num_tokens = len(sequence.token_ids) + self._remaining(sequence, may_stop)
         own = -(-num_tokens // self._table.block_size) - num_cached
-        forecast = self._forecast_of_all()
-        spare = self._limit(may_stop) - forecast.peak if self._is_exact else self._spare
+        peak = self._forecast_of_all().peak
+        spare = self._limit(may_stop) - peak if self._is_exact else self._spare
         return max(0, spare) // max(1, own)
+
+    def ends_with_others(self, sequence: Sequence) -> bool:
+        """Whether the sequence would end about when nearly all that run do: as one round."""
+        remaining = self._remaining(sequence, sequence.may_stop)
+        apart = np.abs(self._forecast_of_all().remaining - remaining)
+        return bool(np.mean(apart <= _APART * remaining) >= _NEARLY_ALL)
 
     def _keeps_peak(self, sequence: Sequence, num_cached: int, num_evictable: int) -> bool:
         # Peaks add up to no less than the peak of the sum: while there is room for a sequence's own, all that it may

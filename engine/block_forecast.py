@@ -45,6 +45,11 @@ class BlockForecast:
         self._use[:count] = _use_at_ends(num_tokens, remaining, shared_blocks, block_size)
         self.peak = base + int(self._use[:count].max(initial=0))
 
+    @property
+    def remaining(self) -> _LongArray:
+        """[n] tokens still to come of each row."""
+        return self._remaining[: self._count]
+
     def add_within(self, limit: int, num_tokens: int, remaining: int, shared_blocks: int, base: int) -> bool:
         """Add a row if the peak stays within `limit`; says whether it was.
 

@@ -150,12 +150,17 @@ class Intake:
         return admitted
 
     def _has_enough(self, admission: Admission, sequence: Sequence, num_cached: int) -> bool:
-        """Whether no more rows should run, although there is memory for some."""
+        """Whether no more rows should run in this round, although there is memory for some.
+
+        Rows that end one by one make room one by one, and what fits is best; those that end together come in rounds.
+        """
         running = self._table.num_running
         if not running:
             return False
         fitting, total = running + admission.num_fitting(sequence, num_cached), running + self.num_waiting
-        return fitting < self._limits.max_num_seqs and running >= self._row_target.of(fitting, total) < fitting
+        if fitting >= self._limits.max_num_seqs or not running >= self._row_target.of(fitting, total) < fitting:
+            return False
+        return admission.ends_with_others(sequence)
 
     def register_blocks(self, slot: int, num_computed: int) -> None:
         """Let others share the slot's full blocks, as far as their tokens were known when it was admitted."""

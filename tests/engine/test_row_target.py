@@ -52,17 +52,18 @@ def test_no_more_rows_than_fit_and_no_fewer_than_three_quarters(num_fitting: int
     assert RowTarget({}).of(num_fitting, num_total) == num_fitting
 
 
-def most_running(row_target: RowTarget, num_rows: int, num_blocks: int) -> int:
-    """Rows of 64 tokens in and 64 out that run at once at most, blocks of 16 tokens."""
+def most_running(row_target: RowTarget, num_rows: int, num_blocks: int, shortest: int = 64) -> int:
+    """Rows that run at once at most, of 64 tokens in and `shortest` to 64 out, blocks of 16 tokens."""
     limits = SchedulerLimits(
         max_num_seqs=1024, max_num_batched_tokens=16384, max_model_len=256, block_size=16, max_penalty_seqs=0
     )
     scheduler = Scheduler(limits, BlockManager(num_blocks + 1), row_target)
-    params = SamplingParams(max_tokens=64, ignore_eos=True)
     for index in range(num_rows):
         prompt = np.full(64, index, dtype=np.int32)
+        max_tokens = 64 - index % (65 - shortest)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         request = Request(request_id=str(index), prompt_token_ids=prompt, sampling_params=params)
-        scheduler.add(Sequence(index, request, 0, prompt, 64, 128, ()))
+        scheduler.add(Sequence(index, request, 0, prompt, 64, 64 + max_tokens, ()))
     most, num_done = 0, 0
     while num_done < num_rows:
         batch = scheduler.schedule(0)
@@ -74,10 +75,14 @@ def most_running(row_target: RowTarget, num_rows: int, num_blocks: int) -> int:
     return most
 
 
-def test_the_scheduler_runs_that_many() -> None:
+def test_the_scheduler_runs_that_many_where_rows_end_together() -> None:
     blocks_of_668 = 668 * 8
     assert most_running(RowTarget(MEASURED), 1024, blocks_of_668) == 512
     assert most_running(RowTarget({}), 1024, blocks_of_668) == 668
     assert most_running(RowTarget(MEASURED), 600, blocks_of_668) == 600
+    # Rows of other lengths make room one by one.
+    assert most_running(RowTarget(MEASURED), 1024, blocks_of_668, 16) == most_running(
+        RowTarget({}), 1024, blocks_of_668, 16
+    )
     # With memory for all slots nothing is traded.
     assert most_running(RowTarget(MEASURED), 1100, 1100 * 8) == 1024
