@@ -19,7 +19,7 @@ from raydata_llm.engine.beam_params import BeamRequest
 from raydata_llm.engine.beam_rules import Numbers
 from raydata_llm.engine.beam_tree import BeamTree
 from raydata_llm.engine.block_manager import BlockArray, BlockManager
-from raydata_llm.engine.grammar import GrammarGuide, advance_grammars, fill_grammars
+from raydata_llm.engine.grammar import GrammarGuide
 from raydata_llm.engine.prefix_cache import ROOT
 from raydata_llm.engine.sequence import IntArray, Sequence
 
@@ -123,14 +123,16 @@ class BeamGroup:
         if not self.guides:
             return None
         words = np.zeros((len(self.guides), -(-vocab_size // 32)), dtype=np.int32)
-        fill_grammars(list(enumerate(self.guides)), words)
+        for row, guide in enumerate(self.guides):
+            guide.fill(words, row)
         return np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :vocab_size].astype(bool)
 
     def guide(self, parents: Numbers) -> None:
         """Let each new beam, with its token in `last_tokens`, stand where its parent's token leads."""
         if self.guides:
             self.guides = [self.guides[parent].fork() for parent in parents.tolist()]
-            advance_grammars(list(zip(self.guides, self.last_tokens.tolist(), strict=True)))
+            for guide, token_id in zip(self.guides, self.last_tokens.tolist(), strict=True):
+                guide.advance(token_id)
 
     def take_tables(self) -> list[TableEntries]:
         """The block table entries since the last step."""

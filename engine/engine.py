@@ -50,6 +50,8 @@ from raydata_llm.engine.worker import MOST_PENALTY_SEQS, Worker
 
 # Requests that wait are enough to choose from; while fewer do, the next ones are worth the device's wait.
 _WAITING_WANTED = 256
+# With none at all, the device begins on so many.
+_FIRST_WANTED = 32
 # Tokens that a device computes while the host takes in a request (30 to 60 us, of some thousand tokens).
 _TOKENS_PER_REQUEST = 64
 _STEP_REMEDY = "lower gpu_memory_utilization, or max_num_batched_tokens and max_num_seqs"
@@ -231,10 +233,12 @@ class Engine:
 
     def num_wanted(self) -> int:
         """Requests that it would take before the next step: enough to choose from, too few to keep a device waiting."""
+        if not self._unfinished:
+            return _FIRST_WANTED
         if self._scheduler.intake.num_waiting < _WAITING_WANTED:
             return _WAITING_WANTED
         under_way = self._in_flight[-1][0].num_tokens if self._in_flight else 0
-        return max(_WAITING_WANTED // 8, under_way // _TOKENS_PER_REQUEST)
+        return max(_FIRST_WANTED, under_way // _TOKENS_PER_REQUEST)
 
     def step(self) -> list[RequestOutput]:
         """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests.

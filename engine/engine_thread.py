@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raydata_llm.engine.garbage_pause import GarbagePause
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, PoolingRequestOutput
 from raydata_llm.engine.request import Request, RequestOutput
 
@@ -122,10 +123,12 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while self._take_requests():
-                for output in self._engine.step():
-                    self._deliver(output)
-                self._last_sign = time.monotonic()
+            with GarbagePause() as garbage:
+                while self._take_requests():
+                    for output in self._engine.step():
+                        self._deliver(output)
+                    garbage.collect_if_due()
+                    self._last_sign = time.monotonic()
         except BaseException as error:
             self._death = error
         finally:

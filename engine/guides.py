@@ -27,7 +27,7 @@ from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.bits import clear_bits
 from raydata_llm.engine.detokenizer import TextEncoder
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.engine.grammar import GrammarCompiler, GrammarGuide, Words, fill_grammars
+from raydata_llm.engine.grammar import GrammarCompiler, GrammarGuide, Words
 from raydata_llm.engine.logits_processor import load_logits_processors
 from raydata_llm.engine.sequence import Sequence, SequenceTable
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
@@ -178,26 +178,15 @@ class Guides:
         rows = np.flatnonzero(live)
         if not len(rows):
             return None
+        slots = slots[rows]
         tensor = torch.empty((len(rows), -(-self._vocab_size // 32)), dtype=torch.int32, pin_memory=self._pinned)
         words: Words = tensor.numpy()
-        guided = [(table.sequences[slot], slot) for slot in slots[rows].tolist()]
-        grammars: list[tuple[int, GrammarGuide]] = []
-        others: list[int] = []
-        for place, (sequence, _) in enumerate(guided):
-            assert sequence is not None
-            if sequence.grammar is not None:
-                grammars.append((place, sequence.grammar))
-            else:
-                words[place] = -1
-            if sequence.guides or sequence.processors:
-                others.append(place)
-        fill_grammars(grammars, words)
-        for place in np.flatnonzero(table.num_known[slots[rows]] < table.min_tokens[slots[rows]]).tolist():
-            _forbid_end(words[place], guided[place][0])
+        table.grammars.fill(slots, words)
+        for place in np.flatnonzero(table.num_known[slots] < table.min_tokens[slots]).tolist():
+            _forbid_end(words[place], table.sequence(slots[place]))
         processors: list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = []
-        for place in others:
-            sequence, slot = guided[place]
-            token_ids = table.output_token_ids(slot)
+        for place in np.flatnonzero(table.guided_singly[slots]).tolist():
+            sequence, token_ids = table.sequence(slots[place]), table.output_token_ids(slots[place])
             for guide in sequence.guides:
                 guide.forbid(words[place], token_ids)
             prompt = sequence.prompt_token_ids.tolist() if sequence.processors else []

@@ -132,24 +132,28 @@ class ModelRunner:
 
         with rehearsal(self._device):
             self._decode.run_kernels()
-            self._run_prefill_and_sampling(self._state.num_slots)
+            self._run_step(1, 1)
+            self._run_step(self._state.num_slots, self._state.num_slots)
         self._decode.warm_up()
         warm_up_pinned_memory()
-        # The largest step too: the memory it needs, and cuBLAS's kernels for it, are there from now on.
-        self._run_prefill_and_sampling(self._max_num_batched_tokens)
+        self._run_step(1, 1)
+        # A library's kernels are loaded when they are first used, while the device waits, and it has others for other
+        # numbers of tokens. The largest step last: the memory it needs is there from now on.
+        for num_tokens in step_sizes(self._state.num_slots, self._max_num_batched_tokens):
+            self._run_step(self._state.num_slots, num_tokens)
+
+    def _run_step(self, num_rows: int, num_tokens: int) -> None:
+        """Run a prefill of padding, and draw from some rows."""
+        incoming = None if self._incoming is None else self._incoming[:num_tokens]
+        hidden = self._decoder.forward(self._trash_prefill(num_rows, num_tokens), self._kv_cache, incoming)
+        if self._place.is_last:
+            self._decoder.part_logits(hidden[:num_rows])
+            self._sampler.warm_up(num_rows)
 
     @property
     def bucket_seconds(self) -> dict[int, float]:
         """Rows that decode steps are padded to, and the seconds of such a step; empty where nothing was measured."""
         return self._decode.bucket_seconds
-
-    def _run_prefill_and_sampling(self, most_tokens: int) -> None:
-        for num_rows, num_tokens in ((1, 1), (self._state.num_slots, most_tokens)):
-            incoming = None if self._incoming is None else self._incoming[:num_tokens]
-            hidden = self._decoder.forward(self._trash_prefill(num_rows, num_tokens), self._kv_cache, incoming)
-            if self._place.is_last:
-                self._decoder.part_logits(hidden[:num_rows])
-                self._sampler.warm_up(num_rows)
 
     def _trash_prefill(self, least_rows: int, num_tokens: int) -> ForwardBatch:
         """A prefill of the padding slot, again and again, whose blocks are all the trash block."""
@@ -286,6 +290,14 @@ class ModelRunner:
 
     def _upload(self, *arrays: npt.NDArray[np.integer]) -> list[torch.Tensor]:
         return upload(self._device, *(array.astype(np.int32, copy=False) for array in arrays))
+
+
+def step_sizes(least: int, most: int) -> list[int]:
+    """Numbers of tokens from `least` to `most`, both included, in steps of a half and a third."""
+    sizes = [least]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] * 3 // 2 if len(sizes) % 2 else -(-sizes[-1] * 4 // 3))
+    return [size for size in sizes if size < most] + [most]
 
 
 def _chunk_positions(batch: ScheduledBatch) -> tuple[IntArray, IntArray]:

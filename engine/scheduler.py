@@ -23,7 +23,6 @@ from raydata_llm.engine.admission import forecast
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.block_manager import BlockManager
 from raydata_llm.engine.decode_plan import DecodePlan, plan_decode
-from raydata_llm.engine.grammar import GrammarGuide, advance_grammars
 from raydata_llm.engine.intake import Chunk, Intake
 from raydata_llm.engine.length_model import LengthModel
 from raydata_llm.engine.prompt_embeds import embedded_tokens
@@ -114,8 +113,11 @@ class Scheduler:
         stopped = (tokens[:, None] == table.stop_ids[slots]).any(axis=1) & (known > table.min_tokens[slots])
         ended = stopped | (known >= table.max_tokens[slots])
         finished = []
-        self._advance_guides(slots[~stopped & table.guided[slots]])
-        for row in np.flatnonzero(ended | table.watched[slots]).tolist():
+        guided = np.flatnonzero(~stopped & table.guided[slots])
+        self._advance_guides(slots[guided], tokens[guided])
+        looked_at = ended | table.watched[slots]
+        looked_at[guided] |= table.grammars.advance(slots[guided], tokens[guided])
+        for row in np.flatnonzero(looked_at).tolist():
             slot = int(slots[row])
             sequence = self._sequence(slot)
             text_end = None if stopped[row] else self._stop_string(slot)
@@ -293,18 +295,11 @@ class Scheduler:
         self._released.append(slot)
         return sequence
 
-    def _advance_guides(self, slots: IntArray) -> None:
-        """Let what guides these slots take in their last token."""
-        table = self.table
-        drawn: list[tuple[GrammarGuide, int]] = []
-        tokens = table.token_ids[slots, table.num_known[slots] - 1].tolist()
-        for slot, token in zip(slots.tolist(), tokens, strict=True):
-            sequence = self._sequence(slot)
-            for guide in sequence.guides:
-                guide.advance(token)
-            if sequence.grammar is not None:
-                drawn.append((sequence.grammar, token))
-        advance_grammars(drawn)
+    def _advance_guides(self, slots: IntArray, tokens: IntArray) -> None:
+        """Let what guides these slots, but for grammars, take in a token each."""
+        for row in np.flatnonzero(self.table.guided_singly[slots]).tolist():
+            for guide in self._sequence(int(slots[row])).guides:
+                guide.advance(int(tokens[row]))
 
     def _stop_token(self, slot: int, token: int) -> int | None:
         """The token as a stop reason; None where it is the model's own end of sequence."""
@@ -333,6 +328,4 @@ class Scheduler:
         self.intake.push_preempted(sequence)
 
     def _sequence(self, slot: int) -> Sequence:
-        sequence = self.table.sequences[slot]
-        assert sequence is not None, f"slot {slot} is empty"
-        return sequence
+        return self.table.sequence(slot)

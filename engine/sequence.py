@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.block_manager import TRASH_BLOCK, BlockArray
+from raydata_llm.engine.grammar_slots import GrammarSlots
 from raydata_llm.engine.prompt_embeds import Embeds, block_keys
 from raydata_llm.engine.request import FinishReason, Logprob, Request, TokenArray
 
@@ -163,6 +164,9 @@ class SequenceTable:
         self.may_stop = np.zeros(num_slots, dtype=bool)
         self.watched = np.zeros(num_slots, dtype=bool)
         self.guided = np.zeros(num_slots, dtype=bool)
+        # Guided by more than a grammar: looked at one by one.
+        self.guided_singly = np.zeros(num_slots, dtype=bool)
+        self.grammars = GrammarSlots(num_slots)
         self.token_ids = _sparse_zeros(num_slots, max_model_len)
         self.block_table = np.full((num_slots, max_blocks), TRASH_BLOCK, dtype=np.int32)
         self.stop_ids = np.full((num_slots, 4), _STOP_PADDING, dtype=np.int32)
@@ -181,6 +185,12 @@ class SequenceTable:
     def running(self) -> IntArray:
         """The slots in use, ascending."""
         return np.flatnonzero(self.seq_id != NO_SEQUENCE).astype(np.int32)
+
+    def sequence(self, slot: int) -> Sequence:
+        """The slot's sequence; there is one."""
+        sequence = self.sequences[slot]
+        assert sequence is not None, f"slot {slot} is empty"
+        return sequence
 
     def blocks(self, slot: int) -> BlockArray:
         """The blocks that the slot's sequence holds, in order."""
@@ -213,8 +223,10 @@ class SequenceTable:
         self.num_shared_blocks[slot] = self.num_registered_blocks[slot] = num_shared
         self.prefix_node[slot] = node
         self.may_stop[slot] = sequence.may_stop
-        self.watched[slot] = sequence.stop_watch is not None or sequence.grammar is not None
+        self.watched[slot] = sequence.stop_watch is not None
         self.guided[slot] = sequence.is_guided
+        self.guided_singly[slot] = bool(sequence.guides or sequence.processors)
+        self.grammars.occupy(slot, sequence.grammar)
         self.token_ids[slot, :known] = sequence.token_ids
         self.block_table[slot, : len(blocks)] = blocks
         self._set_stop_ids(slot, sequence.stop_token_ids)
@@ -222,9 +234,9 @@ class SequenceTable:
 
     def vacate(self, slot: int) -> Sequence:
         """Empty a slot; launched steps that still name its sequence are told apart by `seq_id`."""
-        sequence = self.sequences[slot]
-        assert sequence is not None, f"slot {slot} is empty"
+        sequence = self.sequence(slot)
         self.sequences[slot] = None
+        self.grammars.occupy(slot, None)
         self.seq_id[slot] = NO_SEQUENCE
         self._free_slots.append(slot)
         return sequence

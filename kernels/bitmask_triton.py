@@ -1,4 +1,8 @@
-"""Forbids tokens by bits on a GPU, in place: a program takes a stretch of one row's vocabulary, and only writes.
+"""Forbids tokens by bits on a GPU, in place: a program takes a stretch of one row's vocabulary, a word at a time.
+
+A word whose tokens are all forbidden is written without reading its logits, one whose tokens are all allowed is left
+alone, and only the logits of the others are read. So whether memory is touched is settled a word at a time, and loads
+and stores are 16 bytes wide (where rows begin at multiples of that) and at most as many as the forbidden tokens need.
 
 The equation and the reference are in bitmask.py; imported only where the tensors are on a GPU.
 """
@@ -9,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 4096
+# Words of a program.
+_BLOCK = 256
 
 
 @triton.jit
@@ -24,12 +29,15 @@ def _bitmask_kernel(
 ) -> None:
     masked = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + masked)
-    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    word = token // 32
-    bits = tl.load(words_ptr + masked * NUM_WORDS + word, mask=word < NUM_WORDS, other=0)
-    forbidden = ((bits >> (token % 32)) & 1) == 0
+    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    words = tl.load(words_ptr + masked * NUM_WORDS + word, mask=word < NUM_WORDS, other=0)[:, None]
+    bit = tl.arange(0, 32)[None, :]
+    token = word[:, None] * 32 + bit
     place = logits_ptr + row * ROW_STRIDE + token
-    tl.store(place, tl.full([BLOCK], float("-inf"), logits_ptr.dtype.element_ty), mask=forbidden & (token < VOCAB))
+    some_forbidden, some_allowed = words != -1, words != 0
+    forbidden = float("-inf")
+    logits = tl.load(place, mask=some_forbidden & some_allowed & (token < VOCAB), other=forbidden)
+    tl.store(place, tl.where((words >> bit) & 1 != 0, logits, forbidden), mask=some_forbidden & (token < VOCAB))
 
 
 def launch_apply_bitmask(logits: torch.Tensor, words: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -38,7 +46,7 @@ def launch_apply_bitmask(logits: torch.Tensor, words: torch.Tensor, rows: torch.
     assert logits.stride(1) == 1 and words.is_contiguous(), (logits.stride(), words.stride())
     assert words.dtype == torch.int32 and rows.dtype == torch.int64, (words.dtype, rows.dtype)
     if len(rows):
-        _bitmask_kernel[(len(rows), triton.cdiv(vocab_size, _BLOCK))](
+        _bitmask_kernel[(len(rows), triton.cdiv(vocab_size, 32 * _BLOCK))](
             logits,
             words,
             rows,

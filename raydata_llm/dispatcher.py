@@ -21,10 +21,10 @@ import ray
 
 from raydata_llm.dispatch_plan import DispatchPlan
 from raydata_llm.engine.request import sampling_key
-from raydata_llm.lease_book import LeaseBook, Outcome, Quarantined
+from raydata_llm.lease_book import Block, LeaseBook, Outcome, Quarantined
 from raydata_llm.occurrences import Occurrences
 from raydata_llm.plain_errors import told_plainly
-from raydata_llm.ray_blocks import block_rows, block_size_limit, task_call
+from raydata_llm.ray_blocks import block_rows, block_size_limit, is_cancelled, task_call
 from raydata_llm.replica_link import ReplicaLink
 from raydata_llm.row_payload import (
     OUTPUT_COLUMN,
@@ -75,12 +75,22 @@ class Dispatcher:
         with told_plainly(), self._room.taken(sum(map(len, cells))):
             rows = [(keys[index], cells[index]) for index in runnable]
             block = self._book.put(rows, chosen["cost"].tolist(), chosen["prefix"].tolist())
-            outcomes = self._book.wait(block)
+            outcomes = self._wait(block)
         outputs: list[bytes | None] = [None] * len(cells)
         for index, outcome in zip(runnable, outcomes, strict=True):
             outputs[index] = self._output(table, index, outcome)
         table = append_cells(table.drop_columns([TICKET_COLUMN]), OUTPUT_COLUMN, outputs)
         return seal_block(table, block_size_limit())
+
+    def _wait(self, block: Block) -> list[Outcome | Quarantined]:
+        while True:
+            try:
+                return self._book.wait(block, _WATCH_SECONDS)
+            except TimeoutError:
+                if is_cancelled():
+                    # Ray would wait for its rows, and keep the replicas and their GPUs for that.
+                    self._book.withdraw(block)
+                    raise
 
     def _keys(self, digests: np.ndarray[Any, np.dtype[np.uint64]]) -> list[int]:
         """The noise keys of a block's rows."""

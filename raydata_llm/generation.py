@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from raydata_llm.engine.beam_params import BeamSearchOutput
+from raydata_llm.engine.garbage_pause import GarbagePause
 from raydata_llm.engine.request import Request, RequestOutput, request_digest, sampling_key, seeded_key
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import Prompt
@@ -109,9 +110,11 @@ class Generation:
         """
         results = []
         try:
-            for output in self.results():
-                results.append(output)
-                progress.advance(output)
+            with GarbagePause() as garbage:
+                for output in self.results():
+                    results.append(output)
+                    progress.advance(output)
+                    garbage.collect_if_due()
         except BaseException:
             self._done.extendleft(reversed(results))
             raise
@@ -127,9 +130,10 @@ class Generation:
         """
         asked, results = list(self._unfinished), dict[str, RequestOutput]()
         try:
-            with noted_interrupts() as interrupted:
+            with noted_interrupts() as interrupted, GarbagePause() as garbage:
                 while self.num_untaken and not interrupted.is_set():
                     self._advance()
+                    garbage.collect_if_due()
                     for output in self._take_done():
                         results[output.request_id] = output
                         progress.advance(output)

@@ -28,6 +28,7 @@ from raydata_llm.job_link import JobLink
 from raydata_llm.job_progress import progress_line
 from raydata_llm.job_report import JobReport, JobSettings
 from raydata_llm.job_stats import Progress, Snapshot
+from raydata_llm.ray_operators import dispatchers
 from raydata_llm.redaction import secret_values
 from raydata_llm.replica_pool import ReplicaPool
 
@@ -171,6 +172,7 @@ class JobRun:
         self._shown = False
         self._stop = threading.Event()
         self._looked_at = 0.0
+        self._dispatchers: list[Any] = []
 
     def connect(self, actor: Any) -> None:
         """Take the statistics actor: our operators are about to start."""
@@ -182,6 +184,7 @@ class JobRun:
         if self._actor is None:
             return
         self._shown = bool(execution._data_context.enable_progress_bars)
+        self._dispatchers = dispatchers(execution)
         threading.Thread(target=self._watch, name="job-watch", daemon=True).start()
 
     def on_execution_step(self, execution: Any) -> None:
@@ -197,6 +200,11 @@ class JobRun:
 
     def after_execution_fails(self, execution: Any, error: BaseException) -> None:
         """Ray Data's word that the job failed or was interrupted."""
+        # Ray Data leaves actors to the garbage collector, and an error that a notebook or an `except` keeps holds them:
+        # the replicas would keep their GPUs from the next job.
+        if ray.is_initialized():
+            for dispatcher in self._dispatchers:
+                ray.kill(dispatcher)
         self._end("failed", error)
 
     def report(self) -> JobReport:
@@ -206,6 +214,7 @@ class JobRun:
         return self._make_report("running", self._ask("snapshot"), None)
 
     def _end(self, status: str, error: BaseException | None) -> None:
+        self._dispatchers.clear()
         if self._actor is None or self._report is not None:
             return
         self._stop.set()

@@ -6,7 +6,7 @@ engines. Knows no Ray, no tokens and no model: rows are opaque cells with a cost
 Invariants: every row that was put is waiting, suspect, leased to one replica, or done; a block is complete when each of
 its rows is done once, and what a replica that was given up says later of a row is ignored.
 
-    put -> waiting --take--> leased --give--> done
+    put -> waiting --take--> leased --give--> done        (withdraw, from anywhere: forgotten)
               ^                 |
               +------lose-------+---> suspect: run in halves alone in a replica --> done, or quarantined
 """
@@ -176,6 +176,20 @@ class LeaseBook:
                 raise self._failure
         return [outcome for outcome in block.outcomes if outcome is not None]
 
+    def withdraw(self, block: Block) -> None:
+        """Forget a block that nobody waits for any more; what a replica says later of its rows is ignored."""
+        with self._lock:
+            self._blocks.discard(block)
+            for _, _, row in self._waiting:
+                if row.block is block and row.is_waiting:
+                    self._pop(row)
+            others = ([row for row in group if row.block is not block] for group in self._suspects)
+            self._suspects = deque(group for group in others if group)
+            for holder in self._holders.values():
+                holder.rows = {number: row for number, row in holder.rows.items() if row.block is not block}
+                holder.alone = holder.alone and bool(holder.rows)
+            self._notify(self._holders.values())
+
     def fail(self, error: BaseException) -> None:
         """Give up: every caller of `wait`, present and later, gets the error."""
         with self._lock:
@@ -214,6 +228,12 @@ class LeaseBook:
                 rows = self._pick(replica, holder) if replica in self._holders else []
             holder.rows |= {row.row_id: row for row in rows}
             return Lease([(row.row_id, row.cell) for row in rows])
+
+    def holds(self, replica: int) -> bool:
+        """Whether a replica has rows."""
+        with self._lock:
+            holder = self._holders.get(replica)
+            return holder is not None and bool(holder.rows)
 
     def give(self, replica: int, outcomes: Iterable[Outcome]) -> list[Outcome]:
         """Rows that a replica has done; returns those that count."""

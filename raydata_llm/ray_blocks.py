@@ -72,3 +72,11 @@ def task_call() -> tuple[int, int]:
     call = context.kwargs.get(_CALLS, 0)
     context.kwargs[_CALLS] = call + 1
     return int(context.task_idx), call
+
+
+def is_cancelled() -> bool:
+    """Whether nobody wants what this task makes any more: the job failed, was interrupted, or has rows enough."""
+    import ray
+
+    ask = getattr(ray.get_runtime_context(), "is_canceled", None)
+    return ask is not None and bool(ask())

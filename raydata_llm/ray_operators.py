@@ -145,3 +145,13 @@ def map_blocks(dataset: Dataset, function: Any, block_rows: int, **options: Any)
         return dataset.map_batches_internal(function, batch_size=None, **options)
     # Older Rays have the public method alone, which asks for a batch size where a GPU is taken.
     return dataset.map_batches(function, batch_size=block_rows if options.get("num_gpus") else None, **options)
+
+
+def dispatchers(execution: Any) -> list[Any]:
+    """The actors of our second operator in an execution under way.
+
+    Args:
+        execution: Ray Data's, as its callbacks are handed it.
+    """
+    pools = [operator._actor_pool for operator in execution._topology if "(Dispatcher)" in operator.name]
+    return [actor for pool in pools for actor in (*pool._running_actors, *pool._pending_actors.values())]

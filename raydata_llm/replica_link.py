@@ -53,6 +53,7 @@ class ReplicaLink:
         self._plan, self._book, self._on_done = plan, book, on_done
         self._losses_in_vain = 0
         self._actor: Any = None
+        self._fed = threading.Event()
         self.is_placed = False
         self.is_ready = False
         threading.Thread(target=self._run, name="replica link", daemon=True).start()
@@ -99,13 +100,14 @@ class ReplicaLink:
             if lease.rows:
                 # Not waited for: if it is lost with the actor, `_collect` hears of that.
                 actor.feed.remote(lease.rows)
+                self._fed.set()
 
     def _collect(self, number: int) -> None:
         patience = self._plan.hang_timeout_s
         while True:
             try:
                 collected: Collected = ray.get(
-                    self._actor.collect.remote(_POLL_SECONDS), timeout=patience + _POLL_SECONDS
+                    self._actor.collect.remote(self._wait_for_rows(number)), timeout=patience + _POLL_SECONDS
                 )
             except GetTimeoutError:
                 self._note_loss(number, f"its process gave no sign of life for {patience:g} s", blame=ENGINE_DIED)
@@ -124,6 +126,15 @@ class ReplicaLink:
                 silence = f"the engine hangs: no step ended for {collected.seconds_silent:.0f} s"
                 self._note_loss(number, silence, blame=ENGINE_DIED)
                 return
+
+    def _wait_for_rows(self, number: int) -> float:
+        """Hold back while the replica has no rows; returns how long it may wait for some to finish."""
+        self._fed.clear()
+        # Ray ends the dispatcher when its calls have returned, or five seconds later: if one to a replica with nothing
+        # to do were always under way, the next job would wait so long for this one's GPUs.
+        if self._book.holds(number) or self._fed.wait(_POLL_SECONDS):
+            return _POLL_SECONDS
+        return 0.0
 
     def _note_loss(self, number: int, cause: str, blame: int) -> None:
         self.is_placed = self.is_ready = False

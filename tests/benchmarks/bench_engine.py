@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import itertools
 import json
 import platform
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.garbage_pause import GarbagePause
 from raydata_llm.engine.request import Request
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.upload import upload
@@ -100,7 +100,6 @@ class Bench:
         self.ends = ForcedEnds(self.engine, SHAPES[model]["eos_token_id"])
         self.generate(_warm_up(model), forced=False)
         self.started_s = time.perf_counter() - began
-        gc.freeze()
 
     def generate(self, work: Work, *, forced: bool) -> list[list[int]]:
         """Run the work; with `forced`, rows may write EOS_MAX_TOKENS and end by EOS at their lengths."""
@@ -108,16 +107,20 @@ class Bench:
         self.ends.set([max_tokens for _, max_tokens in work] if forced else [])
         tokens: dict[int, list[int]] = {}
         rows = iter(enumerate(work))
-        while True:
-            # As `LLM.generate` feeds it: the engine works on the first rows while the others are taken in.
-            for index, (prompt, max_tokens) in itertools.islice(rows, engine.num_wanted()):
-                params = self._params(EOS_MAX_TOKENS if forced else max_tokens, ignore_eos=not forced)
-                engine.add_request(
-                    Request(request_id=str(index), prompt_token_ids=prompt, sampling_params=params, key=index)
-                )
-            if not engine.has_unfinished():
-                return [tokens[index] for index in range(len(work))]
-            tokens |= {int(output.request_id): output.outputs[0].token_ids for output in engine.step()}
+        with GarbagePause() as garbage:
+            while len(tokens) < len(work):
+                self._feed(rows, forced=forced)
+                tokens |= {int(output.request_id): output.outputs[0].token_ids for output in engine.step()}
+                garbage.collect_if_due()
+        return [tokens[index] for index in range(len(work))]
+
+    def _feed(self, rows: Iterator[tuple[int, tuple[list[int], int]]], *, forced: bool) -> None:
+        # As `LLM.generate` does: the engine works on the first rows while the others are taken in.
+        for index, (prompt, max_tokens) in itertools.islice(rows, self.engine.num_wanted()):
+            params = self._params(EOS_MAX_TOKENS if forced else max_tokens, ignore_eos=not forced)
+            self.engine.add_request(
+                Request(request_id=str(index), prompt_token_ids=prompt, sampling_params=params, key=index)
+            )
 
     @functools.cache  # noqa: B019 - there is one bench a process
     def _params(self, max_tokens: int, *, ignore_eos: bool) -> SamplingParams:

@@ -4,8 +4,10 @@
 
 Dummy weights, 1024 rows of 64 tokens in and 512 out, EOS ignored, so that all cases do the same steps; every run's
 output counts are asserted. The case `none` runs first and again last, in the same process, and shares are of the faster
-of the two; `lora-none` is an engine made for adapters whose rows have none. The schema is one that cannot be satisfied
-within the output, over a real vocabulary cut to the model's size, and the tokens drawn are checked against it.
+of the two; `lora-none` is an engine made for adapters whose rows have none. The schemas are such that cannot be
+satisfied within the output, over a real vocabulary cut to the model's size, and the outputs' beginnings are checked:
+`json` has a string of any length, as most do, and `json-bounded` one of at most 40 characters, over which llguidance
+takes many times as long.
 `prompt-logprobs` runs when it is asked for: four prompts of 32,768 tokens, one token out, beside the same without.
 """
 
@@ -35,27 +37,29 @@ from raydata_llm.engine.sampling_params import SamplingParams
 from tests.benchmarks.workloads import SHAPES, Work, decode, write_shape
 
 NUM_ADAPTERS, LORA_RANK = 16, 16
-_SCHEMA = {
-    "type": "array",
-    "minItems": 400,
-    "items": {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "minLength": 1, "maxLength": 40},
-            "kind": {"enum": ["person", "place", "thing"]},
-            "count": {"type": "integer", "minimum": 0, "maximum": 9999},
-        },
-        "required": ["name", "kind", "count"],
-        "additionalProperties": False,
-    },
-}
+
+
+def _records(name: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a list of records, whose names are as given."""
+    properties = {
+        "name": name,
+        "kind": {"enum": ["person", "place", "thing"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9999},
+    }
+    item = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    return {"type": "array", "minItems": 400, "items": item}
+
+
+_PLAIN_SCHEMA = _records({"type": "string"})
+_SCHEMA = _records({"type": "string", "minLength": 1, "maxLength": 40})
 # Case: what each row asks for besides a greedy draw.
 CASES: dict[str, dict[str, Any]] = {
     "none": {},
     "sampled": {"temperature": 0.8, "top_p": 0.95, "top_k": 50},
     "logprobs": {"logprobs": 5},
     "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.1},
-    "json": {"structured_outputs": {"json": _SCHEMA}},
+    "json": {"structured_outputs": {"json": _PLAIN_SCHEMA}},
+    "json-bounded": {"structured_outputs": {"json": _SCHEMA}},
     "lora-none": {},
     "lora": {},
     "prompt-none": {},
@@ -108,7 +112,7 @@ class Rows:
                 assert case != "prompt-logprobs" or len(output.prompt_logprobs or ()) == len(work[row][0])
         wall = time.perf_counter() - began
         assert [len(outputs[row]) for row in range(len(work))] == [min(most, asked) for _, asked in work]
-        if case == "json":
+        if case.startswith("json"):
             for token_ids in outputs.values():
                 assert str(self.tokenizer.decode(token_ids)).lstrip().startswith("["), "the schema was not followed"
         return wall
@@ -124,7 +128,7 @@ def measure(model: str, cases: list[str], runs: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = write_shape(model, Path(folder))
         sizes = SHAPES[model]["vocab_size"], SHAPES[model]["eos_token_id"]
-        rows = Rows(model, path, {}, real_tokenizer(*sizes) if "json" in cases else None)
+        rows = Rows(model, path, {}, real_tokenizer(*sizes) if {"json", "json-bounded"} & {*cases} else None)
         for case in order:
             wall = rows.time(case, runs, [])
             walls[case] = min(wall, walls.get(case, wall))
@@ -204,7 +208,7 @@ def real_tokenizer(vocab_size: int, eos_token_id: int) -> Any:
 
     spec = importlib.util.find_spec("mistral_common")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("the case json needs a real vocabulary: pip install --no-deps mistral-common")
+        raise FileNotFoundError("the cases of JSON need a real vocabulary: pip install --no-deps mistral-common")
     content = json.loads((Path(spec.submodule_search_locations[0]) / "data" / "tekken_240911.json").read_text())
     words = [base64.b64decode(entry["token_bytes"]) for entry in content["vocab"][: vocab_size - 1]]
     ranks = {word: rank for rank, word in enumerate(words)}
@@ -243,7 +247,7 @@ def main() -> int:
     args = parser.parse_args()
     results = measure(args.model, args.case, args.runs)
     for line in results:
-        print(f"{line['case']:>10} {line['wall_s']:8.3f} s {line['over_none']:6.3f} of none")
+        print(f"{line['case']:>15} {line['wall_s']:8.3f} s {line['over_none']:6.3f} of none")
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,3 +297,36 @@ def test_memory_that_queued_work_still_reads_is_not_written_to(tmp_path: Path, m
     with safe_open(path, framework="pt") as file:
         for name, tensor in kept.items():
             assert raw(tensor) == raw(file.get_tensor(name)), name
+
+
+def test_engines_that_load_beside_each_other_read_the_disk_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_reader, "PIECE_BYTES", 1 << 20)
+    path = write(tmp_path / "a.safetensors", {f"weight.{number}": (1024, 1024) for number in range(24)})
+
+    def bytes_read(engines: int, *, direct: bool) -> int:
+        """What the disk is asked for, by engines that begin together; the file is dropped from memory first."""
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+        begin = threading.Barrier(engines)
+
+        def load() -> None:
+            begin.wait()
+            for _ in read([path], direct=direct):
+                pass
+
+        threads = [threading.Thread(target=load) for _ in range(engines)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - before) * 512
+
+    size = path.stat().st_size
+    if bytes_read(1, direct=False) < 0.9 * size:
+        pytest.skip("the file cannot be dropped from memory, or the system does not count what is read")
+    assert 0.9 * size < bytes_read(2, direct=False) < 1.3 * size
+    assert bytes_read(2, direct=True) > 1.9 * size, "this test would see it"

@@ -239,6 +239,7 @@ def test_sampling(dtype: torch.dtype, compiler: Compiler) -> None:
     launch_logprob_records(logits, whole, 5)
     launch_logprob_records(logits, whole, 5, whole)
     launch_apply_bitmask(logits, torch.zeros((2, vocab // 32), dtype=torch.int32), whole)
+    launch_apply_bitmask(logits[:, :50257], torch.zeros((2, 1571), dtype=torch.int32), whole)
     launch_draw(logits, number, whole, whole, cut)
     launch_truncate(logits, whole, number, number)
     in_prompt, counts = torch.zeros((2, vocab), dtype=torch.bool), torch.zeros((2, vocab), dtype=torch.int32)

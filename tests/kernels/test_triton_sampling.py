@@ -359,22 +359,27 @@ def test_many_of_the_likeliest_are_those_of_few(triton_device: torch.device) -> 
     assert many.words[:, HEAD::2].sort(dim=1).values.tolist() == [list(range(300))] * ROWS
 
 
-@pytest.mark.parametrize("vocab", [VOCAB, 4096, 31], ids=str)
-def test_bitmask(vocab: int, triton_dtype: torch.dtype, triton_device: torch.device) -> None:
+@pytest.mark.parametrize("padding", [0, 5, 64], ids="{} apart".format)
+@pytest.mark.parametrize("vocab", [VOCAB, 4096, 16424, 31], ids=str)
+def test_bitmask(vocab: int, padding: int, triton_dtype: torch.dtype, triton_device: torch.device) -> None:
     from raydata_llm.kernels.bitmask_triton import launch_apply_bitmask
 
-    logits = logits_of(22, vocab=vocab).to(triton_dtype)
+    # Rows further apart than they are long: what is between them stays.
+    whole = logits_of(22, vocab=vocab + padding).to(triton_dtype)
     # Fewer words than the vocabulary is long, where it has more than one.
     num_words = max(1, vocab // 32 - 1)
-    words = torch.randint(-(2**31), 2**31, (3, num_words), generator=torch.Generator().manual_seed(1)).int()
+    words = torch.randint(-(2**31), 2**31, (4, num_words), generator=torch.Generator().manual_seed(1)).int()
+    words[0, ::3] = -1
+    words[0, 1::3] = 0
     words[1] = -1
     words[2] = 0
-    rows = torch.tensor([4, 0, 2])
-    expected = logits.clone()
+    rows = torch.tensor([4, 0, 2, 3])
+    expected = whole.clone()
     for mask, row in zip(words.tolist(), rows.tolist(), strict=True):
         for token in range(vocab):
             if token >= 32 * num_words or not mask[token // 32] >> (token % 32) & 1:
                 expected[row, token] = float("-inf")
-    assert torch.equal(apply_bitmask_ref_(logits.clone(), words, rows), expected)
-    found = launch_apply_bitmask(logits.to(triton_device), words.to(triton_device), rows.to(triton_device))
+    assert torch.equal(apply_bitmask_ref_(whole[:, :vocab].clone(), words, rows), expected[:, :vocab])
+    found = whole.to(triton_device)
+    launch_apply_bitmask(found[:, :vocab], words.to(triton_device), rows.to(triton_device))
     assert torch.equal(found.cpu(), expected)

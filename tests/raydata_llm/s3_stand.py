@@ -29,6 +29,7 @@ class S3Stand:
     def __init__(self) -> None:
         self.fault: Fault = lambda method, path: None
         self.faults = 0
+        self.ranges: list[tuple[str, str]] = []
         app = DomainDispatcherApplication(create_backend_app)
         handler = type("Handler", (_Handler,), {"stand": self})
         self._server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=handler)
@@ -61,6 +62,11 @@ class S3Stand:
         found = self.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
         return [entry["Key"] for entry in found]
 
+    def bytes_read(self, key: str) -> int:
+        """Bytes of an object that were asked for by range, as pyarrow reads."""
+        ranges = [asked.removeprefix("bytes=").split("-") for path, asked in self.ranges if path.endswith(f"/{key}")]
+        return sum(int(last) - int(first) + 1 for first, last in ranges)
+
     def uploads(self) -> list[str]:
         """The keys of unfinished uploads."""
         return [upload["Key"] for upload in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
@@ -75,6 +81,8 @@ class _Handler(WSGIRequestHandler):
     stand: S3Stand
 
     def run_wsgi(self) -> None:
+        if self.command == "GET" and "Range" in self.headers:
+            self.stand.ranges.append((self.path.partition("?")[0], self.headers["Range"]))
         fault = self.stand.fault(self.command, self.path)
         if fault is None:
             super().run_wsgi()

@@ -191,12 +191,25 @@ def test_a_failure_reaches_every_waiting_caller_and_later_ones() -> None:
         book.put(cells(1), [1])
 
 
+def test_a_block_that_nobody_waits_for_is_forgotten_wherever_its_rows_are() -> None:
+    book = joined(0, num_slots=8, limit=4)
+    block, other = book.put(cells(6), [1] * 6, [5] * 6), book.put(cells(2, first=10), [1] * 2)
+    held = [row for _ in range(4) for row in taken(book, 0)]
+    assert len(held) == 4 and book.num_waiting == 4 and book.holds(0)
+    book.withdraw(block)
+    assert (book.num_waiting, book.num_leased, book.holds(0)) == (2, 0, False)
+    assert book.give(0, answers(held)) == [], "what comes in later does not count"
+    assert [row for _ in range(2) for _, row in taken(book, 0)] == cells(2, first=10)
+    book.withdraw(other)
+    assert book.lose(0, ENGINE_DIED, "gone").num_rows == 0
+
+
 def draw(choice: Any) -> tuple[list[int], list[int]]:
     return [choice([1, 50]) for _ in range(5)], [choice([0, 1, 2, 3]) for _ in range(5)]
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.sampled_from(["put", "take", "give", "lose", "die", "join"]), max_size=60), st.randoms())
+@given(st.lists(st.sampled_from(["put", "take", "give", "lose", "die", "join", "withdraw"]), max_size=60), st.randoms())
 def test_whatever_happens_every_row_is_done_once(events: list[str], random: object) -> None:
     choice = random.choice  # type: ignore[attr-defined]
     book, live, blocks, count = LeaseBook(), [], [], 0
@@ -211,6 +224,12 @@ def test_whatever_happens_every_row_is_done_once(events: list[str], random: obje
             live.append(number)
             held[number] = []
             number += 1
+        elif event == "withdraw":
+            if blocks:
+                first, block = blocks.pop(choice(range(len(blocks))))
+                book.withdraw(block)
+                gone = cells(5, first)
+                held = {one: [row for row in rows if row[1] not in gone] for one, rows in held.items()}
         elif live:
             replica = choice(live)
             if event == "take":

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from raydata_llm import LLM, BeamSearchOutput, BeamSearchParams, LoRARequest, SamplingParams, StructuredOutputsParams
 from raydata_llm.engine.beam_search import BeamSearch
 from raydata_llm.engine.engine import Engine
-from raydata_llm.engine.grammar import GrammarCompiler, fill_grammars
+from raydata_llm.engine.grammar import GrammarCompiler
 from tests.engine.lora_adapters import adapter_pairs, save_adapter
 from tests.engine.tiny_pooling import save_pooling_model
 from tests.raydata_llm.tiny_tokenizer import save_pair_tokenizer, save_tokenizer
@@ -122,7 +122,7 @@ def test_beams_of_a_form_are_those_of_transformers_with_the_same_tokens_allowed(
             guide = make_guide()
             assert guide.matcher.try_consume_tokens(written) == len(written)
             words = np.zeros((1, 11), dtype=np.int32)
-            fill_grammars([(0, guide)], words)
+            guide.fill(words, 0)
             return [
                 int(bit) for bit in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")) if bit < 331
             ]

@@ -9,19 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from moto.server import ThreadedMotoServer
 from ray.exceptions import UserCodeException
 
 from raydata_llm import RequestStateStats, build_llm_processor, vLLMEngineProcessorConfig
 from tests.raydata_llm.processor_fakes import ray_session
+from tests.raydata_llm.s3_stand import BUCKET, S3Stand, s3_stand
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
-BUCKET = "a-bucket"
 NUM_ROWS = 48
 BAD = {
     5: ("missing column", "KeyError: 'question' (preprocess)"),
@@ -32,24 +30,15 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of an S3 server in this process, which Ray's workers know from their environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "RAYDATA_LLM_CACHE": str(tmp_path_factory.mktemp("cache")),
-    }
-    with ray_session(**environment):
-        client = boto3.client("s3")
-        client.create_bucket(Bucket=BUCKET)
-        yield client
-    server.stop()
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Stand]:
+    """An S3 server in this process, which Ray's workers know from their environment."""
+    with s3_stand() as stand, ray_session(RAYDATA_LLM_CACHE=str(tmp_path_factory.mktemp("cache"))):
+        yield stand
+
+
+@pytest.fixture(scope="module")
+def s3(stand: S3Stand) -> Any:
+    return stand.client
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +94,7 @@ def get_tables(client: Any, prefix: str) -> list[pa.Table]:
     return [pq.read_table(io.BytesIO(body)) for body in bodies]
 
 
-def test_rows_go_from_s3_to_s3_through_two_replicas(s3: Any, model_folder: Path) -> None:
+def test_rows_go_from_s3_to_s3_through_two_replicas(stand: S3Stand, s3: Any, model_folder: Path) -> None:
     put_folder(s3, model_folder, "model")
     put_table(s3, questions(), "questions/part-0.parquet")
     config = vLLMEngineProcessorConfig(
@@ -133,6 +122,9 @@ def test_rows_go_from_s3_to_s3_through_two_replicas(s3: Any, model_folder: Path)
             assert row["metrics"]["scheduled_ts"] < row["metrics"]["first_token_ts"]
             assert 1 <= len(row["tokens"]) <= (4 if row["id"] % 2 else 2)
             assert ('"top_k": 5' in row["params"]) == (row["id"] % 2 == 0)
+    size = (model_folder / "model.safetensors").stat().st_size
+    read = stand.bytes_read("model/model.safetensors")
+    assert size <= read < 1.1 * size, "both replicas' weights, and the headers that the driver looked at"
 
 
 def ask_for_form(row: dict[str, Any]) -> dict[str, Any]:
