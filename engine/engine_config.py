@@ -65,6 +65,8 @@ class EngineConfig:
         runner: "generate", "pooling" (embeddings, classes, scores), or "auto": what the model's files are made for.
         convert: "embed" leaves a classifier's head out, "classify" asks for one; "auto" takes what the config names.
         pooler_config: How a pooling model pools, such as {"pooling_type": "MEAN"}; None: as its files say.
+        logprobs_mode: Of outputs: "raw_logprobs" are the model's own, "processed_logprobs" those that tokens are drawn
+            by, after penalties, bans, temperature and cuts.
         reasoning_config: `reasoning_start_str` and `reasoning_end_str`, between which a model thinks, for
             `thinking_token_budget`; what is left out is "<think>" and "</think>".
         enable_prompt_embeds: Take prompts as embeddings, [tokens, hidden_size], instead of token ids.
@@ -108,6 +110,7 @@ class EngineConfig:
     disable_custom_all_reduce: bool = False
     batch_invariant: bool = False
     enable_prompt_embeds: bool = False
+    logprobs_mode: str = "raw_logprobs"
     reasoning_config: Mapping[str, str] = field(default_factory=dict)
     logits_processors: Sequence[str | type[Any]] = ()
     tensor_parallel_size: int = 1
@@ -128,6 +131,7 @@ class EngineConfig:
         _check_choice("load_format", self.load_format, ("auto", "safetensors", "pt", "gguf", "dummy"))
         _check_choice("generation_config", self.generation_config, ("auto", "vllm"))
         _check_choice("runner", self.runner, ("auto", "generate", "pooling"))
+        _check_choice("logprobs_mode", self.logprobs_mode, ("raw_logprobs", "processed_logprobs"))
         _check_choice("convert", self.convert, ("auto", "none", "embed", "classify"))
         object.__setattr__(self, "pooler_config", PoolerConfig.from_mapping(self.pooler_config))
         _check_device(self.device)

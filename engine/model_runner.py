@@ -73,6 +73,7 @@ class ModelRunner:
         num_penalty_rows: Rows with penalties at once at most.
         use_graphs: Replay pure decode steps from CUDA graphs.
         share_prefixes: Whether decode rows may come in groups.
+        processed_logprobs: As the sampler's.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class ModelRunner:
         num_penalty_rows: int,
         use_graphs: bool,
         share_prefixes: bool,
+        processed_logprobs: bool,
     ) -> None:
         self._decoder = decoder
         self._parallel = decoder.parallel
@@ -101,6 +103,7 @@ class ModelRunner:
             decoder.dtype,
             self._device,
             batch_invariant=decoder.batch_invariant,
+            processed_logprobs=processed_logprobs,
         )
         self._sampler: Sampler | VocabParallelSampler = sampler
         if self._place.tp_size > 1:

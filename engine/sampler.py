@@ -23,7 +23,7 @@ from raydata_llm.engine.sequence import IntArray, Sequence
 from raydata_llm.engine.upload import UploadBeside, upload
 from raydata_llm.kernels.bitmask import apply_bitmask_
 from raydata_llm.kernels.logprobs import logprob_records
-from raydata_llm.kernels.sampling import greedy, penalise_, sample
+from raydata_llm.kernels.sampling import greedy, penalise_, sample, truncate
 
 Rows = npt.NDArray[np.int64]
 
@@ -52,6 +52,7 @@ class Sampler:
         dtype: Of the logits.
         num_penalty_rows: Size of the pool of token counts; the scheduler runs no more rows with penalties.
         batch_invariant: Take the same kernels for a row whatever the other rows ask for.
+        processed_logprobs: Take log-probabilities from what a row is drawn from, not from the model's own logits.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Sampler:
         device: torch.device,
         *,
         batch_invariant: bool = False,
+        processed_logprobs: bool = False,
     ) -> None:
-        self._batch_invariant = batch_invariant
+        self._batch_invariant, self._processed_logprobs = batch_invariant, processed_logprobs
         self._dtype = dtype
         self._device = device
         self._vocab_size = vocab_size
@@ -133,7 +135,8 @@ class Sampler:
             bitmask: What guided rows may draw.
 
         Returns:
-            The tokens, [N] int64, and what rows with `logprobs` asked for, taken from the logits as they came.
+            The tokens, [N] int64, and what rows with `logprobs` asked for, taken from the logits as they came, or,
+            with `processed_logprobs`, as they were drawn from.
         """
         # First of all, while the device still runs the forward pass: 16 MB for 1,024 rows of 128,256 tokens.
         words = None if bitmask is None else self._upload_beside(bitmask.words)
@@ -145,7 +148,8 @@ class Sampler:
         # What a neighbour needs in float32 no row of a batch-invariant step has in another dtype.
         if self._batch_invariant or is_adjusted or is_penalised or has_processors:
             logits = logits.float()
-        if len(logprob_rows) and logits is raw and (is_adjusted or is_penalised or bitmask is not None):
+        is_changed = is_adjusted or is_penalised or bitmask is not None
+        if len(logprob_rows) and logits is raw and is_changed and not self._processed_logprobs:
             # The rest changes it in place.
             raw, raw_rows = logits.clone() if raw_rows is None else logits[raw_rows], None
         self._adjust_(logits, slots, batch.sample_positions)
@@ -154,6 +158,8 @@ class Sampler:
             for row, process in bitmask.processors:
                 logits[row] = process(logits[row])
             apply_bitmask_(logits, words, self._index(bitmask.rows))
+        if len(logprob_rows) and self._processed_logprobs:
+            raw, raw_rows = self._processed(logits, logprob_rows, slots, slots_on_device), None
         tokens = self._draw(logits, slots, slots_on_device, positions)
         self._penalties.count(slots, tokens)
         if not len(logprob_rows):
@@ -175,6 +181,23 @@ class Sampler:
         apply_bitmask_(logits, self._upload_beside(words), torch.arange(num_rows, device=self._device))
         for any_truncated in (False, True):
             self._sample(logits, slots, slots, any_truncated=any_truncated)
+        if self._processed_logprobs:
+            whole = logits.float()
+            logprob_records(whole, slots.long(), 1, None)
+            truncate(whole, self._top_k[slots], self._top_p[slots], self._min_p[slots])
+
+    def _processed(self, logits: torch.Tensor, rows: Rows, slots: IntArray, of: torch.Tensor) -> torch.Tensor:
+        """What these rows are drawn from, float32: at their temperature, without the tokens that are cut away."""
+        index = self._index(rows)
+        of = of[index].long()
+        is_random = self._temperature[of] > 0
+        scaled = logits[index].float() / torch.where(is_random, self._temperature[of], 1.0)[:, None]
+        if not self._truncated[slots[rows]].any():
+            return scaled
+        # A greedy row's cuts are not heeded.
+        top_k = torch.where(is_random, self._top_k[of], 0)
+        top_p, min_p = torch.where(is_random, self._top_p[of], 1.0), torch.where(is_random, self._min_p[of], 0.0)
+        return truncate(scaled, top_k, top_p, min_p)
 
     def _draw(self, logits: torch.Tensor, slots: IntArray, of: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not self._random[slots].any():

@@ -108,6 +108,7 @@ class Worker:
             num_penalty_rows=min(sizes.max_num_seqs, MOST_PENALTY_SEQS),
             use_graphs=self.device.type == "cuda" and not self._config.enforce_eager,
             share_prefixes=self._config.shares_prefixes,
+            processed_logprobs=self._config.logprobs_mode == "processed_logprobs",
         )
         announce("warming up")
         with explained("capturing CUDA graphs", "set enforce_eager=True, or lower gpu_memory_utilization"):

@@ -249,8 +249,9 @@ def _plain_message(index: int, message: dict[str, Any], *, in_parts: bool) -> di
         message["content"] = [{"type": "text", "text": text} for text in texts] if in_parts else "\n".join(texts)
     if isinstance(message.get("tool_calls"), list):
         calls = [_with_read_arguments(index, _without_none(call)) for call in message.pop("tool_calls")]
-        # Templates ask whether there are calls by whether the key is there.
+        # Templates ask whether there are calls by whether the key is there, and write the content, if it is null too.
         message |= {"tool_calls": calls} if calls else {}
+        message.setdefault("content", [] if in_parts else "")
     return message
 
 

@@ -100,7 +100,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "hf_config_path": (None,),
     "hf_token": (None, False, True),
     "io_processor_plugin": (None,),
-    "logprobs_mode": (None, "raw_logprobs"),
     "lora_modules": (None, []),
     "qlora_adapter_name_or_path": (None,),
     "quantization": (None,),

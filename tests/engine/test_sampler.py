@@ -164,6 +164,52 @@ def test_probabilities_are_transformers(case: str, monkeypatch: pytest.MonkeyPat
         assert changes == (case not in ("top_k of more than there are", "min_tokens that are"))
 
 
+def logprobs_of(params: list[SamplingParams], logits: torch.Tensor, bitmask: Bitmask | None = None) -> torch.Tensor:
+    """[M, V] that a sampler of `processed_logprobs` gives the rows that ask for all."""
+    sampler = Sampler(len(params), VOCAB, 8, torch.float32, torch.device("cpu"), processed_logprobs=True)
+    sampler.admit([(slot, sequence_of(one, key=slot)) for slot, one in enumerate(params)])
+    slots = np.arange(len(params), dtype=np.int32)
+    positions = np.full(len(params), len(PROMPT + OUTPUT))
+    batch: Any = SimpleNamespace(sample_slots=slots, sample_positions=positions)
+    there = torch.from_numpy(slots)
+    tokens, found = sampler.sample(logits.clone(), batch, there, torch.from_numpy(positions), bitmask)
+    assert found is not None
+    # A drawn token is one that was left.
+    own = found.values.records[:, 0].contiguous().view(torch.float32)
+    assert torch.isfinite(own).all()
+    by_token = torch.empty(len(own), VOCAB).scatter_(1, found.values.top_ids.long(), found.values.top_logprobs)
+    assert torch.equal(by_token.gather(1, tokens[torch.from_numpy(found.rows)][:, None])[:, 0], own)
+    return by_token
+
+
+def test_processed_logprobs_are_those_of_transformers_probabilities() -> None:
+    # Every other row asks for nothing, and rows of all kinds share the batch.
+    params: list[SamplingParams] = []
+    for case in CASES:
+        params += [SamplingParams(**CASES[case][0], logprobs=-1), SamplingParams(temperature=0.0)]
+    logits = logits_of(3, len(params))
+    found = logprobs_of(params, logits)
+    for row, case in enumerate(CASES):
+        assert_same(found[row].exp(), transformers_probabilities(CASES[case][1], logits[2 * row : 2 * row + 1])[0])
+
+
+def test_processed_logprobs_of_a_greedy_row_heed_no_temperature_and_no_cut() -> None:
+    params = [
+        SamplingParams(temperature=0.0, top_k=3, top_p=0.1, repetition_penalty=1.3, logprobs=-1),
+        SamplingParams(temperature=0.5, top_k=3, logprobs=-1),
+    ]
+    logits = logits_of(4, 2)
+    greedy, drawn = logprobs_of(params, logits)
+    assert_same(greedy.exp(), transformers_probabilities([HF.RepetitionPenaltyLogitsProcessor(1.3)], logits[:1])[0])
+    assert int(drawn.isfinite().sum()) == 3
+
+
+def test_processed_logprobs_leave_out_what_a_mask_forbids() -> None:
+    logits = logits_of(5)
+    [found] = logprobs_of([SamplingParams(logprobs=-1)], logits, bitmask_of([[44], [250, 60]]))
+    assert found.isinf().nonzero()[:, 0].tolist() == [44, 60]
+
+
 def test_bad_words_mask_what_transformers_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [[44], [9, 250, 8], [250, 60], [9, 70], [9, 9, 250, 31]]
     logits = logits_of(1)

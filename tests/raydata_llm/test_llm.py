@@ -227,6 +227,19 @@ def test_a_wrong_override_of_the_generation_config_is_named(wrong: Any, model_fo
         LLM(str(model_folder), override_generation_config=wrong, **SETTINGS)
 
 
+def test_processed_logprobs_are_a_setting(model_folder: Path) -> None:
+    asked = SamplingParams(temperature=0.5, top_k=1, logprobs=1, prompt_logprobs=0, max_tokens=3, ignore_eos=True)
+    with LLM(str(model_folder), logprobs_mode="processed_logprobs", **SETTINGS) as llm:
+        output = llm.generate("hello", asked, use_tqdm=False)[0]
+        [raw] = llm.beam_search("hello", {"beam_width": 1, "max_tokens": 1})
+    assert output.outputs[0].cumulative_logprob == pytest.approx(0.0, abs=1e-6), "one token is left to each draw"
+    assert raw.sequences[0].cum_logprob < -0.1, "beams are ranked by the model's own"
+    assert output.prompt_logprobs is not None and output.prompt_logprobs[1] is not None
+    assert next(iter(output.prompt_logprobs[1].values())).logprob < -0.1, "a prompt is not drawn"
+    with pytest.raises(ValueError, match="logprobs_mode='raw_logits' is not valid: choose one of raw_logprobs"):
+        LLM(str(model_folder), logprobs_mode="raw_logits", **SETTINGS)
+
+
 def test_noise_depends_on_seed_prompt_and_occurrence_only(model_folder: Path) -> None:
     params = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True)
     with LLM(str(model_folder), **SETTINGS) as llm:

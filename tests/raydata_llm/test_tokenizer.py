@@ -322,6 +322,11 @@ def test_arguments_of_a_tool_call_are_read_from_their_text(tokenizer: Any) -> No
     read, empty, _ = text.split(";")
     assert [call["function"]["arguments"] for call in json.loads(read)] == [{"city": "Köln"}, {"city": "Köln"}, {}]
     assert empty == "none"
+    null = [{"role": "assistant", "content": None, "tool_calls": calls}]
+    written = render_chat(
+        tokenizer, null, chat_template="[{{ messages[0].content + 'x' }}]", continue_final_message=False
+    )
+    assert written == "[x]"
     assert calls[0]["function"] == {"name": "f", "arguments": '{"city": "K\u00f6ln"}'}, "the caller's own is left alone"
     bad = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{city"}}]}]
     with pytest.raises(ValueError, match=r"messages\[0\]\['tool_calls'\] has arguments='{city'.*give a dict"):
