@@ -1,7 +1,7 @@
 """One replica: requests in, request outputs out, token ids on both sides.
 
-Owns the loop: schedule, launch, and read the oldest step once enough are in flight; and the assembly of a request's n
-outputs. Knows no rows, no prompt text and no Ray.
+Owns the loop: schedule, launch, and read the oldest step once enough are in flight. Knows no rows, no prompt text and
+no Ray.
 
 One thread drives an engine; `engine_thread.EngineThread` serves many callers.
 """
@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-from raydata_llm.engine.adapter_slots import load_adapter
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.beam_params import BeamRequest, BeamSearchParams
 from raydata_llm.engine.beam_search import BeamSearch
@@ -24,6 +20,7 @@ from raydata_llm.engine.detokenizer import Tokenizer
 from raydata_llm.engine.device import choose_device
 from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.engine_stats import EngineStats
 from raydata_llm.engine.guides import Bitmask, Guides
 from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.local_ranks import LocalRanks
@@ -33,11 +30,12 @@ from raydata_llm.engine.model_runner import LaunchedStep
 from raydata_llm.engine.output_watch import watch_of
 from raydata_llm.engine.parallel import alone
 from raydata_llm.engine.position_logprobs import PositionLogprobs
-from raydata_llm.engine.prompt_embeds import block_keys, check_embeds
-from raydata_llm.engine.prompt_scores import PromptScores, ids_of_each_row
+from raydata_llm.engine.prompt_embeds import block_keys
+from raydata_llm.engine.prompt_scores import PromptScores
 from raydata_llm.engine.rank_gang import RankGang, RemoteStep
 from raydata_llm.engine.rank_launcher import LauncherFactory
-from raydata_llm.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenArray, token_array
+from raydata_llm.engine.request import Request, RequestOutput, TokenArray
+from raydata_llm.engine.request_check import RequestCheck
 from raydata_llm.engine.request_stats import RequestStateStats
 from raydata_llm.engine.row_target import RowTarget
 from raydata_llm.engine.sampler import SampledLogprobs
@@ -46,6 +44,7 @@ from raydata_llm.engine.scheduler import Scheduler
 from raydata_llm.engine.scheduler_limits import SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, Sequence
 from raydata_llm.engine.shard import check_split
+from raydata_llm.engine.unfinished_request import UnfinishedRequest
 from raydata_llm.engine.worker import MOST_PENALTY_SEQS, Worker
 
 # Requests that wait are enough to choose from; while fewer do, the next ones are worth the device's wait.
@@ -55,37 +54,6 @@ _FIRST_WANTED = 32
 # Tokens that a device computes while the host takes in a request (30 to 60 us, of some thousand tokens).
 _TOKENS_PER_REQUEST = 64
 _STEP_REMEDY = "lower gpu_memory_utilization, or max_num_batched_tokens and max_num_seqs"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """Counts since the engine started, and its state now.
-
-    Args:
-        num_running, num_waiting: Sequences.
-        kv_usage: Share of the KV blocks that sequences hold.
-        num_prompt_tokens: Of finished requests.
-        num_output_tokens: Of finished requests.
-        num_steps, num_preemptions: Since the start.
-        num_decode_rows: Rows that decoded, summed over steps: by num_steps, the mean decode batch.
-        num_computed_tokens: Of all steps, prompts and recomputation included.
-        num_sampled_tokens: Of all steps, those of unfinished requests included.
-        idle_seconds: Without a step in flight, see `idle_clock`.
-        starved_seconds: Of these, without a request either.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_steps: int
-    num_preemptions: int
-    num_decode_rows: int
-    num_computed_tokens: int
-    num_sampled_tokens: int
-    idle_seconds: float
-    starved_seconds: float
 
 
 class Engine:
@@ -145,7 +113,8 @@ class Engine:
         self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep | RemoteStep]] = deque()
         # Ended, and not yet in their requests' results: these are made while the device has a step to run.
         self._ended: list[FinishedSequence] = []
-        self._unfinished: dict[str, _UnfinishedRequest] = {}
+        self._unfinished: dict[str, UnfinishedRequest] = {}
+        self._checks = RequestCheck(config, self.model_config, self.max_model_len, has_tokenizer=tokenizer is not None)
         self._beams: BeamSearch | None = None
         self._next_seq_id = 0
         self._num_prompt_tokens = self._num_output_tokens = self._num_steps = self._num_decode_rows = 0
@@ -168,14 +137,28 @@ class Engine:
             raise ValueError(f"request_id={request.request_id!r} is in use by an unfinished request")
         prompt = self.check_request(request)
         params = request.sampling_params
+        sequences = self._sequences_of(request, prompt)
+        if not self._unfinished:
+            self._idle_clock.work_arrived()
+        stats = RequestStateStats.queued(request.arrival_time)
+        self._unfinished[request.request_id] = UnfinishedRequest(request, prompt, [None] * params.n, stats)
+        if params.structured_outputs is not None:
+            self._guides.hold(sequences)
+            return
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def _sequences_of(self, request: Request, prompt: TokenArray) -> list[Sequence]:
+        """A request's n sequences, with what follows each of them."""
+        params = request.sampling_params
         room = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         eos = () if params.ignore_eos else self._eos_token_ids
-        sequences = []
         embeds, token_bytes = request.prompt_embeds, None
         if embeds is not None:
             embeds = embeds[-len(prompt) :]
             if self.config.enable_prefix_caching:  # once for all n
                 token_bytes = block_keys(embeds, prompt[:0], self._scheduler.limits.block_size)
+        sequences = []
         for index in range(params.n):
             sequence = Sequence(
                 seq_id=self._next_seq_id,
@@ -194,15 +177,7 @@ class Engine:
             self._guides.attach(sequence)
             self._next_seq_id += 1
             sequences.append(sequence)
-        if not self._unfinished:
-            self._idle_clock.work_arrived()
-        stats = RequestStateStats.queued(request.arrival_time)
-        self._unfinished[request.request_id] = _UnfinishedRequest(request, prompt, [None] * params.n, stats)
-        if params.structured_outputs is not None:
-            self._guides.hold(sequences)
-            return
-        for sequence in sequences:
-            self._scheduler.add(sequence)
+        return sequences
 
     def check_request(self, request: Request) -> TokenArray:
         """The prompt as it would be run, truncated.
@@ -210,22 +185,7 @@ class Engine:
         Raises:
             ValueError: for a request that cannot be run.
         """
-        prompt = self._checked_prompt(request)
-        params = request.sampling_params
-        self._check_token_ids(request)
-        if params.stop and self._tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
-        if params.prompt_logprob_token_ids is not None:
-            PromptScores(params, len(prompt))
-        self._check_adapter(request)
-        if request.prompt_embeds is not None:
-            check_embeds(
-                request.prompt_embeds,
-                enabled=self.config.enable_prompt_embeds,
-                hidden_size=self.model_config.hidden_size,
-                prompt_logprobs=params.prompt_logprobs is not None,
-            )
-        return prompt
+        return self._checks.check(request)
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
@@ -315,7 +275,7 @@ class Engine:
         if params.beam_width > self.max_num_seqs:
             limit = f"max_num_seqs={self.max_num_seqs}"
             raise ValueError(f"beam_width={params.beam_width} is more than {limit}: lower it, or raise max_num_seqs")
-        self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
+        self._checks.check_in_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
         if params.form is not None:
             self._guides.maker(params.form, 0)
 
@@ -513,117 +473,3 @@ class Engine:
         if complete and not self._unfinished:
             self._idle_clock.work_ended()
         return complete
-
-    def _checked_prompt(self, request: Request) -> TokenArray:
-        prompt = token_array(request.prompt_token_ids)
-        if prompt.ndim != 1 or not len(prompt):
-            raise ValueError("prompt_token_ids is empty: give at least one token")
-        low, high = int(prompt.min()), int(prompt.max())
-        if low < 0 or high >= self.model_config.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(
-                f"prompt_token_ids holds {bad}, outside the vocabulary of {self.model_config.vocab_size} tokens: "
-                "use the tokenizer of this model"
-            )
-        keep = request.sampling_params.truncate_prompt_tokens
-        if keep is not None:
-            # One place is left for an output token.
-            prompt = prompt[-(self.max_model_len - 1 if keep == -1 else keep) :]
-        if len(prompt) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and max_model_len={self.max_model_len} leaves no room for an "
-                "output token: shorten it, set truncate_prompt_tokens, or raise max_model_len"
-            )
-        return prompt
-
-    def _check_adapter(self, request: Request) -> None:
-        adapter = request.lora_request
-        if adapter is None:
-            return
-        if not self.config.enable_lora:
-            raise ValueError(f"lora_request={adapter.lora_name!r} needs enable_lora=True")
-        load_adapter(adapter.lora_path, self.model_config, self.config.max_lora_rank)
-
-    def _check_token_ids(self, request: Request) -> None:
-        params = request.sampling_params
-        each = ids_of_each_row(params)
-        named: dict[str, Any] = {
-            "stop_token_ids": params.stop_token_ids,
-            "allowed_token_ids": params.allowed_token_ids or (),
-            "logit_bias": tuple(params.logit_bias or ()),
-            "logprob_token_ids": params.logprob_token_ids or (),
-            "prompt_logprob_token_ids": chain.from_iterable(each) if each else params.prompt_logprob_token_ids or (),
-        }
-        for name, token_ids in named.items():
-            self._check_in_vocabulary(name, token_ids)
-
-    def _check_in_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
-        vocab_size = self.model_config.vocab_size
-        bad = [token_id for token_id in token_ids if token_id >= vocab_size]
-        if bad:
-            raise ValueError(f"{name} names token {bad[0]}, outside the vocabulary of {vocab_size} tokens")
-
-
-@dataclass
-class _UnfinishedRequest:
-    request: Request
-    prompt: TokenArray
-    outputs: list[CompletionOutput | None]
-    stats: RequestStateStats
-    num_cached_tokens: int = 0
-    prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
-    prompt_scores: PromptScores | None = None
-    error: str | None = None
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether log-probabilities are asked for in flat lists."""
-        return self.request.sampling_params.flat_logprobs
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        """The list that was given, if it was one and nothing was cut off."""
-        given = self.request.prompt_token_ids
-        if isinstance(given, list) and len(given) == len(self.prompt):
-            return given
-        token_ids: list[int] = self.prompt.tolist()
-        return token_ids
-
-    @property
-    def num_missing(self) -> int:
-        return sum(output is None for output in self.outputs)
-
-    def take(self, ended: FinishedSequence) -> None:
-        sequence = ended.sequence
-        logprobs = sequence.logprobs
-        if logprobs is not None:
-            logprobs.close(ended.output_token_ids)
-        self.prompt_logprobs = self.prompt_logprobs or sequence.prompt_logprobs
-        self.prompt_scores = self.prompt_scores or sequence.prompt_scores
-        self.error = self.error or sequence.error
-        self.num_cached_tokens = max(self.num_cached_tokens, sequence.num_cached_tokens)
-        self.outputs[sequence.index] = CompletionOutput(
-            index=sequence.index,
-            token_ids=ended.output_token_ids,
-            finish_reason=ended.finish_reason,
-            stop_reason=ended.stop_reason,
-            cumulative_logprob=None if logprobs is None else logprobs.total(),
-            logprobs=logprobs.flat() if logprobs is not None and self.is_flat else logprobs,
-            lora_request=self.request.lora_request,
-        )
-
-    def output(self) -> RequestOutput:
-        positions = self.prompt_logprobs
-        if positions is not None:
-            positions.close(self.prompt.tolist())
-        return RequestOutput(
-            request_id=self.request.request_id,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[output for output in self.outputs if output is not None and self.error is None],
-            error=self.error,
-            num_cached_tokens=self.num_cached_tokens,
-            prompt_logprobs=positions.flat() if positions is not None and self.is_flat else positions,
-            prompt_token_id_logprobs=None if self.prompt_scores is None else self.prompt_scores.values,
-            lora_request=self.request.lora_request,
-            metrics=self.stats,
-        )

@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from raydata_llm.engine.engine import Engine, EngineStats
+from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.engine_stats import EngineStats
 from raydata_llm.engine.local_ranks import LocalRanks, check_gpus
 from raydata_llm.engine.request import Request, RequestOutput
 

@@ -20,7 +20,7 @@ from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, Po
 from raydata_llm.engine.request import Request, RequestOutput
 
 if TYPE_CHECKING:
-    from raydata_llm.engine.engine import EngineStats
+    from raydata_llm.engine.engine_stats import EngineStats
 
 AnyRequest = Request | PoolingRequest
 AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]

@@ -24,8 +24,8 @@ from raydata_llm.engine.device import choose_device, choose_dtype
 from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.encoder import Encoder
 from raydata_llm.engine.encoder_config import EncoderConfig
-from raydata_llm.engine.engine import EngineStats
 from raydata_llm.engine.engine_config import NO_POOLED_EMBEDS, NO_POOLING_INVARIANCE, EngineConfig
+from raydata_llm.engine.engine_stats import EngineStats
 from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.kv_budget import check_weights_fit
 from raydata_llm.engine.model_files import ModelFiles

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from raydata_llm.engine.engine import EngineStats
+    from raydata_llm.engine.engine_stats import EngineStats
 
 _PREFIX = "raydata_llm:"
 # Of EngineStats: those that only go up, then those that go both ways.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from raydata_llm import LLM, SamplingParams, generation
-from raydata_llm.engine.engine import EngineStats
+from raydata_llm.engine.engine_stats import EngineStats
 from raydata_llm.engine.request import RequestOutput
 from raydata_llm.llm_metrics import Counter, Gauge
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer

@@ -1,0 +1,106 @@
+"""What an engine cannot run, said before anything is queued.
+
+Owns the checks of requests against one model and one engine's settings. Knows nothing that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from raydata_llm.engine.adapter_slots import load_adapter
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.prompt_embeds import check_embeds
+from raydata_llm.engine.prompt_scores import PromptScores, ids_of_each_row
+from raydata_llm.engine.request import Request, TokenArray, token_array
+
+
+class RequestCheck:
+    """See the module's docstring.
+
+    Args:
+        has_tokenizer: Whether the engine can find stop strings.
+    """
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int, *, has_tokenizer: bool) -> None:
+        self._config, self._model, self._max_model_len = config, model, max_model_len
+        self._has_tokenizer = has_tokenizer
+
+    def check(self, request: Request) -> TokenArray:
+        """The prompt as it would be run, truncated.
+
+        Raises:
+            ValueError: for a request that cannot be run.
+        """
+        prompt = self._checked_prompt(request)
+        params = request.sampling_params
+        self._check_token_ids(request)
+        if params.stop and not self._has_tokenizer:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
+        if params.prompt_logprob_token_ids is not None:
+            PromptScores(params, len(prompt))
+        self._check_adapter(request)
+        if request.prompt_embeds is not None:
+            check_embeds(
+                request.prompt_embeds,
+                enabled=self._config.enable_prompt_embeds,
+                hidden_size=self._model.hidden_size,
+                prompt_logprobs=params.prompt_logprobs is not None,
+            )
+        return prompt
+
+    def _checked_prompt(self, request: Request) -> TokenArray:
+        prompt = token_array(request.prompt_token_ids)
+        if prompt.ndim != 1 or not len(prompt):
+            raise ValueError("prompt_token_ids is empty: give at least one token")
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high >= self._model.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"prompt_token_ids holds {bad}, outside the vocabulary of {self._model.vocab_size} tokens: "
+                "use the tokenizer of this model"
+            )
+        keep = request.sampling_params.truncate_prompt_tokens
+        if keep is not None:
+            # One place is left for an output token.
+            prompt = prompt[-(self._max_model_len - 1 if keep == -1 else keep) :]
+        if len(prompt) >= self._max_model_len:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and max_model_len={self._max_model_len} leaves no room for an "
+                "output token: shorten it, set truncate_prompt_tokens, or raise max_model_len"
+            )
+        return prompt
+
+    def _check_adapter(self, request: Request) -> None:
+        adapter = request.lora_request
+        if adapter is None:
+            return
+        if not self._config.enable_lora:
+            raise ValueError(f"lora_request={adapter.lora_name!r} needs enable_lora=True")
+        load_adapter(adapter.lora_path, self._model, self._config.max_lora_rank)
+
+    def _check_token_ids(self, request: Request) -> None:
+        params = request.sampling_params
+        each = ids_of_each_row(params)
+        named: dict[str, Any] = {
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "logit_bias": tuple(params.logit_bias or ()),
+            "logprob_token_ids": params.logprob_token_ids or (),
+            "prompt_logprob_token_ids": chain.from_iterable(each) if each else params.prompt_logprob_token_ids or (),
+        }
+        for name, token_ids in named.items():
+            self.check_in_vocabulary(name, token_ids)
+
+    def check_in_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
+        """Refuse tokens that the model does not have.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        vocab_size = self._model.vocab_size
+        bad = [token_id for token_id in token_ids if token_id >= vocab_size]
+        if bad:
+            raise ValueError(f"{name} names token {bad[0]}, outside the vocabulary of {vocab_size} tokens")
