@@ -38,9 +38,11 @@ from raydata_llm.row_payload import (
     REQUEST_COLUMN,
     RESERVED_COLUMNS,
     RESUME_COLUMN,
+    ROW_FAILURES,
     Carried,
     RowOutput,
     RowRequest,
+    check_made_names,
     describe_failure,
     open_block,
     row_error,
@@ -125,17 +127,30 @@ def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None =
             if not plan.keep_going:
                 raise row_error(row, str(failure)) from failure.__cause__
             rows.add_error(columns, str(failure))
+    made = _table(rows, plan)
     _warn_of_errors(rows.errors)
     memory.count(rows.errors, plan.max_error_fraction)
     if stats_sender is not None:
         stats_sender.count_block((block_number(), block_part()), len(outputs), error_kinds(rows.errors))
-    made = rows.to_table()
     if None in rows.errors:
         memory.schema = memory.schema or made.schema
     if RESUME_COLUMN not in table.column_names:
         return made
     marks = mark_failed(table.column(RESUME_COLUMN), [error is not None for error in rows.errors])
     return made.append_column(RESUME_COLUMN, marks)
+
+
+def _table(rows: OutputRows, plan: FinishPlan) -> pa.Table:
+    try:
+        return rows.to_table()
+    except Exception:
+        refused = rows.refuse_unwritable()
+        if not refused:
+            raise
+        if not plan.keep_going:
+            index, error = next(iter(refused.items()))
+            raise row_error(rows.inputs[index], error) from None
+        return rows.to_table()
 
 
 def _add(rows: OutputRows, row: Row) -> None:
@@ -164,7 +179,7 @@ def _finish_row(
         finished = {**columns, **_engine_columns(output, output.output, request, beside, block)}
         stage = "postprocess"
         return finished if postprocess is None else _postprocess(finished, postprocess)
-    except Exception as error:
+    except ROW_FAILURES as error:
         raise _Failed(describe_failure(error, stage)) from error
 
 
@@ -172,6 +187,7 @@ def _postprocess(columns: Row, postprocess: RowFunction) -> Row:
     made = postprocess(columns)
     if not isinstance(made, Mapping) or not made:
         raise TypeError(f"postprocess returned {made!r}: return a dict of columns")
+    check_made_names(made)
     return dict(made)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.types as pat
 
 from raydata_llm.ray_blocks import columns_to_arrow
-from raydata_llm.row_payload import ERROR_COLUMN
+from raydata_llm.row_payload import ERROR_COLUMN, describe_failure
 
 Row = dict[str, Any]
 
@@ -141,8 +141,21 @@ class OutputRows:
 
     def add_error(self, columns: Row, error: str) -> None:
         """Append a row that failed, with what is known of its columns."""
-        self._rows.append({**columns, ERROR_COLUMN: error})
+        # Text that failed for being half a character would fail the block here.
+        held = {name: value for name, value in columns.items() if self._holds(name, value)}
+        self._rows.append({**held, ERROR_COLUMN: error})
         self.errors.append(error)
+
+    def refuse_unwritable(self) -> dict[int, str]:
+        """Make error rows of those with a value that no table can hold, such as a lock; which, and why."""
+        refused: dict[int, str] = {}
+        for index, (row, known) in enumerate(zip(self._rows, self.errors, strict=True)):
+            error = _why_unwritable(row)
+            if error is not None:
+                refused[index] = error
+                self.errors[index] = known or error
+                self._rows[index] = {**self.inputs[index], ERROR_COLUMN: self.errors[index]}
+        return refused
 
     def to_table(self) -> pa.Table:
         """All rows as one table, error rows in the schema of good ones."""
@@ -152,6 +165,10 @@ class OutputRows:
             return pa.table([self._of_type(field.name, field.type) for field in schema], schema=schema)
         columns = {name: self._column(name) for name in self._names()}
         return pa.table(columns)
+
+    def _holds(self, name: str, value: Any) -> bool:
+        kind = None if name in self._source.column_names else self._engine_columns.get(name)
+        return kind is None or _fits(_plain_or_same(name, value), kind)
 
     def _names(self) -> list[str]:
         if self._keep_all:
@@ -195,6 +212,16 @@ class OutputRows:
         return not isinstance(kind, pa.BaseExtensionType) and bool(self._source.column(name).to_pylist() == values)
 
 
+def _why_unwritable(row: Row) -> str | None:
+    for name, value in row.items():
+        try:
+            columns_to_arrow({name: [_plain_or_same(name, value)]})
+        except Exception:
+            kind = type(value).__name__
+            return describe_failure(TypeError(f"the column {name!r} is a {kind}, which no table can hold"), "output")
+    return None
+
+
 def _with_error_column(schema: pa.Schema, with_error: bool) -> pa.Schema:
     if not with_error or ERROR_COLUMN in schema.names:
         return schema
@@ -218,7 +245,9 @@ def _fitted(row: Row, schema: pa.Schema) -> Row:
 def _fits(value: object, kind: pa.DataType) -> bool:
     if value is None:
         return True
-    if type(value) in (str, int, float, bool) and _SCALARS.get(type(value), _never)(kind):
+    if type(value) is str and not value.isascii():
+        pass  # it may hold half a character
+    elif type(value) in (str, int, float, bool) and _SCALARS.get(type(value), _never)(kind):
         return True
     try:
         pa.array([value], type=kind)

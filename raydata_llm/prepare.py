@@ -31,12 +31,16 @@ from raydata_llm.row_key import row_digest
 from raydata_llm.row_payload import (
     CARRIED_COLUMN,
     REQUEST_COLUMN,
+    ROW_FAILURES,
     TICKET_COLUMN,
     Carried,
     RowRequest,
+    append_cells,
     append_packed,
     check_column_names,
+    check_made_names,
     describe_failure,
+    pack,
     row_error,
 )
 from raydata_llm.row_ticket import append_tickets
@@ -159,16 +163,29 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
     if plan.adapters is not None:
         for draft in drafts:
             _attempt(draft, plan, "lora", lambda draft: _choose_adapter(draft, plan))
+    carried = [_carried(draft, plan) for draft in drafts]
     requests = [_request(draft, draft.columns) for draft in drafts]
     table = append_packed(table, REQUEST_COLUMN, requests)
     table = append_tickets(table, TICKET_COLUMN, requests)
-    table = append_packed(table, CARRIED_COLUMN, [Carried(draft.carried, draft.prompt) for draft in drafts])
+    table = append_cells(table, CARRIED_COLUMN, carried)
     if plan.resume is None:
         return table
     table = plan.resume.admit(table, requests, [draft.row for draft in drafts], [draft.made for draft in drafts])
     if stats_sender is not None and table.num_rows < len(drafts):
         stats_sender.skip_rows((block_number(), block_part()), len(drafts) - table.num_rows)
     return table
+
+
+def _carried(draft: _Draft, plan: PreparePlan) -> bytes:
+    """What passes by the replica, packed; a row whose values no other process can be given fails."""
+    try:
+        return pack(Carried(draft.carried, draft.prompt))
+    except Exception as error:
+        cause = describe_failure(TypeError(f"what preprocess returned cannot be sent on: {error}"), "preprocess")
+        if not plan.keep_going:
+            raise row_error(draft.row, cause) from error
+        draft.error, draft.made, draft.prompt = draft.error or cause, {}, None
+        return pack(Carried({}))
 
 
 def _request(draft: _Draft, columns: Row) -> RowRequest:
@@ -204,7 +221,7 @@ def _attempt(draft: _Draft, plan: PreparePlan, stage: str, step: Callable[[_Draf
         return
     try:
         step(draft)
-    except Exception as error:
+    except ROW_FAILURES as error:
         cause = describe_failure(error, stage)
         if not plan.keep_going:
             raise row_error(draft.row, cause) from error
@@ -217,6 +234,7 @@ def _preprocess(draft: _Draft, preprocess: RowFunction | None) -> None:
     made = preprocess(dict(draft.row))
     if not isinstance(made, Mapping):
         raise TypeError(f"preprocess returned a {type(made).__name__}: return a dict of columns")
+    check_made_names(made)
     draft.made = dict(made)
 
 

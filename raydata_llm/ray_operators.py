@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 # Times a block is sent again when the dispatcher's process or node is lost (replicas are its own business).
 _BLOCK_RETRIES = 4
 
+# Times a task of the user's functions is sent again when its process or node is lost. Ray Data does so for ever, also
+# with a row that crashes the process; losses of nodes hit a task of seconds rarely more than once.
+_TASK_RETRIES = 8
+
 # Arguments of the user's function, bound to it elsewhere.
 _BINDABLE = ("fn_args", "fn_kwargs")
 _TASK_OPTIONS = (
@@ -48,7 +52,7 @@ def task_options(
     config: EngineProcessorConfig,
 ) -> dict[str, Any]:
     """Options of one operator's tasks: the processor's, then its stages', then the user's for the function."""
-    options: dict[str, Any] = {"runtime_env": config.runtime_env}
+    options: dict[str, Any] = {"runtime_env": config.runtime_env, "max_retries": _TASK_RETRIES}
     for stage in stages:
         for option in ("num_cpus", "memory", "concurrency", "runtime_env"):
             if getattr(stage, option) is not None:

@@ -31,6 +31,9 @@ RESUME_COLUMN = "__raydata_llm_resume"
 RESERVED_COLUMNS = (REQUEST_COLUMN, TICKET_COLUMN, CARRIED_COLUMN, OUTPUT_COLUMN, BLOCK_COLUMN, RESUME_COLUMN)
 ERROR_COLUMN = "__inference_error__"
 
+# What a user's function may end a row with: `sys.exit()` would end the task's process, which Ray would start again.
+ROW_FAILURES = (Exception, SystemExit)
+
 _ROW_TEXT_LIMIT = 500
 
 
@@ -113,6 +116,19 @@ def check_column_names(names: Iterable[str]) -> None:
     for name in names:
         if name in RESERVED_COLUMNS:
             raise ValueError(f"the dataset's column {name!r} has a name that raydata_llm needs itself: rename it")
+
+
+def check_made_names(made: Mapping[Any, Any]) -> None:
+    """Refuse a row of the user's function whose columns are not named by text, or are named like ours.
+
+    Raises:
+        TypeError, ValueError: naming the column.
+    """
+    for name in made:
+        if type(name) is not str:
+            raise TypeError(f"the column {name!r} is named by a {type(name).__name__}: give names as text")
+        if name in RESERVED_COLUMNS:
+            raise ValueError(f"the column {name!r} has a name that raydata_llm needs itself: give it another")
 
 
 def pack(value: object) -> bytes:

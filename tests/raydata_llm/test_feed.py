@@ -220,3 +220,14 @@ def test_a_job_whose_template_is_broken_is_stopped(model: str, tmp_path: Path) -
     told = stopped(processor, ray.data.range(2000), Exception)
     assert TooManyErrorsError.__name__ in told
     assert "max_error_fraction=0.3" in told and "KeyError: 'question' (preprocess)" in told
+
+
+def test_a_row_that_crashes_its_process_stops_the_job_and_does_not_run_for_ever(model: str) -> None:
+    processor = Processor(
+        EngineProcessorConfig(model_source=model),
+        lambda row: os._exit(3),
+        engine_factory=start_nothing,  # it comes to no engine
+        preprocess_map_kwargs={"max_retries": 1},  # eight, if nothing is said
+    )
+    with pytest.raises(ray.exceptions.RayError, match="The worker died unexpectedly while executing this task"):
+        processor(ray.data.range(8)).materialize()

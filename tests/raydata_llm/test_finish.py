@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -294,3 +297,65 @@ def test_without_leave_to_go_on_good_rows_have_no_error_column(model: str) -> No
 def test_postprocess_must_return_columns(made: Any, model: str) -> None:
     with pytest.raises(RowError, match="return a dict of columns"):
         answered(pa.table({"id": [1]}), model, ask, lambda row: made)
+
+
+def leave(row: dict[str, Any]) -> dict[str, Any]:
+    sys.exit("no such file")
+
+
+NEITHER_ROW_NOR_ERROR: dict[str, tuple[Callable[..., Any], str]] = {
+    "leaves": (leave, "SystemExit: no such file"),
+    "number": (lambda row: {"prompt": "ab", 7: 1}, "TypeError: the column 7 is named by a int: give names as text"),
+    "ours": (
+        lambda row: {"prompt": "ab", "__raydata_llm_resume": 1},
+        "ValueError: the column '__raydata_llm_resume' has a name that raydata_llm needs itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "postprocess"])
+@pytest.mark.parametrize("case", NEITHER_ROW_NOR_ERROR)
+def test_what_is_neither_a_row_nor_an_error_fails_alone(case: str, stage: str, model: str) -> None:
+    function, error = NEITHER_ROW_NOR_ERROR[case]
+
+    def some(row: dict[str, Any]) -> Any:
+        return function(row) if row["id"] == 2 else {"prompt": "ab", "id": row["id"]}
+
+    functions = (some, lambda row: {"id": row["id"]}) if stage == "preprocess" else (ask, some)
+    table = answered(pa.table({"id": [1, 2, 3]}), model, *functions, keep_going=True)
+    assert table.column("id").to_pylist() == [1, 2, 3]
+    errors = table.column("__inference_error__").to_pylist()
+    assert error in errors[1] and errors[1].endswith(f"({stage})") and errors[::2] == ["", ""]
+    with pytest.raises(RowError, match="'id': 2"):
+        answered(pa.table({"id": [1, 2, 3]}), model, *functions)
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "postprocess"])
+def test_a_value_that_cannot_be_sent_on_or_written_fails_its_row_alone(stage: str, model: str) -> None:
+    def make(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": "ab", "id": row["id"], "made": threading.Lock() if row["id"] == 2 else 7}
+
+    functions = (make, None) if stage == "preprocess" else (ask, make)
+    source = pa.table({"id": [1, 2, 3]})
+    table = answered(source, model, *functions, keep_going=True)
+    errors = table.column("__inference_error__").to_pylist()
+    said = {
+        "preprocess": "cannot be sent on: cannot pickle",
+        "postprocess": "'made' is a lock, which no table can hold",
+    }
+    assert said[stage] in errors[1] and errors[::2] == ["", ""]
+    assert table.column("made").to_pylist() == [7, None, 7] and table.column("id").to_pylist() == [1, 2, 3]
+    only = answered(source.slice(1, 1), model, *functions, keep_going=True)
+    assert only.column("id").to_pylist() == [2] and only.column("__inference_error__").to_pylist() == errors[1:2]
+    with pytest.raises(RowError, match="'id': 2"):
+        answered(source, model, *functions)
+
+
+def test_half_a_character_fails_its_row_alone(model: str) -> None:
+    source = pa.table({"id": [1, 2, 3]})
+    table = answered(source, model, lambda row: {"prompt": "\ud800" if row["id"] == 2 else "ab"}, keep_going=True)
+    errors = table.column("__inference_error__").to_pylist()
+    assert errors[1].endswith("(tokenize)") and errors[::2] == ["", ""]
+    assert table.column("prompt").to_pylist() == ["ab", None, "ab"]
+    only = answered(source.slice(1, 1), model, lambda row: {"prompt": "\ud800"}, keep_going=True)
+    assert only.schema == table.schema and only.column("__inference_error__").to_pylist() == errors[1:2]

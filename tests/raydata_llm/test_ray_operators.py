@@ -41,6 +41,7 @@ def test_the_users_resources_are_what_a_replica_reserves() -> None:
         (None, {"num_cpus": 2, "memory": 1e9, "runtime_env": {"env_vars": {"A": "1"}}}),
         ({"num_cpus": 0.5, "concurrency": 3, "fn_args": (1,)}, {"num_cpus": 0.5, "concurrency": 3}),
         ({"runtime_env": {"pip": []}}, {"runtime_env": {"pip": []}}),
+        ({"max_retries": 1}, {"max_retries": 1}),
     ],
     ids=str,
 )
@@ -49,4 +50,5 @@ def test_the_users_options_of_a_function_come_before_the_stages_and_the_processo
 ) -> None:
     stages = [ChatTemplateStageConfig(num_cpus=2), TokenizerStageConfig(memory=1e9)]
     options = task_options("preprocess_map_kwargs", map_kwargs, stages, config(runtime_env={"env_vars": {"A": "1"}}))
-    assert options == {"num_cpus": 2, "memory": 1e9, "runtime_env": {"env_vars": {"A": "1"}}} | expected
+    own = {"num_cpus": 2, "memory": 1e9, "max_retries": 8, "runtime_env": {"env_vars": {"A": "1"}}}
+    assert options == own | expected
