@@ -70,7 +70,7 @@ class EngineProcessorConfig(ProcessorConfig):
         runtime_env: Of all tasks and replicas.
         resources_per_bundle: What Ray reserves for a replica, such as {"GPU": 1, "CPU": 2, "my_resource": 0.1}; None:
             a GPU where it runs on one, nothing else.
-        max_concurrent_batches: Blocks in flight a replica; None keeps at least 4096 rows and four times the
+        max_concurrent_batches: Blocks in flight a replica; None keeps at least 4096 rows and 16 times the
             engines' `max_num_seqs` in flight, from which all replicas draw.
         max_tasks_in_flight_per_actor: The same; it counts where both are given.
         max_pending_requests: Rows a replica holds at once at most, instead of one and a half times what its engine

@@ -170,7 +170,8 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
     table = append_cells(table, CARRIED_COLUMN, carried)
     if plan.resume is None:
         return table
-    table = plan.resume.admit(table, requests, [draft.row for draft in drafts], [draft.made for draft in drafts])
+    with told_plainly():
+        table = plan.resume.admit(table, requests, [draft.row for draft in drafts], [draft.made for draft in drafts])
     if stats_sender is not None and table.num_rows < len(drafts):
         stats_sender.skip_rows((block_number(), block_part()), len(drafts) - table.num_rows)
     return table

@@ -74,6 +74,9 @@ class ResumePlan:
         column = self.config.key_column
         if column is not None:
             columns = {**row, **made}
+            if column not in columns and request.error is not None:
+                # `preprocess` failed before it made the key: the row is told from others as it came.
+                return _digest(row_digest({"failed": dict(row)}))
             if column not in columns:
                 raise ValueError(
                     f"resume: key_column={column!r} is not a column: the row has {', '.join(map(str, columns))}"

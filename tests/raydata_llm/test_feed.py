@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from raydata_llm import EngineProcessorConfig
+from raydata_llm import EngineProcessorConfig, ResumeConfig
 from raydata_llm.engine.request import Request, RequestOutput
 from raydata_llm.processor import Processor
 from raydata_llm.replica import EngineFactory, RunningEngine
@@ -205,6 +205,9 @@ def test_what_only_a_task_can_find_is_a_value_error_too(model: str, tmp_path: Pa
     ours = ray.data.from_items([{"__raydata_llm_output": 1, "prompt": "x"}])
     told = stopped(Processor(config(model), engine_factory=start_nothing), ours)
     assert "column '__raydata_llm_output' has a name that raydata_llm needs itself: rename it" in told
+    resume = ResumeConfig(str(tmp_path / "out"), key_column="document")
+    keyless = Processor(config(model, resume=resume), ask, engine_factory=start_nothing)
+    assert "key_column='document' is not a column: the row has id" in stopped(keyless, ray.data.range(3))
     nameless = Processor(config(str(tmp_path)), ask, engine_factory=start_nothing)
     assert "has no config.json in the folder: check that" in stopped(nameless, ray.data.range(3))
 

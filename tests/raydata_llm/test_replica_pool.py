@@ -55,11 +55,11 @@ def test_more_rows_are_in_flight_than_engines_run(cluster: Cluster, batch_size: 
     pool = plan(cluster, batch_size=batch_size, concurrency=concurrency)
     slots = (1024 if pool.use_gpu else 64) * pool.max_size
     assert pool.blocks_in_flight <= 256, "each is a thread"
-    if batch_size == 16:
+    in_flight = pool.blocks_in_flight * pool.block_rows
+    if batch_size is not None and in_flight < 16 * slots:
         assert pool.blocks_in_flight == 256
     else:
-        in_flight = pool.blocks_in_flight * pool.block_rows
-        assert max(4096, 4 * slots) <= in_flight <= max(4096, 4 * slots) + pool.block_rows
+        assert max(4096, 16 * slots) <= in_flight <= max(4096, 16 * slots) + pool.block_rows
 
 
 def test_the_users_limits_count() -> None:

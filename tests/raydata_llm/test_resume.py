@@ -76,6 +76,17 @@ def test_a_key_column_stands_for_the_row_alone() -> None:
         key({"other": 1}, [5], plan=plan)
 
 
+def test_a_row_that_failed_before_its_key_was_made_stops_no_job() -> None:
+    plan = ResumePlan(config=ResumeConfig("out", key_column="made"), about={})
+    failed = [RowRequest(None, None, b"", "KeyError: 'question' (preprocess)") for _ in range(3)]
+    rows = [{"id": 1}, {"id": 2}, {"id": 1}]
+    first, second, third = np.frombuffer(
+        read_carried(plan.admit(pa.table({"x": [0] * 3}), failed, rows, [{}] * 3).column(RESUME_COLUMN), "").keys,
+        f"V{KEY_BYTES}",
+    ).tolist()
+    assert first == third != second
+
+
 def test_another_model_version_or_key_column_is_another_space() -> None:
     plans = [
         PLAN,
