@@ -41,6 +41,18 @@ def test_nothing_is_collected_but_when_it_is_due() -> None:
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
+def test_what_lived_through_a_collection_is_collected_in_the_end() -> None:
+    with GarbagePause() as garbage:
+        kept = Node()
+        cycle = weakref.ref(kept)
+        for number in range(20):
+            with patch.object(time, "monotonic", return_value=garbage._last + 31.0):
+                garbage.collect_if_due()
+            if number == 0:
+                del kept
+            assert (cycle() is None) == (number == 19)
+
+
 def test_what_was_made_is_old_afterwards_and_still_collected() -> None:
     with GarbagePause():
         made: list[list[int]] = [[] for _ in range(100_000)]
