@@ -152,10 +152,15 @@ def map_blocks(dataset: Dataset, function: Any, block_rows: int, **options: Any)
 
 
 def dispatchers(execution: Any) -> list[Any]:
-    """The actors of our second operator in an execution under way.
+    """The actors of our second operator in an execution under way; none in a version of Ray that hides them.
 
     Args:
         execution: Ray Data's, as its callbacks are handed it.
     """
-    pools = [operator._actor_pool for operator in execution._topology if "(Dispatcher)" in operator.name]
-    return [actor for pool in pools for actor in (*pool._running_actors, *pool._pending_actors.values())]
+    actors: list[Any] = []
+    for operator in execution._topology:
+        if "(Dispatcher)" in operator.name:
+            pool = getattr(operator, "_actor_pool", None)
+            actors += getattr(pool, "_running_actors", {})
+            actors += getattr(pool, "_pending_actors", {}).values()
+    return actors
