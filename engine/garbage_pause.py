@@ -2,8 +2,8 @@
 
 Owns when cycles are collected while an engine runs. Automatic collection comes when objects are made, so when many rows
 begin, and looks at every prompt there is: for up to 80 ms at a time with 2,048 prompts of 2,112 tokens, a fifth of the
-time of a whole run of such rows. Here it comes twice a minute, while the device has a step to run, and looks at what was
-made since; at everything every ten minutes.
+time of a whole run of such rows. Here it comes twice a minute, while the device has a step to run, and looks at what
+was made since; at everything every ten minutes.
 
 Invariant: on leaving, the collector is as it was found.
 """
