@@ -190,7 +190,8 @@ class GrammarCompiler:
         name, grammar = self._grammar(params, tokens)
         template = LLMatcher(tokens, grammar, log_level=0)
         if template.is_error():
-            raise ValueError(f"structured_outputs: {name} cannot be compiled: {template.get_error().strip()}")
+            cause = " ".join(template.get_error().split())  # its excerpts and arrows are lines of their own
+            raise ValueError(f"structured_outputs: {name} cannot be compiled: {cause}")
         return lambda: GrammarGuide(template.deep_copy(), table, self._eos_token_ids, self._mask_threads)
 
     def _grammar(self, params: StructuredOutputsParams, tokens: Any) -> tuple[str, str]:

@@ -28,7 +28,8 @@ from raydata_llm.engine.bits import clear_bits
 from raydata_llm.engine.detokenizer import TextEncoder
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.grammar import GrammarCompiler, GrammarGuide, Words
-from raydata_llm.engine.logits_processor import load_logits_processors
+from raydata_llm.engine.logits_processor import LogitsProcessor, RequestProcessor, load_logits_processors
+from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.sequence import Sequence, SequenceTable
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 from raydata_llm.engine.thinking import Markers, ThinkingGuide
@@ -122,7 +123,7 @@ class Guides:
             markers = Markers.of(self._encoder("thinking_token_budget"), self._reasoning_config)
             prompt = sequence.prompt_token_ids.tolist()
             sequence.guides.append(ThinkingGuide(markers, params.thinking_token_budget, prompt))
-        made = (processor.new_request_processor(params) for processor in self._processors)
+        made = (_request_processor(processor, params) for processor in self._processors)
         sequence.processors = [one for one in made if one is not None]
 
     def _encoder(self, name: str) -> TextEncoder:
@@ -211,6 +212,20 @@ class Guides:
         """Stop the threads."""
         if self._compiler is not None:
             self._compiler.shutdown()
+
+
+def _request_processor(processor: LogitsProcessor, params: SamplingParams) -> RequestProcessor | None:
+    """What a user's class makes of a request; whatever it raises is that request's error, not the engine's end."""
+    try:
+        return processor.new_request_processor(params)
+    except ValueError:
+        raise
+    except Exception as error:
+        name = type(processor).__name__
+        raise ValueError(
+            f"extra_args={params.extra_args!r} is not valid: {name}.new_request_processor raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _forbid_end(words: Words, sequence: Sequence) -> None:

@@ -6,6 +6,7 @@ Owns the validation of these parameters and the layering of a row's own values o
 
 from __future__ import annotations
 
+import difflib
 import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -235,8 +236,9 @@ class SamplingParams:
             raise ValueError(f"{name}={given[name]!r} is not supported: {_REFUSED[name]}")
         unknown = sorted(set(map(str, given)) - _FIELD_NAMES)
         if unknown:
-            known = ", ".join(sorted(_FIELD_NAMES))
-            raise ValueError(f"sampling_params has unknown field(s) {', '.join(unknown)}; known are {known}")
+            near = difflib.get_close_matches(unknown[0], sorted(_FIELD_NAMES), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_FIELD_NAMES))}"
+            raise ValueError(f"sampling_params has unknown field(s) {', '.join(unknown)}: {hint}")
         if "max_tokens" in (params or {}) and "max_tokens" not in given:
             given["max_tokens"] = None  # here None has a meaning of its own: up to the model's length
         return cls(**{**(defaults or {}), **given})

@@ -31,6 +31,7 @@ from raydata_llm.job_stats import Progress, Snapshot
 from raydata_llm.ray_operators import dispatchers
 from raydata_llm.redaction import secret_values
 from raydata_llm.replica_pool import ReplicaPool
+from raydata_llm.row_payload import RowError
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ class JobRun:
             snapshot or self._snapshot,
             job_id=self._job.job_id,
             status=status,
-            error=None if error is None else f"{type(error).__name__}: {error}",
+            error=None if error is None else _cause(error),
             started_at=self.started_at,
             ended_at=time.time(),
             total_rows=self._total_rows,
@@ -331,3 +332,10 @@ def _no_job() -> Any:
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     return ExecutionCallback
+
+
+def _cause(error: BaseException) -> str:
+    """What a job failed of: what our operator says of the row, where Ray's error holds that, then the whole."""
+    whole, ours = f"{type(error).__name__}: {error}", f"{RowError.__module__}.{RowError.__name__}: "
+    row = next((line.removeprefix(ours) for line in whole.splitlines() if line.startswith(ours)), None)
+    return whole if row is None else f"{row}\n{whole}"

@@ -120,3 +120,10 @@ def _grammar_of(params: StructuredOutputsParams) -> str:
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
     return LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA), defaults={"whitespace_flexible": True})
+
+
+@pytest.mark.parametrize("form", [{"regex": "(a"}, {"grammar": 'start: "a" missing'}], ids=["regex", "grammar"])
+def test_a_form_that_cannot_be_compiled_says_so_in_one_line(compiler: GrammarCompiler, form: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"structured_outputs: {next(iter(form))} cannot be compiled: ") as refused:
+        compiler.compile(StructuredOutputsParams(**form), 1).result()
+    assert len(str(refused.value).splitlines()) == 1

@@ -36,6 +36,7 @@ class NoRepeats:
             return None
         if size == 0:
             raise ValueError("extra_args['no_repeats_of']=0 is not valid: give 1 or more")
+        size *= {"tokens": 1}[params.extra_args.get("unit", "tokens")]
         no_repeats: Any = NoRepeatNGramLogitsProcessor(size)
 
         def process(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
@@ -149,9 +150,10 @@ def test_a_processor_is_only_asked_for_rows_that_want_it(engine: Engine) -> None
     assert free.outputs[0].token_ids == beside.outputs[0].token_ids == greedy_tokens(engine)
 
 
-def test_a_processor_may_refuse_a_request(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="no_repeats_of"):
-        run(engine, [{"extra_args": {"no_repeats_of": 0}}])
+@pytest.mark.parametrize("extra_args", [{"no_repeats_of": 0}, {"no_repeats_of": 2, "unit": "words"}])
+def test_a_processor_may_refuse_a_request_by_any_error(engine: Engine, extra_args: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"extra_args.*no_repeats_of.*is not valid"):
+        run(engine, [{"extra_args": extra_args}])
     assert not engine.has_unfinished()
 
 

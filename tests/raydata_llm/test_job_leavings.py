@@ -6,7 +6,10 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,10 @@ import pytest
 import ray
 
 from raydata_llm import EngineProcessorConfig, write_parquet
+from raydata_llm.dispatch_plan import ReplicaPlan
+from raydata_llm.lease_book import LeaseBook
 from raydata_llm.processor import Processor
+from raydata_llm.replica_link import ReplicaLink
 from tests.raydata_llm.faulty_engine import live_actors, pids_of_replicas
 from tests.raydata_llm.patience import on_this_machine, wait_until
 from tests.raydata_llm.processor_fakes import ray_session
@@ -99,6 +105,46 @@ def test_a_job_leaves_nothing_however_it_ends(
     assert wait_until(lambda: ray.available_resources() == ray.cluster_resources(), 30.0), in_use()  # type: ignore[no-untyped-call]
     groups = ray.util.placement_group_table().values()
     assert [group for group in groups if group["state"] != "REMOVED"] == []
+
+
+def test_a_job_may_end_while_its_replicas_start(tmp_path: Path) -> None:
+    """Ray's core crashes under a thread that waits in it when the process ends: such a link waits in Python."""
+    over = tmp_path / "over"
+
+    def start(*_: Any) -> Any:
+        while not over.exists():
+            time.sleep(0.05)
+        raise ValueError("no engine")
+
+    plan = ReplicaPlan(
+        model_source="none",
+        engine_kwargs={},
+        actor_options={"num_cpus": 0},
+        max_pending_rows=None,
+        hang_timeout_s=60.0,
+        engine_factory=start,
+    )
+    book = LeaseBook()
+    link = ReplicaLink(plan, book, lambda done, given_up: None)
+    try:
+        assert wait_until(lambda: link.is_placed, 60.0)
+        assert wait_until(
+            lambda: any("start.remote" in (frame.line or "") for frame in frames_of("replica link")), 10.0
+        )
+        time.sleep(0.2)  # the call itself is over
+        assert not {frame.name for frame in frames_of("replica link")} & {"get", "get_objects"}
+    finally:
+        over.touch()
+    assert wait_until(lambda: not frames_of("replica link"), 30.0)
+    with pytest.raises(ValueError, match="no engine"):
+        book.put([b"row"], [1])
+
+
+def frames_of(name: str) -> list[traceback.FrameSummary]:
+    """Where the thread of this name is; empty if there is none."""
+    thread = next((thread for thread in threading.enumerate() if thread.name == name), None)
+    frame = None if thread is None else sys._current_frames().get(thread.ident or 0)
+    return [] if frame is None else list(traceback.extract_stack(frame))
 
 
 def references() -> dict[str, Any]:

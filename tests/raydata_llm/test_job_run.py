@@ -155,6 +155,8 @@ def test_a_failed_job_has_a_report_with_its_cause(model: str) -> None:
         strict(ray.data.range(20)).materialize()
     report = strict.report()
     assert report.status == "failed" and report.error is not None and CANARY not in report.error
+    # The first line is what is printed: the row and its cause, not Ray's wrapping of them.
+    assert report.error.startswith("a row failed with KeyError")
     assert wait_until_gone() == []
 
 
