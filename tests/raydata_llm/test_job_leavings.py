@@ -51,13 +51,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def job(model: str, rows: int = 64) -> ray.data.Dataset:
-    """A job whose engines are busy for an hour with all but its first block."""
+    """A job whose engines are busy for an hour with all but its first block.
+
+    There is a slot for each row: long ones go first, and would keep the short ones waiting for that hour.
+    """
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": "ab", "sampling_params": {"max_tokens": 1 if row["id"] < SHORT else 36_000}}
 
     config = EngineProcessorConfig(model_source=model, concurrency=2, batch_size=SHORT)
-    engines = start_slot_engine(SlotEngineSettings(max_num_seqs=16, token_seconds=0.1))
+    engines = start_slot_engine(SlotEngineSettings(max_num_seqs=64, token_seconds=0.1))
     return Processor(config, ask, engine_factory=engines)(ray.data.range(rows, override_num_blocks=4))
 
 
