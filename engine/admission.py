@@ -50,18 +50,16 @@ class Admission:
         return self._keeps_peak(sequence, num_cached, num_evictable)
 
     def num_fitting(self, sequence: Sequence, num_cached: int) -> int:
-        """About how many sequences such as this one would fit beside those that run."""
+        """About how many sequences such as this one, of a known end, would fit beside those that run."""
         assert self._table.num_running > 0, "the first is admitted without a forecast"
-        may_stop = sequence.may_stop
-        num_tokens = len(sequence.token_ids) + self._remaining(sequence, may_stop)
-        own = -(-num_tokens // self._table.block_size) - num_cached
+        own = -(-sequence.max_tokens // self._table.block_size) - num_cached
         peak = self._forecast_of_all().peak
-        spare = self._limit(may_stop) - peak if self._is_exact else self._spare
+        spare = self._limit(False) - peak if self._is_exact else self._spare
         return max(0, spare) // max(1, own)
 
     def ends_with_others(self, sequence: Sequence) -> bool:
-        """Whether the sequence would end about when nearly all that run do: as one round."""
-        remaining = self._remaining(sequence, sequence.may_stop)
+        """Whether the sequence, of a known end, would end about when nearly all that run do: as one round."""
+        remaining = sequence.max_tokens - len(sequence.token_ids)
         apart = np.abs(self._forecast_of_all().remaining - remaining)
         return bool(np.mean(apart <= _APART * remaining) >= _NEARLY_ALL)
 

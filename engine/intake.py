@@ -152,10 +152,11 @@ class Intake:
     def _has_enough(self, admission: Admission, sequence: Sequence, num_cached: int) -> bool:
         """Whether no more rows should run in this round, although there is memory for some.
 
-        Rows that end one by one make room one by one, and what fits is best; those that end together come in rounds.
+        Rows that end one by one make room one by one, and what fits is best; those that end together come in rounds. Of
+        rows that may stop early nobody knows that they will.
         """
         running = self._table.num_running
-        if not running:
+        if not running or sequence.may_stop:
             return False
         fitting, total = running + admission.num_fitting(sequence, num_cached), running + self.num_waiting
         if fitting >= self._limits.max_num_seqs or not running >= self._row_target.of(fitting, total) < fitting:

@@ -3,7 +3,7 @@
 #
 #     OUT=folder bash tests/benchmarks/on_gpu.sh STAGE...
 #
-# Stage (seconds on one H100)   what
+# Stage (about so many seconds on one H100; of features to job and extras by reckoning)   what
 #   gate (350)      the correctness gate; its verdict is kept for the sources as they are
 #   cells (260)     the twelve cells of `make bench`, one run each; after `gate`, in one JSON file
 #   extras (75)     1b shape: eos, the same with lengths told, 32 prefixes, long prompts; drawn tokens
@@ -35,9 +35,16 @@ take_what_was_carried() {
     if [ ! -e "$model" ] && [ -e "$RAYDATA_LLM_DEMO_DIR/part01" ]; then cat "$RAYDATA_LLM_DEMO_DIR"/part?? >"$model"; fi
 }
 
-run() { python3 -m "tests.benchmarks.$1" "${@:2}" >"$out/$stage.log" 2>&1; echo "$stage: $1 ended with $?"; tail -n 16 "$out/$stage.log"; }
+run() {
+    local ended=0
+    python3 -m "tests.benchmarks.$1" "${@:2}" >>"$out/$stage.log" 2>&1 || ended=$?
+    [ "$ended" = 0 ] || failed=$ended
+    echo "$stage: $1 ended with $ended"
+    tail -n 16 "$out/$stage.log"
+}
 
 take_what_was_carried
+failed=0
 for stage in "$@"; do
     case $stage in
     gate) run bench --gate only ;;
@@ -56,3 +63,4 @@ for stage in "$@"; do
     *) echo "unknown stage $stage" >&2; exit 2 ;;
     esac
 done
+exit "$failed"
