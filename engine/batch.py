@@ -114,9 +114,11 @@ class PrefillRows(AttentionRows):
 
     Args:
         query_starts: [rows + 1] int32; the rows' queries, one after the other.
+        longest: The largest of `context_lens`.
     """
 
     query_starts: torch.Tensor
+    longest: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -313,6 +313,7 @@ class Decoder:
             self._scale,
             layer.window,
             table_rows=rows.slots,
+            longest=rows.longest,
             out=out,
         )
 

@@ -44,6 +44,7 @@ class DecoderBackbone:
             slots=torch.arange(rows.num_rows, device=device),
             context_lens=lens.to(device, torch.int32),
             query_starts=torch.tensor(rows.starts, dtype=torch.int32).to(device),
+            longest=max(rows.lens),
         )
         batch = ForwardBatch(
             token_ids=rows.token_ids,

@@ -29,6 +29,7 @@ from raydata_llm.engine.sequence import IntArray
 from raydata_llm.engine.step_codec import encode_result
 from raydata_llm.engine.upload import to_host, upload, warm_up_pinned_memory
 from raydata_llm.engine.vocab_parallel import VocabParallelSampler
+from raydata_llm.kernels.tuning import SHORT_CONTEXT
 
 
 class LaunchedStep:
@@ -130,13 +131,18 @@ class ModelRunner:
             return
         from raydata_llm.kernels.rehearsal import rehearsal
 
+        # Rows of many keys are attended to by another kernel than rows of few.
+        limit = min(self._max_num_batched_tokens, self._state.block_table.shape[1] * self._state.block_size)
+        longest = min(limit, SHORT_CONTEXT + 1)
         with rehearsal(self._device):
             self._decode.run_kernels()
             self._run_step(1, 1)
+            self._run_step(1, longest)
             self._run_step(self._state.num_slots, self._state.num_slots)
         self._decode.warm_up()
         warm_up_pinned_memory()
         self._run_step(1, 1)
+        self._run_step(1, longest)
         # A library's kernels are loaded when they are first used, while the device waits, and it has others for other
         # numbers of tokens. The largest step last: the memory it needs is there from now on.
         for num_tokens in step_sizes(self._state.num_slots, self._max_num_batched_tokens):
@@ -160,9 +166,8 @@ class ModelRunner:
         longest = self._state.block_table.shape[1] * self._state.block_size
         num_rows = max(least_rows, -(-num_tokens // longest))
         starts = np.linspace(0, num_tokens, num_rows + 1).astype(np.int32)
-        slots, context_lens, starts_there = self._upload(
-            np.full(num_rows, self._state.num_slots), np.diff(starts), starts
-        )
+        lens = np.diff(starts)
+        slots, context_lens, starts_there = self._upload(np.full(num_rows, self._state.num_slots), lens, starts)
         zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
         return ForwardBatch(
             token_ids=zeros,
@@ -170,7 +175,9 @@ class ModelRunner:
             slot_mapping=zeros,
             block_table=self._state.block_table,
             decode=None,
-            prefill=PrefillRows(slots=slots, context_lens=context_lens, query_starts=starts_there),
+            prefill=PrefillRows(
+                slots=slots, context_lens=context_lens, query_starts=starts_there, longest=int(lens.max())
+            ),
             sampled=SampledRows(slots=slots, context_lens=context_lens, shared=None, tokens=slots * 0),
         )
 
@@ -240,9 +247,10 @@ class ModelRunner:
         """The tensors of a step with prefill, and the slots that it samples for."""
         state, num_decodes = self._state, batch.num_decodes
         chunk_of, chunk_positions = _chunk_positions(batch)
+        context_lens = batch.prefill_starts + batch.prefill_counts
         prefill_slots, ends, starts, token_ids, positions, token_slots, sample_slots, sample_tokens = self._upload(
             batch.prefill_slots,
-            batch.prefill_starts + batch.prefill_counts,
+            context_lens,
             np.concatenate([[0], np.cumsum(batch.prefill_counts)]),
             batch.prefill_token_ids,
             chunk_positions,
@@ -272,7 +280,9 @@ class ModelRunner:
             slot_mapping=slot_mapping,
             block_table=state.block_table,
             decode=decode,
-            prefill=PrefillRows(slots=prefill_slots, context_lens=ends, query_starts=starts),
+            prefill=PrefillRows(
+                slots=prefill_slots, context_lens=ends, query_starts=starts, longest=int(context_lens.max())
+            ),
             sampled=SampledRows(
                 slots=sample_slots, context_lens=sampled.context_lens, shared=sampled.shared, tokens=sample_tokens
             ),

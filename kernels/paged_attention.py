@@ -188,14 +188,29 @@ def paged_prefill_attention(
     window: int | None = None,
     *,
     table_rows: torch.Tensor | None = None,
+    longest: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of a chunk of queries a row: q [T, H, D], rows' queries one after the other; to `out` if given."""
+    """Attention of a chunk of queries a row: q [T, H, D], rows' queries one after the other; to `out` if given.
+
+    Args:
+        longest: the largest of `context_lens`, where the host knows it: short rows run in other tiles.
+    """
     if q.is_cuda:
         from raydata_llm.kernels.paged_prefill_triton import launch_paged_prefill_attention
 
         return launch_paged_prefill_attention(
-            q, k_cache, v_cache, block_table, context_lens, query_starts, scale, window, table_rows=table_rows, out=out
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            context_lens,
+            query_starts,
+            scale,
+            window,
+            table_rows=table_rows,
+            longest=longest,
+            out=out,
         )
     block_table = _rows_table(block_table, context_lens, k_cache.shape[2], table_rows)
     out = torch.empty_like(q) if out is None else out

@@ -183,6 +183,7 @@ def launch_paged_prefill_attention(
     window: int | None = None,
     *,
     table_rows: torch.Tensor | None = None,
+    longest: int | None = None,
     out: torch.Tensor | None = None,
     tile: tuning.Tile | None = None,
 ) -> torch.Tensor:
@@ -194,6 +195,7 @@ def launch_paged_prefill_attention(
     assert table_rows is not None or len(block_table) == len(context_lens)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     assert out.is_contiguous() and out.shape == q.shape
+    tile = tile or _chosen_tile(q, longest)
     _launch(q, k_cache, v_cache, block_table, table_rows, context_lens, query_starts, scale, window, out, None, tile)
     return out
 
@@ -219,8 +221,17 @@ def launch_shared_prefix_attention(
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     rows, lens, starts = shared.table_rows, shared.lens, shared.starts
+    tile = tile or _chosen_tile(q, None)
     _launch(q, k_cache, v_cache, block_table, rows, lens, starts, scale, None, out, lse, tile)
     return out, lse
+
+
+def _head_block(head_dim: int) -> int:
+    return int(max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim)))
+
+
+def _chosen_tile(q: torch.Tensor, longest: int | None) -> tuning.Tile:
+    return tuning.tuning_of(q.device).prefill_tile(_head_block(q.shape[2]), q.dtype, longest)
 
 
 def _launch(
@@ -235,7 +246,7 @@ def _launch(
     window: int | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    tile: tuning.Tile | None,
+    tile: tuning.Tile,
 ) -> None:
     """Fill `out`, and `lse` where the rows are groups with shared keys."""
     num_tokens, heads, head_dim = q.shape
@@ -247,8 +258,6 @@ def _launch(
     assert table_rows is None or len(table_rows) == num_rows
     if not num_tokens:
         return
-    block_d = max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
-    tile = tile or tuning.tuning_of(q.device).prefill_tile(block_d, q.dtype)
     block_m = max(tile.block_m, triton.next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(num_tiles * kv_heads,)](
@@ -275,7 +284,7 @@ def _launch(
         SPLIT_MASK=tile.split_mask,
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_D=block_d,
+        BLOCK_D=_head_block(head_dim),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -50,6 +50,7 @@ class Tuning:
 
     Args:
         decode, prefill: by bytes of a head (head_dim rounded up to a power of two), the most that the choice is for.
+        short_prefill: Likewise, where no row sees more than SHORT_CONTEXT keys.
         invariant: Likewise, of attention whose bits do not depend on the batch: decode and prefill in one tile.
         narrow, wide: Linear layers of that kind, with fewer outputs than _WIDE, and of others.
         programs_per_sm: Decode programs that an SM needs to run at the memory's speed; with fewer, keys are split.
@@ -57,6 +58,7 @@ class Tuning:
 
     decode: dict[int, Tile]
     prefill: dict[int, Tile]
+    short_prefill: dict[int, Tile]
     invariant: dict[int, Tile]
     narrow: LinearTile
     wide: LinearTile
@@ -66,9 +68,10 @@ class Tuning:
         """The choice for a head."""
         return _at_most(self.decode, head_dim * dtype.itemsize)
 
-    def prefill_tile(self, head_dim: int, dtype: torch.dtype) -> Tile:
-        """The choice for a head."""
-        return _at_most(self.prefill, _dot_bytes(head_dim, dtype))
+    def prefill_tile(self, head_dim: int, dtype: torch.dtype, longest: int | None = None) -> Tile:
+        """The choice for a head, and for the most keys that a row sees where that is known."""
+        is_short = longest is not None and longest <= SHORT_CONTEXT
+        return _at_most(self.short_prefill if is_short else self.prefill, _dot_bytes(head_dim, dtype))
 
     def invariant_tile(self, head_dim: int, dtype: torch.dtype) -> Tile:
         """The choice for a head, whatever the batch."""
@@ -81,6 +84,8 @@ class Tuning:
         return self.wide if num_outputs >= _WIDE else self.narrow
 
 
+# Keys up to which a row's start and diagonal weigh more than its inner loop.
+SHORT_CONTEXT = 1024
 # Outputs of a linear layer from which on tiles of 128 columns fill a chip even with few rows.
 _WIDE = 8192
 
@@ -108,6 +113,12 @@ _HOPPER = Tuning(
         512: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
         2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
     },
+    # Three programs an SM, so that one computes while others begin and end.
+    short_prefill={
+        256: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
+        512: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
+    },
     # A decode row fills a group's heads of a tile: the fewest rows that wgmma takes.
     invariant={
         128: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
@@ -120,6 +131,12 @@ _HOPPER = Tuning(
 )
 
 # 99 KB a program: what every GPU from compute capability 8.0 on has.
+_SMALL_PREFILL = {
+    128: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
+    256: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+    512: Tile(block_m=32, block_n=16, num_warps=4, num_stages=2),
+    2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
+}
 _SMALL = Tuning(
     decode={
         128: Tile(block_n=64, num_warps=4, num_stages=3),
@@ -127,12 +144,8 @@ _SMALL = Tuning(
         512: Tile(block_n=32, num_warps=4, num_stages=2),
         1024: Tile(block_n=16, num_warps=4, num_stages=2),
     },
-    prefill={
-        128: Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
-        256: Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
-        512: Tile(block_m=32, block_n=16, num_warps=4, num_stages=2),
-        2048: Tile(block_m=16, block_n=16, num_warps=4, num_stages=2),
-    },
+    prefill=_SMALL_PREFILL,
+    short_prefill=_SMALL_PREFILL,
     invariant={
         128: Tile(block_m=32, block_n=64, num_warps=4, num_stages=3),
         256: Tile(block_m=32, block_n=32, num_warps=4, num_stages=2),

@@ -173,9 +173,9 @@ def bench_prefill(model: str, only_chosen: bool) -> Iterator[Record]:
     from raydata_llm.kernels.paged_prefill_triton import launch_paged_prefill_attention
 
     shape = SHAPES[model]
-    chosen = tuning_of(torch.device("cuda")).prefill_tile(shape.head_dim, torch.bfloat16)
     for name, rows in PREFILL_ROWS.items():
         longest = max(queries + cached for queries, cached in rows)
+        chosen = tuning_of(torch.device("cuda")).prefill_tile(shape.head_dim, torch.bfloat16, longest)
         caches = PagedRows(shape, len(rows), -(-longest // 64) * 64).cut(64, len(rows))
         starts = torch.tensor([0, *np.cumsum([queries for queries, _ in rows])], dtype=torch.int32, device="cuda")
         context = torch.tensor([queries + cached for queries, cached in rows], dtype=torch.int32, device="cuda")

@@ -172,6 +172,7 @@ def test_prefill_attention(model: str, compiler: Compiler) -> None:
     q, k_cache, v_cache, table, lens = rows_of(model, 64)
     starts = torch.tensor([0, 1, 2], dtype=torch.int32)
     launch_paged_prefill_attention(q, k_cache, v_cache, table, lens, starts, 0.1)
+    launch_paged_prefill_attention(q, k_cache, v_cache, table, lens, starts, 0.1, longest=512)
     launch_paged_prefill_attention(q, k_cache, v_cache, table, lens, starts, 0.1, window=4096)
     compiler.check()
     if compiler.capability[0] == 9:

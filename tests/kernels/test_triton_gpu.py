@@ -85,10 +85,12 @@ def test_decode_of_real_sizes(model: str, block_size: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 @pytest.mark.parametrize("model", SHAPES)
-def test_prefill_of_real_sizes(model: str, block_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_short", [False, True], ids=["any length", "short"])
+def test_prefill_of_real_sizes(is_short: bool, model: str, block_size: int, dtype: torch.dtype) -> None:
     heads, kv_heads, head_dim = SHAPES[model]
     # (context, queries)
-    rows = [(512, 512), (2112, 64), (1, 1), (700, 1), (333, 333), (1000, 129), (2048, 2048)]
+    rows = [(512, 512), (1, 1), (700, 1), (333, 333), (1000, 129)]
+    rows += [] if is_short else [(2112, 64), (2048, 2048)]
     lengths = [length for length, _ in rows]
     caches = paged(lengths, kv_heads, head_dim, block_size, dtype)
     starts = [0, *torch.tensor([count for _, count in rows]).cumsum(0).tolist()]
@@ -96,7 +98,9 @@ def test_prefill_of_real_sizes(model: str, block_size: int, dtype: torch.dtype) 
     context = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     on_device = torch.tensor(starts, dtype=torch.int32, device="cuda")
     for window in (None, 500):
-        result = paged_prefill_attention(q, *caches, context, on_device, head_dim**-0.5, window).float()
+        result = paged_prefill_attention(
+            q, *caches, context, on_device, head_dim**-0.5, window, longest=max(lengths)
+        ).float()
         for row, length in enumerate(lengths):
             chunk = slice(starts[row], starts[row + 1])
             expected = expected_attention(q[chunk], *caches[:2], caches[2][row], length, window)
