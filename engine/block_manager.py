@@ -67,9 +67,10 @@ class BlockManager:
 
     def free(self, blocks: BlockArray) -> None:
         """Give back one reference on each of a sequence's blocks (in sequence order, each at most once)."""
-        self._references[blocks] -= 1
-        released = blocks[self._references[blocks] == 0]
-        assert (self._references[blocks] >= 0).all(), "a block was freed twice"
+        references = self._references[blocks] - 1
+        self._references[blocks] = references
+        released = blocks[references == 0]
+        assert (references >= 0).all(), "a block was freed twice"
         cached = self._cache.known(released)
         # Deepest first: a prefix is worth nothing without the blocks before it.
         for block in released[cached][::-1].tolist():

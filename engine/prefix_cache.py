@@ -23,6 +23,8 @@ class PrefixCache:
         self._block_of: dict[tuple[int, bytes], int] = {}
         self._edge_of: dict[int, tuple[int, bytes]] = {}
         self._node_of = np.zeros(num_blocks, dtype=np.int64)
+        # Which blocks `_edge_of` has, for questions about many at once.
+        self._is_known = np.zeros(num_blocks, dtype=bool)
         self._num_nodes = 1
         # What was found last: the root, a prefix's tokens, blocks and node. Sequences that begin alike come one after
         # the other.
@@ -68,6 +70,7 @@ class PrefixCache:
         assert block not in self._edge_of, f"block {block} holds another prefix"
         self._block_of[node, edge] = block
         self._edge_of[block] = (node, edge)
+        self._is_known[block] = True
         self._node_of[block] = self._num_nodes
         self._num_nodes += 1
         return self._num_nodes - 1
@@ -75,19 +78,21 @@ class PrefixCache:
     def forget(self, block: int) -> None:
         """Take a block out."""
         del self._block_of[self._edge_of.pop(block)]
+        self._is_known[block] = False
         self._last = _NOTHING
 
     def known(self, blocks: np.typing.NDArray[np.int32]) -> np.typing.NDArray[np.bool_]:
         """Which of the blocks hold a prefix."""
-        edges = self._edge_of
-        return np.fromiter((block in edges for block in blocks.tolist()), dtype=bool, count=len(blocks))
+        return self._is_known[blocks]
 
     def clear(self) -> None:
         """Forget everything."""
         self._block_of.clear()
         self._edge_of.clear()
+        self._is_known[:] = False
         self._last = _NOTHING
 
     def check_integrity(self) -> None:
         """Assert that both directions agree."""
         assert {block: edge for edge, block in self._block_of.items()} == self._edge_of
+        assert np.flatnonzero(self._is_known).tolist() == sorted(self._edge_of)

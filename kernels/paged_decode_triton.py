@@ -180,9 +180,11 @@ def launch_paged_decode_attention(
     if not num_rows:
         return out
     block_d = max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
-    tile = tile or tuning.tuning_of(q.device).decode_tile(block_d, q.dtype)
+    choices = tuning.tuning_of(q.device)
     if num_splits is None:
-        num_splits = choose_splits(num_rows * kv_heads, block_table.shape[1] * block_size, tile.block_n, q.device)
+        block_n = (tile or choices.decode_tile(block_d, q.dtype, is_split=True)).block_n
+        num_splits = choose_splits(num_rows * kv_heads, block_table.shape[1] * block_size, block_n, q.device)
+    tile = tile or choices.decode_tile(block_d, q.dtype, is_split=num_splits > 1)
     shared_out = shared_lse = None
     if shared is not None:
         assert len(shared.row_lens) == num_rows

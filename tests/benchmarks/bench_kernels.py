@@ -140,21 +140,24 @@ def bench_decode(model: str, only_chosen: bool) -> Iterator[Record]:
         for block_size in (64,) if only_chosen else BLOCK_SIZES:
             yield one(rows, block_size, chosen)
         yield one(rows, 64, chosen, falling=True)
-    yield from _few_rows(model, memory, chosen)
+    yield from _few_rows(model, memory)
 
 
-def _few_rows(model: str, memory: PagedRows, tile: Tile) -> Iterator[Record]:
+def _few_rows(model: str, memory: PagedRows) -> Iterator[Record]:
     """Rows too few to fill the chip: with and without split keys."""
     from raydata_llm.kernels.paged_decode_triton import choose_splits, launch_paged_decode_attention
 
     shape = SHAPES[model]
+    choices = tuning_of(torch.device("cuda"))
     for rows in (1, 16, 64):
         q = torch.randn((rows, shape.heads, shape.head_dim), device="cuda", dtype=torch.bfloat16)
         caches = memory.cut(64, rows)
         context = torch.full((rows,), MAX_LENGTH, dtype=torch.int32, device="cuda")
         gigabytes = rows * MAX_LENGTH * shape.kv_heads * shape.head_dim * 4 / 1e9
-        chosen = choose_splits(rows * shape.kv_heads, MAX_LENGTH, tile.block_n, q.device)
+        block_n = choices.decode_tile(shape.head_dim, torch.bfloat16, is_split=True).block_n
+        chosen = choose_splits(rows * shape.kv_heads, MAX_LENGTH, block_n, q.device)
         for splits in sorted({1, 2, 4, 8, 16, 32, chosen}):
+            tile = choices.decode_tile(shape.head_dim, torch.bfloat16, is_split=splits > 1)
             launch = partial(launch_paged_decode_attention, q, *caches, context, 0.1, tile=tile, num_splits=splits)
             ms = milliseconds(launch, rep=20)
             case = f"rows {rows} splits {splits}" + (" (chosen)" if splits == chosen else "")
