@@ -46,10 +46,15 @@ def main() -> int:
     print(f"correctness gate on {gpu}: {gate}", flush=True)
     if args.gate == "only":
         return 0
-    results = [line | {"gate": gate} for model in args.model for line in time_model(model, args)]
+    runs = dict(zip(args.model, args.runs if len(args.runs) > 1 else args.runs * len(args.model), strict=True))
+    results: list[dict[str, Any]] = []
+    began = time.strftime("%Y-%m-%dT%H%M")
+    for model in args.model:
+        results += [line | {"gate": gate} for line in time_model(model, runs[model], args)]
+        # After each model: a machine that is lent may be taken back.
+        out = args.out or RESULTS / f"{began}-{results[0]['commit']}.json"
+        Path(out).write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
-    out = args.out or RESULTS / f"{time.strftime('%Y-%m-%dT%H%M')}-{results[0]['commit']}.json"
-    Path(out).write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {out}")
     return 0
 
@@ -83,12 +88,12 @@ def passed_tests(state: str, marker: str, *options: str) -> str:
     return verdict
 
 
-def time_model(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def time_model(model: str, runs: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A model's results, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         command = [sys.executable, "-m", "tests.benchmarks.bench_engine", "--model", model, "--out", str(out)]
-        command += ["--workload", *args.workload, "--runs", str(args.runs)]
+        command += ["--workload", *args.workload, "--runs", str(runs)]
         command += ["--profile"] if args.profile else []
         command += ["--commit", args.commit] if args.commit else []
         subprocess.run(command, cwd=ROOT, check=True)
@@ -115,12 +120,15 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=_asked("MODEL", tuple(SHAPES)), choices=SHAPES)
     parser.add_argument("--workload", nargs="+", default=_asked("WORKLOAD", _DEFAULT), choices=WORKLOADS)
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of a workload")
+    parser.add_argument("--runs", type=int, nargs="+", default=[3], help="timed runs of a workload, or as many a model")
     parser.add_argument("--profile", action="store_true", help="one more run each, for GPU busy and a breakdown")
     parser.add_argument("--gate", choices=("only",), help="run the gate and time nothing")
     parser.add_argument("--commit", help="what to record where there is no git repository")
     parser.add_argument("--out", help="file for the JSON list")
     args = parser.parse_args()
+    if len(args.runs) not in (1, len(args.model)):
+        asked = " ".join(map(str, args.runs))
+        parser.error(f"--runs {asked}: give one number, or one for each of {len(args.model)} models")
     for name, asked, known in (("MODEL", args.model, SHAPES), ("WORKLOAD", args.workload, WORKLOADS)):
         unknown = sorted(set(asked) - set(known))
         if unknown:

@@ -5,9 +5,11 @@
 #
 # Stage (about so many seconds on one H100; of features to job and extras by reckoning)   what
 #   gate (350)      the correctness gate; its verdict is kept for the sources as they are
-#   cells (260)     the twelve cells of `make bench`, one run each; after `gate`, in one JSON file
+#   cells (320)     the twelve cells of `make bench`, the largest model's once and others' twice; after `gate`, in one JSON file
 #   extras (75)     1b shape: eos, the same with lengths told, 32 prefixes, long prompts; drawn tokens
 #   features (70)   what log-probabilities, penalties, JSON schemas and adapters cost
+#   long (45)       8b shape: log-probabilities of prompts of 32,768 tokens
+#   invariant (60)  the price of `batch_invariant`
 #   start (30)      process start to first tokens, caches cold and warm
 #   kernels (60)    each kernel alone
 #   many (165)      20,000 rows in one call
@@ -48,13 +50,15 @@ failed=0
 for stage in "$@"; do
     case $stage in
     gate) run bench --gate only ;;
-    cells) run bench --runs 1 --commit "$commit" --out "$out/cells.json" ;;
+    cells) run bench --runs 2 2 1 --commit "$commit" --out "$out/cells.json" ;;
     extras)
         run bench_engine --model llama-3.2-1b --workload eos eos-told prefixes long --runs 1 --out "$out/extras.json"
         run bench_engine --model llama-3.2-1b --workload decode --runs 2 --out "$out/drawn.json" \
             --sampling-params '{"temperature": 0.8, "top_p": 0.95, "top_k": 50}'
         ;;
     features) run bench_features --runs 1 --out "$out/features.json" ;;
+    long) run bench_features --model llama-3.1-8b --case prompt-logprobs --runs 1 --out "$out/long.json" ;;
+    invariant) run bench_invariant --model llama-3.2-1b --workload decode --runs 1 --out "$out/invariant.json" ;;
     start) run bench_start --model llama-3.2-1b --out "$out/start.json" ;;
     kernels) run bench_kernels --chosen --out "$out/kernels.json" ;;
     many) run bench_many --out "$out/many.json" ;;
