@@ -6,7 +6,7 @@
 # Stage (about so many seconds on one H100; of features to job and extras by reckoning)   what
 #   gate (350)      the correctness gate; its verdict is kept for the sources as they are
 #   cells (320)     the twelve cells of `make bench`, the largest model's once and others' twice; after `gate`, in one JSON file
-#   extras (75)     1b shape: eos, the same with lengths told, 32 prefixes, long prompts; drawn tokens
+#   extras (100)    1b shape: eos, the same with lengths told, 32 prefixes, long prompts; drawn tokens; no looking for prefixes
 #   features (70)   what log-probabilities, penalties, JSON schemas and adapters cost
 #   long (45)       8b shape: log-probabilities of prompts of 32,768 tokens
 #   invariant (60)  the price of `batch_invariant`
@@ -55,6 +55,8 @@ for stage in "$@"; do
         run bench_engine --model llama-3.2-1b --workload eos eos-told prefixes long --runs 1 --out "$out/extras.json"
         run bench_engine --model llama-3.2-1b --workload decode --runs 2 --out "$out/drawn.json" \
             --sampling-params '{"temperature": 0.8, "top_p": 0.95, "top_k": 50}'
+        run bench_engine --model llama-3.2-1b --workload decode classify --runs 2 --out "$out/no-looking.json" \
+            --engine-kwargs '{"disable_cascade_attn": true}'
         ;;
     features) run bench_features --runs 1 --out "$out/features.json" ;;
     long) run bench_features --model llama-3.1-8b --case prompt-logprobs --runs 1 --out "$out/long.json" ;;
