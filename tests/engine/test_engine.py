@@ -376,3 +376,11 @@ def test_few_requests_are_wanted_while_enough_wait(model_path: str) -> None:
     assert engine.num_wanted() == 32
     while engine.has_unfinished():
         engine.step()
+
+
+@pytest.mark.parametrize("bad", [1.5, "7", None, [3], 2**31])
+def test_a_prompt_of_anything_but_token_ids_is_refused(engine: Engine, bad: Any) -> None:
+    asked = Request(request_id="0", prompt_token_ids=[5, bad], sampling_params=SamplingParams(max_tokens=1), key=0)
+    with pytest.raises(ValueError, match="give token ids, integers from 0 on"):
+        engine.add_request(asked)
+    assert not engine.has_unfinished()
