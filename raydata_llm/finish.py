@@ -27,7 +27,7 @@ from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
 from raydata_llm.output_table import ASKED_COLUMNS, OUTPUT_COLUMNS, POOLED_COLUMNS, OutputRows
 from raydata_llm.pooled_rows import CONSUMED_COLUMNS, pooled_columns
-from raydata_llm.prepare import Row, RowFunction
+from raydata_llm.prepare_plan import Row, RowFunction
 from raydata_llm.ray_blocks import block_number, block_part, block_rows, execution_id
 from raydata_llm.redaction import redact
 from raydata_llm.resume import mark_failed
