@@ -21,8 +21,9 @@ import ray
 
 from raydata_llm.dispatch_plan import DispatchPlan
 from raydata_llm.engine.request import sampling_key
-from raydata_llm.lease_book import Block, LeaseBook, Outcome, Quarantined
+from raydata_llm.lease_book import LeaseBook
 from raydata_llm.occurrences import Occurrences
+from raydata_llm.pending_rows import Block, Outcome, Quarantined
 from raydata_llm.plain_errors import told_plainly
 from raydata_llm.ray_blocks import block_rows, block_size_limit, is_cancelled, task_call
 from raydata_llm.replica_link import ReplicaLink

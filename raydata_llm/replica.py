@@ -22,8 +22,8 @@ from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, Po
 from raydata_llm.engine.request import Request, RequestOutput, TokenArray, seeded_key
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.job_link import StatsSender
-from raydata_llm.lease_book import Outcome
 from raydata_llm.openmp import wait_passively
+from raydata_llm.pending_rows import Outcome
 from raydata_llm.replica_sampler import ReplicaSampler
 from raydata_llm.row_payload import RowOutput, RowRequest, describe_failure, pack, unpack
 

@@ -19,7 +19,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from raydata_llm.dispatch_plan import ReplicaPlan
 from raydata_llm.engine.rank_line import RankError
-from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, LeaseBook, Outcome, Quarantined
+from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, LeaseBook
+from raydata_llm.pending_rows import Outcome, Quarantined
 from raydata_llm.replica import Collected, Replica
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, Block, LeaseBook, Outcome, Quarantined
+from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, LeaseBook
+from raydata_llm.pending_rows import Block, Outcome, Quarantined
 
 
 def cells(count: int, first: int = 0) -> list[bytes]:
