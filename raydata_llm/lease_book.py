@@ -269,8 +269,9 @@ class LeaseBook:
             if not self._suspects:
                 self._examiner = None
             return rows
-        # Dealt in small hands, so that replicas which start together share the costly rows.
-        hand = max(1, holder.num_slots // 8)
+        # Dealt in small hands, an eighth of what the replica runs at once, so that replicas which start together share
+        # the costly rows.
+        hand = max(1, min(holder.num_slots, holder.limit) // 8)
         return [] if holder.room < hand else self._waiting.deal(hand, holder.room)
 
     def _notify(self, holders: Iterable[_Holder]) -> None:

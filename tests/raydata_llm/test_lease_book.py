@@ -73,6 +73,15 @@ def test_a_replica_gets_no_more_than_its_limit() -> None:
     assert len(taken(book, 0)) == 8
 
 
+def test_a_limit_of_few_rows_still_lets_the_replica_have_them() -> None:
+    book = joined(0, num_slots=64, limit=4)
+    book.put(cells(10), [1] * 10)
+    held = [row for _ in range(10) for row in taken(book, 0)]
+    assert len(held) == 4
+    book.give(0, answers(held[:1]))
+    assert len(taken(book, 0)) == 1
+
+
 def test_a_cheap_row_is_not_overtaken_for_ever() -> None:
     book = joined(0, num_slots=1, limit=1)
     book.put([b"cheap"], [10])
