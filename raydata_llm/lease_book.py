@@ -81,7 +81,8 @@ class LeaseBook:
     @property
     def num_waiting(self) -> int:
         """Rows that no replica has."""
-        return len(self._waiting) + sum(map(len, self._suspects))
+        with self._lock:
+            return len(self._waiting) + sum(map(len, self._suspects))
 
     @property
     def num_leased(self) -> int:
@@ -92,7 +93,8 @@ class LeaseBook:
     @property
     def num_slots(self) -> int:
         """Rows that all replicas together run at once."""
-        return sum(holder.num_slots for holder in self._holders.values())
+        with self._lock:
+            return self._count_slots()
 
     def put(self, cells: Sequence[Any], costs: Sequence[int], prefixes: Sequence[int] | None = None) -> Block:
         """Take in rows.
@@ -199,7 +201,7 @@ class LeaseBook:
                     row.block.settle(row.index, outcome)
                     counted.append(outcome)
                     self._losses_in_vain = 0
-                    self._waiting.advance(outcome.num_tokens / self.num_slots)
+                    self._waiting.advance(outcome.num_tokens / self._count_slots())
             if not holder.rows:
                 holder.alone = False
             self._notify([holder])
@@ -273,6 +275,9 @@ class LeaseBook:
         # the costly rows.
         hand = max(1, min(holder.num_slots, holder.limit) // 8)
         return [] if holder.room < hand else self._waiting.deal(hand, holder.room)
+
+    def _count_slots(self) -> int:
+        return sum(holder.num_slots for holder in self._holders.values())
 
     def _notify(self, holders: Iterable[_Holder]) -> None:
         for holder in holders:

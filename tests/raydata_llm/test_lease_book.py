@@ -82,6 +82,22 @@ def test_a_limit_of_few_rows_still_lets_the_replica_have_them() -> None:
     assert len(taken(book, 0)) == 1
 
 
+def test_slots_are_counted_while_replicas_come_and_go() -> None:
+    book = joined(0)
+
+    class Slots(int):
+        """A number of slots that takes so long to add up that another replica joins meanwhile."""
+
+        def __radd__(self, other: int) -> int:
+            joining = threading.Thread(target=book.join, args=(2, 8, 12))
+            joining.start()
+            joining.join(0.2)
+            return other + int(self)
+
+    book.join(1, Slots(8), 12)
+    assert book.num_slots == 16
+
+
 def test_a_cheap_row_is_not_overtaken_for_ever() -> None:
     book = joined(0, num_slots=1, limit=1)
     book.put([b"cheap"], [10])
