@@ -181,14 +181,16 @@ class Replica:
         asked: dict[str, tuple[str, int]] = {}
         requests: list[Request | PoolingRequest] = []
         for row_id, (key, cell) in rows:
-            row: RowRequest = unpack(cell)
-            assert row.prompt_token_ids is not None, "rows that failed before are not dispatched"
-            if row.pooling_params is not None:
-                asked[str(row_id)] = (json.dumps(row.pooling_params, sort_keys=True), len(row.prompt_token_ids))
-                requests.append(_pooling_request(row_id, row.prompt_token_ids, row))
-                continue
             stage = "sampling_params"
             try:
+                # Users' own values are in it, whose classes this process may not be able to make.
+                row: RowRequest = unpack(cell)
+                assert row.prompt_token_ids is not None, "rows that failed before are not dispatched"
+                if row.pooling_params is not None:
+                    stage = "pooling_params"
+                    asked[str(row_id)] = (json.dumps(row.pooling_params, sort_keys=True), len(row.prompt_token_ids))
+                    requests.append(_pooling_request(row_id, row.prompt_token_ids, row))
+                    continue
                 params = self._params(row.sampling_params)
                 stage = "lora"
                 adapter = None if row.lora_request is None else on_this_node(row.lora_request)
