@@ -115,11 +115,7 @@ class Dispatcher:
         raise row_error(block_rows(table.slice(index, 1))[0], error)
 
     def _grow(self, count: int) -> None:
-        self._links += [ReplicaLink(self._plan.replica, self._book, self._note_done) for _ in range(count)]
-
-    def _note_done(self, outcomes: Sequence[Outcome], quarantined: Sequence[Quarantined]) -> None:
-        for row in quarantined:
-            logger.error("A row kills engines and is given up: %s", row.cause)
+        self._links += [ReplicaLink(self._plan.replica, self._book, _log_quarantined) for _ in range(count)]
 
     def _watch_pool(self) -> None:
         patience = self._plan.placement_timeout_s
@@ -189,6 +185,11 @@ class _ByteLoan:
 
     def __exit__(self, *raised: object) -> None:
         self.room.release(self.count)
+
+
+def _log_quarantined(quarantined: Sequence[Quarantined]) -> None:
+    for row in quarantined:
+        logger.error("A row kills engines and is given up: %s", row.cause)
 
 
 def _resources(options: Mapping[str, Any]) -> dict[str, Any]:
