@@ -51,7 +51,15 @@ class Loss(NamedTuple):
 
 @dataclass(eq=False)
 class _Holder:
-    """A replica, as far as leases go; `limit` rows at most are with it at once."""
+    """A replica, as far as leases go.
+
+    Args:
+        num_slots: Rows that it runs at once.
+        limit: Rows that it may have at once.
+        changed: Notified when it may get rows, or was given up.
+        rows: Those that it has, by their ids.
+        alone: Whether these are suspects, which it runs apart from all others.
+    """
 
     num_slots: int
     limit: int
@@ -224,7 +232,11 @@ class LeaseBook:
             rows = list(holder.rows.values())
             for row in rows:
                 row.blame += blame
-            quarantined = self._examine(rows, blame, cause) if holder.alone and blame and rows else self._return(rows)
+            quarantined = []
+            if holder.alone and blame and rows:
+                quarantined = self._examine(rows, blame, cause)
+            else:
+                self._take_back(rows)
             self._losses_in_vain += 1
             if self._losses_in_vain > max(_MOST_LOSSES_IN_VAIN, 4 * self._most_holders):
                 self._fail(
@@ -248,7 +260,8 @@ class LeaseBook:
         row.block.settle(row.index, quarantined)
         return [quarantined]
 
-    def _return(self, rows: list[Row]) -> list[Quarantined]:
+    def _take_back(self, rows: list[Row]) -> None:
+        """Rows of a lost replica wait again, those that are suspect apart from the others."""
         suspects = [row for row in rows if row.blame >= _SUSPECT_FROM]
         # The whole of them just died together.
         half = (len(suspects) + 1) // 2
@@ -256,7 +269,6 @@ class LeaseBook:
         for row in rows:
             if row.blame < _SUSPECT_FROM:
                 self._waiting.push(row)
-        return []
 
     def _pick(self, replica: int, holder: _Holder) -> list[Row]:
         if holder.alone or self._failure is not None:
