@@ -84,14 +84,12 @@ class Dispatcher:
         return seal_block(table, block_size_limit())
 
     def _wait(self, block: Block) -> list[Outcome | Quarantined]:
-        while True:
-            try:
-                return self._book.wait(block, _WATCH_SECONDS)
-            except TimeoutError:
-                if is_cancelled():
-                    # Ray would wait for its rows, and keep the replicas and their GPUs for that.
-                    self._book.withdraw(block)
-                    raise
+        while not block.done.wait(_WATCH_SECONDS):
+            if is_cancelled():
+                # Ray would wait for its rows, and keep the replicas and their GPUs for that.
+                self._book.withdraw(block)
+                raise TimeoutError(f"{block.num_missing} rows of a block are not done, and nobody wants them any more")
+        return self._book.wait(block)
 
     def _keys(self, digests: np.ndarray[Any, np.dtype[np.uint64]]) -> list[int]:
         """The noise keys of a block's rows."""
