@@ -1,6 +1,7 @@
 """Whether waiting sequences fit into the KV blocks, now and at the peak of all that runs.
 
-Owns the judgement of one burst of admissions. Changes nothing: the scheduler admits.
+Owns the judgement of one burst of admissions, in which those it let in count already. Changes no slot and no block: the
+intake admits.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class ScheduledBatch:
 
     @property
     def num_decodes(self) -> int:
-        """D."""
+        """D: rows that compute their last sampled token."""
         return len(self.decode_plan.slots)
 
     @property

@@ -32,6 +32,7 @@ class SlotState:
     Args:
         num_slots: S.
         max_blocks: Blocks of a sequence at most.
+        block_size: Tokens of a block.
     """
 
     def __init__(self, num_slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
@@ -145,7 +146,7 @@ class DecodeStep:
                 self._graphs[bucket, *kind] = _Graph(*self._graph_pool.capture(partial(self._forward, bucket, *kind)))
 
     def _kinds(self) -> list[tuple[bool, bool]]:
-        """Of steps: with and without groups, with and without adapters."""
+        """The kinds of steps, as (with prefix groups, with adapters)."""
         shared = (False, True) if self._share_prefixes else (False,)
         adapted = (False,) if self._tiles is None else (False, True)
         return [(one, other) for one in shared for other in adapted]

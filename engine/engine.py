@@ -423,7 +423,7 @@ class Engine:
             self._unfinished[sequence.request.request_id].stats.scheduled(now)
 
     def _note_first_tokens(self, batch: ScheduledBatch) -> None:
-        """Of the sequences whose prefill ended in the step."""
+        """Tell the requests of the sequences whose prefill ended in the step."""
         sequences, first = self._scheduler.table.sequences, batch.num_decodes
         rows = zip(batch.sample_slots[first:].tolist(), batch.sample_seq_ids[first:].tolist(), strict=True)
         for slot, seq_id in rows:

@@ -1,9 +1,9 @@
 """Prompts on their way into the batch: which waiting sequences get a slot, and which of their tokens a step computes.
 
-Owns the waiting queue and what a running sequence holds besides its blocks: its adapter's slot and its row of penalty
-counts. Knows no tensors. Sequences are admitted in bursts, so that most steps are pure decode, which the runner has
-graphs for. Invariant: a sequence that lacks an adapter's slot or a row of counts holds back only those that lack the
-same.
+Owns the waiting queue, what a running sequence holds besides its blocks (its adapter's slot and its row of penalty
+counts), and which blocks it shares with others by prefix. Knows no tensors. Sequences are admitted in bursts, so that
+most steps are pure decode, which the runner has graphs for. Invariant: a sequence that lacks an adapter's slot or a row
+of counts holds back only those that lack the same.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ class Intake:
 
     def abort(self, request_ids: set[str]) -> list[Sequence]:
         """Drop the waiting sequences of these requests."""
-        dropped = [item for item in self._waiting.sequences() if item.request.request_id in request_ids]
+        waiting = self._waiting.sequences()
+        dropped = [sequence for sequence in waiting if sequence.request.request_id in request_ids]
         for sequence in dropped:
-            sequence.aborted = True
+            sequence.aborted = True  # it stays in the queue, which does not show it
         self.num_waiting -= len(dropped)
         return dropped
 
@@ -112,9 +113,12 @@ class Intake:
         """Admit waiting sequences while budget, slots and the simulated peak allow.
 
         Args:
+            lane: Whose step it is.
             budget: Tokens that the step has left.
             chunks: Those of the admitted are added.
             most: Sequences; the next step goes on.
+            anything_scheduled: Whether the step has other work; without chunked prefill, only a prompt that is alone in
+                its step may be cut.
 
         Returns:
             The slots that were filled, and with what.

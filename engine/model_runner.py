@@ -303,7 +303,7 @@ class ModelRunner:
 
 
 def step_sizes(least: int, most: int) -> list[int]:
-    """Numbers of tokens from `least` to `most`, both included, in steps of a half and a third."""
+    """Numbers of tokens from `least` to `most`, both included, each larger than the last by a half or a third."""
     sizes = [least]
     while sizes[-1] < most:
         sizes.append(sizes[-1] * 3 // 2 if len(sizes) % 2 else -(-sizes[-1] * 4 // 3))

@@ -1,7 +1,7 @@
 """How one request is sampled: vLLM's names, defaults and meanings.
 
-Owns the validation of these parameters and the layering of a row's own values over the model's
-`generation_config`. Knows no tensors (importing it must not import torch).
+Owns which values these parameters may have together, and the layering of a row's own values over the model's
+`generation_config`; a single value is read by `param_values.py`. Knows no tensors (importing it must not import torch).
 """
 
 from __future__ import annotations
@@ -9,10 +9,19 @@ from __future__ import annotations
 import difflib
 import enum
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from raydata_llm.engine.param_values import (
+    check_flag,
+    read_bias,
+    read_ids_or_rows,
+    read_integer,
+    read_number,
+    read_strings,
+    read_token_ids,
+)
 from raydata_llm.engine.repetition import RepetitionDetectionParams
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 
@@ -116,25 +125,25 @@ class SamplingParams:
             if getattr(self, name) is True:
                 _set(self, name, 1)
         for name in _INTEGERS:
-            _set(self, name, _integer(name, getattr(self, name), optional=name in _OPTIONAL_INTEGERS))
+            _set(self, name, read_integer(name, getattr(self, name), optional=name in _OPTIONAL_INTEGERS))
         for name, (low, high) in _RANGES.items():
-            _set(self, name, _number(name, getattr(self, name), low, high))
+            _set(self, name, read_number(name, getattr(self, name), low, high))
         for name in _FLAGS:
-            _flag(name, getattr(self, name))
+            check_flag(name, getattr(self, name))
         for name in ("stop", "bad_words"):
-            _set(self, name, _strings(name, getattr(self, name)))
+            _set(self, name, read_strings(name, getattr(self, name)))
         for name in ("thinking_token_budget", "seed"):
             if getattr(self, name) == -1:
                 _set(self, name, None)
         _set(self, "extra_args", {} if self.extra_args is None else self.extra_args)
-        _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
+        _set(self, "stop_token_ids", read_token_ids("stop_token_ids", self.stop_token_ids or ()))
         for name in _OPTIONAL_TOKEN_IDS:
             if getattr(self, name) is not None:
-                _set(self, name, _token_ids(name, getattr(self, name)))
+                _set(self, name, read_token_ids(name, getattr(self, name)))
         if self.prompt_logprob_token_ids is not None:
-            _set(self, "prompt_logprob_token_ids", _ids_or_rows(self.prompt_logprob_token_ids))
+            _set(self, "prompt_logprob_token_ids", read_ids_or_rows(self.prompt_logprob_token_ids))
         if self.logit_bias is not None:
-            _set(self, "logit_bias", _bias(self.logit_bias))
+            _set(self, "logit_bias", read_bias(self.logit_bias))
         self._read_structured_outputs()
         self._read_serving_fields()
         if self.repetition_detection is not None:
@@ -308,69 +317,3 @@ def _require(holds: bool, name: str, value: object, remedy: str) -> None:
 
 def _set(params: SamplingParams, name: str, value: object) -> None:
     object.__setattr__(params, name, value)
-
-
-def _integer(name: str, value: Any, *, optional: bool) -> int | None:
-    # Arrow and JSON hand integers over as 5.0 or numpy scalars; a whole number is taken for what it means.
-    if value is None and optional:
-        return None
-    if not isinstance(value, bool) and hasattr(value, "__index__"):
-        return int(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    raise ValueError(f"{name}={value!r} is not valid: give a whole number{' or None' if optional else ''}")
-
-
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name}={value!r} is not valid: give a number")
-    number = float(value)
-    if not low <= number <= high or math.isinf(number):
-        raise ValueError(f"{name}={value!r} is not valid: give a number from {low:g} to {high:g}")
-    return number
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is not valid: give True or False")
-
-
-def _strings(name: str, value: Any) -> tuple[str, ...]:
-    strings = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(strings, Iterable) or not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"{name}={value!r} is not valid: give non-empty strings")
-    return tuple(strings)
-
-
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, Iterable):
-        raise ValueError(f"{name}={value!r} is not valid: give a list of token ids")
-    token_ids = tuple(_integer(name, token_id, optional=False) or 0 for token_id in value)
-    if any(token_id < 0 for token_id in token_ids):
-        raise ValueError(f"{name}={value!r} is not valid: token ids are 0 or more")
-    return token_ids
-
-
-def _ids_or_rows(value: Any) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
-    name = "prompt_logprob_token_ids"
-    given = value.tolist() if hasattr(value, "tolist") else value
-    entries = [] if not isinstance(given, Iterable) or isinstance(given, str) else list(given)
-    if not entries:
-        raise ValueError(f"{name}={value!r} is not valid: name at least one token")
-    if not all(isinstance(entry, Sequence) or hasattr(entry, "tolist") for entry in entries):
-        return _token_ids(name, entries)
-    rows = tuple(tuple(_integer(name, token_id, optional=False) or 0 for token_id in entry) for entry in entries)
-    if any(token_id < -1 for row in rows for token_id in row):
-        raise ValueError(f"{name} names tokens below -1: token ids are 0 or more, and -1 fills rows up")
-    return rows
-
-
-def _bias(value: Mapping[Any, Any]) -> dict[int, float]:
-    # JSON makes strings of integer keys.
-    try:
-        bias = {int(token_id): float(amount) for token_id, amount in value.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"logit_bias={value!r} is not valid: map token ids to numbers") from error
-    if any(token_id < 0 or not math.isfinite(amount) for token_id, amount in bias.items()):
-        raise ValueError(f"logit_bias={value!r} is not valid: map token ids (0 or more) to finite numbers")
-    return bias

@@ -204,10 +204,10 @@ class Scheduler:
         )
 
     def _needs_block(self, slots: IntArray) -> npt.NDArray[np.bool_]:
-        held: npt.NDArray[np.bool_] = self.table.num_computed[slots] >= (
+        is_full: npt.NDArray[np.bool_] = self.table.num_computed[slots] >= (
             self.table.num_blocks[slots] * self.limits.block_size
         )
-        return held
+        return is_full
 
     def _missing_decode_blocks(self, decode_slots: IntArray) -> int:
         return int(self._needs_block(decode_slots).sum()) - self.blocks.num_available

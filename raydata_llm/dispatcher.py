@@ -21,8 +21,9 @@ import ray
 
 from raydata_llm.dispatch_plan import DispatchPlan
 from raydata_llm.engine.request import sampling_key
-from raydata_llm.lease_book import Block, LeaseBook, Outcome, Quarantined
+from raydata_llm.lease_book import LeaseBook
 from raydata_llm.occurrences import Occurrences
+from raydata_llm.pending_rows import Block, Outcome, Quarantined
 from raydata_llm.plain_errors import told_plainly
 from raydata_llm.ray_blocks import block_rows, block_size_limit, is_cancelled, task_call
 from raydata_llm.replica_link import ReplicaLink
@@ -83,14 +84,12 @@ class Dispatcher:
         return seal_block(table, block_size_limit())
 
     def _wait(self, block: Block) -> list[Outcome | Quarantined]:
-        while True:
-            try:
-                return self._book.wait(block, _WATCH_SECONDS)
-            except TimeoutError:
-                if is_cancelled():
-                    # Ray would wait for its rows, and keep the replicas and their GPUs for that.
-                    self._book.withdraw(block)
-                    raise
+        while not block.done.wait(_WATCH_SECONDS):
+            if is_cancelled():
+                # Ray would wait for its rows, and keep the replicas and their GPUs for that.
+                self._book.withdraw(block)
+                raise TimeoutError(f"{block.num_missing} rows of a block are not done, and nobody wants them any more")
+        return self._book.wait(block)
 
     def _keys(self, digests: np.ndarray[Any, np.dtype[np.uint64]]) -> list[int]:
         """The noise keys of a block's rows."""
@@ -114,11 +113,7 @@ class Dispatcher:
         raise row_error(block_rows(table.slice(index, 1))[0], error)
 
     def _grow(self, count: int) -> None:
-        self._links += [ReplicaLink(self._plan.replica, self._book, self._note_done) for _ in range(count)]
-
-    def _note_done(self, outcomes: Sequence[Outcome], quarantined: Sequence[Quarantined]) -> None:
-        for row in quarantined:
-            logger.error("A row kills engines and is given up: %s", row.cause)
+        self._links += [ReplicaLink(self._plan.replica, self._book, _log_quarantined) for _ in range(count)]
 
     def _watch_pool(self) -> None:
         patience = self._plan.placement_timeout_s
@@ -188,6 +183,11 @@ class _ByteLoan:
 
     def __exit__(self, *raised: object) -> None:
         self.room.release(self.count)
+
+
+def _log_quarantined(quarantined: Sequence[Quarantined]) -> None:
+    for row in quarantined:
+        logger.error("A row kills engines and is given up: %s", row.cause)
 
 
 def _resources(options: Mapping[str, Any]) -> dict[str, Any]:

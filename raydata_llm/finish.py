@@ -27,7 +27,7 @@ from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
 from raydata_llm.output_table import ASKED_COLUMNS, OUTPUT_COLUMNS, POOLED_COLUMNS, OutputRows
 from raydata_llm.pooled_rows import CONSUMED_COLUMNS, pooled_columns
-from raydata_llm.prepare import Row, RowFunction
+from raydata_llm.prepare_plan import Row, RowFunction
 from raydata_llm.ray_blocks import block_number, block_part, block_rows, execution_id
 from raydata_llm.redaction import redact
 from raydata_llm.resume import mark_failed
@@ -46,7 +46,7 @@ from raydata_llm.row_payload import (
     describe_failure,
     open_block,
     row_error,
-    unpack_column,
+    unpack,
 )
 from raydata_llm.tokenizer import load_light_tokenizer
 
@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
 
+_CELLS = (CARRIED_COLUMN, REQUEST_COLUMN, OUTPUT_COLUMN)
 # What `preprocess` says to the engine alone; a dataset's own columns of these names stay.
 _CONSUMED = ("sampling_params", "tokenized_prompt", "tools", *CONSUMED_COLUMNS)
 
@@ -103,9 +104,7 @@ def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None =
         TooManyErrorsError: when more rows failed than may.
     """
     table = open_block(table)
-    requests: list[RowRequest] = unpack_column(table, REQUEST_COLUMN)
-    outputs: list[RowOutput | None] = unpack_column(table, OUTPUT_COLUMN)
-    carried: list[Carried] = unpack_column(table, CARRIED_COLUMN)
+    cells = zip(*(table.column(name).to_pylist() for name in _CELLS), strict=True)
     source = table.drop_columns([name for name in RESERVED_COLUMNS if name in table.column_names])
     memory = memory_of(execution_id())
     rows = OutputRows(
@@ -118,10 +117,11 @@ def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None =
         engine_columns=OUTPUT_COLUMNS if plan.task is None else POOLED_COLUMNS,
     )
     block = _Block(plan)
-    for row, beside, request, output in zip(rows.inputs, carried, requests, outputs, strict=True):
-        beside_row = {name: value for name, value in beside.columns.items() if name not in _CONSUMED}
-        columns = {**row, **beside_row}
+    for row, row_cells in zip(rows.inputs, cells, strict=True):
+        columns = row
         try:
+            beside, request, output = _unpack(row_cells)
+            columns = {**row, **{name: value for name, value in beside.columns.items() if name not in _CONSUMED}}
             _add(rows, _finish_row(columns, beside, request, output, plan.postprocess, block))
         except _Failed as failure:
             if not plan.keep_going:
@@ -131,13 +131,24 @@ def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None =
     _warn_of_errors(rows.errors)
     memory.count(rows.errors, plan.max_error_fraction)
     if stats_sender is not None:
-        stats_sender.count_block((block_number(), block_part()), len(outputs), error_kinds(rows.errors))
+        stats_sender.count_block((block_number(), block_part()), len(rows.inputs), error_kinds(rows.errors))
     if None in rows.errors:
         memory.schema = memory.schema or made.schema
     if RESUME_COLUMN not in table.column_names:
         return made
     marks = mark_failed(table.column(RESUME_COLUMN), [error is not None for error in rows.errors])
     return made.append_column(RESUME_COLUMN, marks)
+
+
+def _unpack(cells: tuple[bytes, bytes, bytes | None]) -> tuple[Carried, RowRequest, RowOutput | None]:
+    """The values of a row's cells, in the order of `_CELLS`."""
+    carried, request, output = cells
+    try:
+        return unpack(carried), unpack(request), None if output is None else unpack(output)
+    except Exception as error:
+        # An exception of two arguments is such a value: it is packed with its message alone.
+        cause = TypeError(f"what preprocess returned cannot be read again: {type(error).__name__}: {error}")
+        raise _Failed(describe_failure(cause, "preprocess")) from error
 
 
 def _table(rows: OutputRows, plan: FinishPlan) -> pa.Table:

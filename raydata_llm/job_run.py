@@ -304,7 +304,7 @@ class _News:
         self._stage: object = None
 
     def worth_a_line(self, progress: Progress, now: float) -> bool:
-        """Whether to show it now."""
+        """Whether to show it now; what is worth it counts as shown."""
         begun = progress.totals.rows_answered > 0
         stage = begun or (tuple(progress.phases), progress.num_ready)
         # What a start does is news for people who wait.

@@ -1,7 +1,8 @@
 """Which row is where: waiting, leased to a replica, or done; and how often each went down with one.
 
-Owns the rows of all blocks in flight, the order in which replicas get them, and the search for a row that kills
-engines. Knows no Ray, no tokens and no model: rows are opaque cells with a cost. Any thread may call.
+Owns the rows of all blocks in flight, how many a replica gets at once, and the search for a row that kills engines;
+which go first is `waiting_rows.py`'s. Knows no Ray, no tokens and no model: rows are opaque cells with a cost. Any
+thread may call.
 
 Invariants: every row that was put is waiting, suspect, leased to one replica, or done; a block is complete when each of
 its rows is done once, and what a replica that was given up says later of a row is ignored.
@@ -13,13 +14,15 @@ its rows is done once, and what a replica that was given up says later of a row 
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from raydata_llm.pending_rows import Block, Outcome, Quarantined, Row
+from raydata_llm.waiting_rows import WaitingRows
 
 # A replica's process that is lost with a row in it is a reason to suspect the row, an engine that says it died is two:
 # rows on two lost replicas, or in one dead engine, are run apart from others. The same sum of those that the row caused
@@ -31,22 +34,6 @@ _PROVEN_FROM = 2
 # One after the other, with no row done in between. The search for a row that kills engines loses up to
 # log2(rows of a replica) + 2 in a row, and 2 more for each such row beside it; more than that is no row's doing.
 _MOST_LOSSES_IN_VAIN = 24
-
-
-class Outcome(NamedTuple):
-    """What became of a row: the packed output, why it failed if it did, and how many tokens were written."""
-
-    row_id: int
-    cell: bytes
-    error: str | None = None
-    num_tokens: int = 0
-
-
-class Quarantined(NamedTuple):
-    """A row that kills engines."""
-
-    row_id: int
-    cause: str
 
 
 class Lease(NamedTuple):
@@ -63,41 +50,21 @@ class Loss(NamedTuple):
 
 
 @dataclass(eq=False)
-class Block:
-    """Rows that came together and are waited for together; `outcomes` is in their order."""
-
-    outcomes: list[Outcome | Quarantined | None]
-    num_missing: int
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def settle(self, index: int, outcome: Outcome | Quarantined) -> None:
-        self.outcomes[index] = outcome
-        self.num_missing -= 1
-        if self.num_missing == 0:
-            self.done.set()
-
-
-@dataclass(eq=False, slots=True)
-class _Row:
-    row_id: int
-    cell: Any
-    cost: int
-    prefix: int
-    block: Block
-    index: int
-    blame: int = 0
-    lone_blame: int = 0
-    is_waiting: bool = False
-
-
-@dataclass(eq=False)
 class _Holder:
-    """A replica, as far as leases go; `limit` rows at most are with it at once."""
+    """A replica, as far as leases go.
+
+    Args:
+        num_slots: Rows that it runs at once.
+        limit: Rows that it may have at once.
+        changed: Notified when it may get rows, or was given up.
+        rows: Those that it has, by their ids.
+        alone: Whether these are suspects, which it runs apart from all others.
+    """
 
     num_slots: int
     limit: int
     changed: threading.Condition
-    rows: dict[int, _Row] = field(default_factory=dict)
+    rows: dict[int, Row] = field(default_factory=dict)
     alone: bool = False
 
     @property
@@ -111,22 +78,19 @@ class LeaseBook:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ids = itertools.count()
-        # By urgency; a row that went with its prefix's others leaves an entry behind.
-        self._waiting: list[tuple[float, int, _Row]] = []
-        self._num_waiting = 0
-        self._by_prefix: dict[int, dict[int, _Row]] = {}
-        self._suspects: deque[list[_Row]] = deque()
+        self._waiting = WaitingRows()
+        self._suspects: deque[list[Row]] = deque()
         self._examiner: int | None = None
         self._holders: dict[int, _Holder] = {}
         self._blocks: set[Block] = set()
         self._failure: BaseException | None = None
         self._losses_in_vain = self._most_holders = 0
-        self._clock = 0.0
 
     @property
     def num_waiting(self) -> int:
         """Rows that no replica has."""
-        return self._num_waiting + sum(map(len, self._suspects))
+        with self._lock:
+            return len(self._waiting) + sum(map(len, self._suspects))
 
     @property
     def num_leased(self) -> int:
@@ -137,7 +101,8 @@ class LeaseBook:
     @property
     def num_slots(self) -> int:
         """Rows that all replicas together run at once."""
-        return sum(holder.num_slots for holder in self._holders.values())
+        with self._lock:
+            return self._count_slots()
 
     def put(self, cells: Sequence[Any], costs: Sequence[int], prefixes: Sequence[int] | None = None) -> Block:
         """Take in rows.
@@ -157,7 +122,7 @@ class LeaseBook:
             self._blocks.add(block)
             shared = prefixes or itertools.repeat(0, len(cells))
             for index, (cell, cost, prefix) in enumerate(zip(cells, costs, shared, strict=True)):
-                self._push(_Row(next(self._ids), cell, cost, prefix, block, index))
+                self._waiting.push(Row(next(self._ids), cell, cost, prefix, block, index))
             self._notify(self._holders.values())
         return block
 
@@ -180,9 +145,7 @@ class LeaseBook:
         """Forget a block that nobody waits for any more; what a replica says later of its rows is ignored."""
         with self._lock:
             self._blocks.discard(block)
-            for _, _, row in self._waiting:
-                if row.block is block and row.is_waiting:
-                    self._pop(row)
+            self._waiting.withdraw(block)
             others = ([row for row in group if row.block is not block] for group in self._suspects)
             self._suspects = deque(group for group in others if group)
             for holder in self._holders.values():
@@ -198,8 +161,6 @@ class LeaseBook:
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error
         self._waiting.clear()
-        self._by_prefix.clear()
-        self._num_waiting = 0
         self._suspects.clear()
         for block in self._blocks:
             block.done.set()
@@ -248,7 +209,7 @@ class LeaseBook:
                     row.block.settle(row.index, outcome)
                     counted.append(outcome)
                     self._losses_in_vain = 0
-                    self._clock += outcome.num_tokens / self.num_slots
+                    self._waiting.advance(outcome.num_tokens / self._count_slots())
             if not holder.rows:
                 holder.alone = False
             self._notify([holder])
@@ -271,7 +232,11 @@ class LeaseBook:
             rows = list(holder.rows.values())
             for row in rows:
                 row.blame += blame
-            quarantined = self._examine(rows, blame, cause) if holder.alone and blame and rows else self._return(rows)
+            quarantined = []
+            if holder.alone and blame and rows:
+                quarantined = self._examine(rows, blame, cause)
+            else:
+                self._take_back(rows)
             self._losses_in_vain += 1
             if self._losses_in_vain > max(_MOST_LOSSES_IN_VAIN, 4 * self._most_holders):
                 self._fail(
@@ -280,7 +245,7 @@ class LeaseBook:
             self._notify([*self._holders.values(), holder])
             return Loss(len(rows), quarantined)
 
-    def _examine(self, rows: list[_Row], blame: int, cause: str) -> list[Quarantined]:
+    def _examine(self, rows: list[Row], blame: int, cause: str) -> list[Quarantined]:
         """A replica died of these rows alone: halve them, or convict the only one."""
         if len(rows) > 1:
             half = len(rows) // 2
@@ -295,37 +260,17 @@ class LeaseBook:
         row.block.settle(row.index, quarantined)
         return [quarantined]
 
-    def _return(self, rows: list[_Row]) -> list[Quarantined]:
+    def _take_back(self, rows: list[Row]) -> None:
+        """Rows of a lost replica wait again, those that are suspect apart from the others."""
         suspects = [row for row in rows if row.blame >= _SUSPECT_FROM]
         # The whole of them just died together.
         half = (len(suspects) + 1) // 2
         self._suspects.extend(group for group in (suspects[:half], suspects[half:]) if group)
         for row in rows:
             if row.blame < _SUSPECT_FROM:
-                self._push(row)
-        return []
+                self._waiting.push(row)
 
-    def _push(self, row: _Row) -> None:
-        # Costly rows go first, so that they don't make the tail, but overtake only those that came up to their cost in
-        # steps ago: no row waits for ever, and no block for its cheapest row.
-        heapq.heappush(self._waiting, (self._clock - row.cost, row.row_id, row))
-        row.is_waiting = True
-        self._num_waiting += 1
-        if row.prefix:
-            self._by_prefix.setdefault(row.prefix, {})[row.row_id] = row
-
-    def _pop(self, row: _Row) -> _Row:
-        """A waiting row leaves; its entry in the heap goes when it comes up."""
-        row.is_waiting = False
-        self._num_waiting -= 1
-        if row.prefix:
-            group = self._by_prefix[row.prefix]
-            del group[row.row_id]
-            if not group:
-                del self._by_prefix[row.prefix]
-        return row
-
-    def _pick(self, replica: int, holder: _Holder) -> list[_Row]:
+    def _pick(self, replica: int, holder: _Holder) -> list[Row]:
         if holder.alone or self._failure is not None:
             return []
         if self._suspects and self._examiner in (None, replica):
@@ -338,26 +283,13 @@ class LeaseBook:
             if not self._suspects:
                 self._examiner = None
             return rows
-        # Dealt in small hands, so that replicas which start together share the costly rows.
-        hand = max(1, holder.num_slots // 8)
-        return [] if holder.room < hand else self._deal(hand, holder.room)
+        # Dealt in small hands, an eighth of what the replica runs at once, so that replicas which start together share
+        # the costly rows.
+        hand = max(1, min(holder.num_slots, holder.limit) // 8)
+        return [] if holder.room < hand else self._waiting.deal(hand, holder.room)
 
-    def _deal(self, hand: int, room: int) -> list[_Row]:
-        """The most urgent rows, each with those of its prefix where all of them fit."""
-        dealt: list[_Row] = []
-        while self._waiting and len(dealt) < hand:
-            entry = heapq.heappop(self._waiting)
-            row = entry[2]
-            if not row.is_waiting:
-                continue
-            # A prefix of more rows than a hand is worth computing on several replicas.
-            group = list(self._by_prefix[row.prefix].values()) if row.prefix else [row]
-            group = group if len(group) <= hand else [row]
-            if dealt and len(dealt) + len(group) > room:
-                heapq.heappush(self._waiting, entry)
-                break
-            dealt += [self._pop(one) for one in group]
-        return dealt
+    def _count_slots(self) -> int:
+        return sum(holder.num_slots for holder in self._holders.values())
 
     def _notify(self, holders: Iterable[_Holder]) -> None:
         for holder in holders:

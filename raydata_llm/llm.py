@@ -1,7 +1,7 @@
 """`LLM`: the engine without Ray, as vLLM's offline class.
 
-Owns one engine and one tokenizer: prompts become token ids, output tokens become text. What happens in a call is
-`generation.py`'s. Knows no Ray and no rows. Used by one thread at a time.
+Owns one engine and one tokenizer, and which methods the engine's kind allows. What happens in a call is
+`generation.py`'s, what becomes of texts `llm_texts.py`'s. Knows no Ray and no rows. Used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.engine.flat_logprobs import FlatLogprobs
 from raydata_llm.engine.pooling_model import runner_of
-from raydata_llm.engine.pooling_params import PoolingParams
-from raydata_llm.engine.position_logprobs import PositionLogprobs
-from raydata_llm.engine.request import Logprob, LoRARequest, RequestOutput
+from raydata_llm.engine.request import LoRARequest, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.generation import Generation
 from raydata_llm.llm_beam import BeamMethods
@@ -28,13 +24,13 @@ from raydata_llm.llm_metrics import Metric, list_metrics
 from raydata_llm.llm_pooling import PoolingMethods, read_older_settings
 from raydata_llm.llm_queue import Asked, ChatOptions, QueueMethods
 from raydata_llm.llm_sleep import SleepMethods
+from raydata_llm.llm_texts import Texts, encode_conversations
 from raydata_llm.model_source import resolve_model
 from raydata_llm.openmp import wait_passively
 from raydata_llm.pooling_prompts import Tokenization
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import (
     ParamsLike,
-    Prompt,
     list_conversations,
     list_prompts,
     pair_adapters,
@@ -45,8 +41,6 @@ from raydata_llm.tokenizer import (
     CONTENT_FORMATS,
     check_chat_template,
     encode_chat,
-    encode_texts,
-    encode_whole,
     load_tokenizer,
 )
 from raydata_llm.vllm_settings import refuse_arguments, split_llm_settings
@@ -105,7 +99,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         self._seed, self._model = config.seed, model
         self._request_ids = itertools.count()
         self._occurrences: Counter[bytes] = Counter()
-        self._decode_token = functools.lru_cache(maxsize=1 << 16)(self._decode_one)
+        self._texts = Texts(self._tokenizer)
 
     def generate(
         self,
@@ -157,7 +151,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
                     'give {"prompt_token_ids": [...]}'
                 )
         pair_adapters(asked, lora_request)
-        return asked, functools.partial(self._encode_texts, tokenization)
+        return asked, functools.partial(self._texts.encode, tokenization, self._live_engine().max_model_len)
 
     def chat(
         self,
@@ -221,7 +215,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         asked = pair_params(list_conversations(messages), sampling_params, defaults)
         render = functools.partial(encode_chat, self._tokenizer, **dataclasses.asdict(options))
         pair_adapters(asked, lora_request)
-        return asked, functools.partial(_encode_conversations, render)
+        return asked, functools.partial(encode_conversations, render)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer.
@@ -314,7 +308,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         return engine
 
     def _begin(self) -> Generation:
-        return Generation(self._live_engine(), self._seed, self._request_ids, self._occurrences, self._finish)
+        return Generation(self._live_engine(), self._seed, self._request_ids, self._occurrences, self._texts.finish)
 
     def _run(self, asked: Asked, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         self._check_nothing_enqueued()
@@ -324,53 +318,6 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         generation.add(prompts, encode)
         with Progress(len(prompts), use_tqdm, "Processed prompts") as progress:
             return generation.run(progress)
-
-    def _encode_texts(self, tokenization: Tokenization | None, prompts: list[Prompt]) -> None:
-        texts = [prompt for prompt in prompts if prompt.error is None and prompt.token_ids is None]
-        try:
-            encoded = self._token_ids([prompt.text or "" for prompt in texts], tokenization)
-        except Exception:  # one text spoils the batch (a lone surrogate, say): each for itself shows which
-            for prompt in texts:
-                prompt.attempt(functools.partial(self._encode_text, tokenization))
-            return
-        for prompt, token_ids in zip(texts, encoded, strict=True):
-            prompt.token_ids = token_ids
-
-    def _encode_text(self, tokenization: Tokenization | None, prompt: Prompt) -> None:
-        prompt.token_ids = self._token_ids([prompt.text or ""], tokenization)[0]
-
-    def _token_ids(self, texts: list[str], tokenization: Tokenization | None) -> list[list[int]]:
-        if tokenization is None:
-            return encode_texts(self._tokenizer, texts)
-        # One place is left for an output token.
-        length = tokenization.max_tokens(PoolingParams(), self._live_engine().max_model_len - 1)
-        special = tokenization.add_special_tokens
-        encoded = encode_whole(self._tokenizer, texts, max_length=length, add_special_tokens=special)
-        return [token_ids for token_ids, _ in encoded]
-
-    def _finish(self, prompt: Prompt, output: RequestOutput) -> None:
-        output.prompt, output.lora_request = prompt.text, prompt.lora_request
-        prompt.attempt(functools.partial(self._fill_text, output))
-        if prompt.error is not None:
-            output.outputs, output.error = [], prompt.error
-
-    def _fill_text(self, output: RequestOutput, prompt: Prompt) -> None:
-        if self._tokenizer is None or prompt.params is None or not prompt.params.detokenize:
-            return
-        self._name_positions(output.prompt_logprobs)
-        for one in output.outputs:
-            one.text = output_text(self._tokenizer, one.token_ids, prompt.params, one.stop_reason, one.finish_reason)
-            self._name_positions(one.logprobs)
-
-    def _name_positions(self, positions: Sequence[dict[int, Logprob] | None] | None) -> None:
-        if isinstance(positions, PositionLogprobs):
-            positions.name_tokens(self._decode_token)
-        elif isinstance(positions, FlatLogprobs):
-            positions.decoded_tokens = [self._decode_token(token_id) for token_id in positions.token_ids]
-
-    def _decode_one(self, token_id: int) -> str:
-        text: str = self.get_tokenizer().decode([token_id])
-        return text
 
 
 def _make_group(config: EngineConfig, count: int, tokenizer: Any, *, is_pooling: bool) -> EngineGroup:
@@ -388,12 +335,3 @@ def _find_tokenizer(tokenizer: Any, model_path: str, trust_remote_code: bool) ->
         return tokenizer
     path = model_path if tokenizer is None else resolve_model(tokenizer, weights=False)
     return load_tokenizer(path, trust_remote_code=trust_remote_code)
-
-
-def _encode_conversations(render: Callable[[Any], tuple[str, list[int]]], prompts: list[Prompt]) -> None:
-    for prompt in prompts:
-        prompt.attempt(functools.partial(_encode_conversation, render))
-
-
-def _encode_conversation(render: Callable[[Any], tuple[str, list[int]]], prompt: Prompt) -> None:
-    prompt.text, prompt.token_ids = render(prompt.given)

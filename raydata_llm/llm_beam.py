@@ -14,6 +14,7 @@ from raydata_llm.beam_call import BeamCall
 from raydata_llm.engine.beam_params import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
 from raydata_llm.engine.request import Logprob, LoRARequest
 from raydata_llm.generation import Encode
+from raydata_llm.llm_texts import Texts
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import Prompt
 
@@ -26,7 +27,7 @@ class BeamMethods(ABC):
 
     _tokenizer: Any
     _request_ids: Iterator[int]
-    _decode_token: Callable[[int], str]
+    _texts: Texts
 
     @abstractmethod
     def _ask_prompts(self, prompts: Any, sampling_params: Any, lora_request: Any) -> tuple[list[Prompt], Encode]:
@@ -90,7 +91,7 @@ class BeamMethods(ABC):
 
     def _name_tokens(self, position: Mapping[int, Logprob]) -> dict[int, Logprob]:
         return {
-            token_id: dataclasses.replace(logprob, decoded_token=self._decode_token(token_id))
+            token_id: dataclasses.replace(logprob, decoded_token=self._texts.decode_token(token_id))
             for token_id, logprob in position.items()
         }
 

@@ -58,7 +58,7 @@ class Occurrences:
 
     def _insert(self, keys: Numbers) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Put different keys into the table; for each, whether it is new."""
-        if 2 * (self._size + len(keys)) > len(self._table):
+        while 2 * (self._size + len(keys)) > len(self._table):
             self._grow()
         is_new = _insert(self._table, keys)
         self._size += int(is_new.sum())

@@ -19,7 +19,8 @@ from raydata_llm.dispatch_plan import DispatchPlan, ReplicaPlan
 from raydata_llm.finish import FinishPlan, finish
 from raydata_llm.model_source import check_model
 from raydata_llm.pooled_rows import pooling_task
-from raydata_llm.prepare import PreparePlan, RowFunction, prepare
+from raydata_llm.prepare import prepare
+from raydata_llm.prepare_plan import PreparePlan, RowFunction
 from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
 from raydata_llm.ray_operators import dispatcher_options, map_blocks, replica_options, task_options, with_own_context
 from raydata_llm.replica import EngineFactory, start_engine

@@ -22,8 +22,8 @@ from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, Po
 from raydata_llm.engine.request import Request, RequestOutput, TokenArray, seeded_key
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.job_link import StatsSender
-from raydata_llm.lease_book import Outcome
 from raydata_llm.openmp import wait_passively
+from raydata_llm.pending_rows import Outcome
 from raydata_llm.replica_sampler import ReplicaSampler
 from raydata_llm.row_payload import RowOutput, RowRequest, describe_failure, pack, unpack
 
@@ -124,7 +124,7 @@ class _Params(NamedTuple):
     text: str
 
 
-class _Finished(NamedTuple):
+class _FinishedRow(NamedTuple):
     """A row on its way out; packed by the thread that sends it, not by the engine's."""
 
     row_id: int
@@ -153,7 +153,7 @@ class Replica:
         self._sampler = ReplicaSampler(stats_sender or StatsSender())
         self._start = (engine_factory, model_source, engine_kwargs)
         self._known_params: dict[bytes, _Params] = {}
-        self._finished: list[_Finished] = []
+        self._finished: list[_FinishedRow] = []
         self._arrival = threading.Condition()
 
     def where(self) -> tuple[str, int]:
@@ -181,20 +181,22 @@ class Replica:
         asked: dict[str, tuple[str, int]] = {}
         requests: list[Request | PoolingRequest] = []
         for row_id, (key, cell) in rows:
-            row: RowRequest = unpack(cell)
-            assert row.prompt_token_ids is not None, "rows that failed before are not dispatched"
-            if row.pooling_params is not None:
-                asked[str(row_id)] = (json.dumps(row.pooling_params, sort_keys=True), len(row.prompt_token_ids))
-                requests.append(_pooling_request(row_id, row.prompt_token_ids, row))
-                continue
             stage = "sampling_params"
             try:
+                # Users' own values are in it, whose classes this process may not be able to make.
+                row: RowRequest = unpack(cell)
+                assert row.prompt_token_ids is not None, "rows that failed before are not dispatched"
+                if row.pooling_params is not None:
+                    stage = "pooling_params"
+                    asked[str(row_id)] = (json.dumps(row.pooling_params, sort_keys=True), len(row.prompt_token_ids))
+                    requests.append(_pooling_request(row_id, row.prompt_token_ids, row))
+                    continue
                 params = self._params(row.sampling_params)
                 stage = "lora"
                 adapter = None if row.lora_request is None else on_this_node(row.lora_request)
             except Exception as error:
                 failed = RowOutput(None, "", row_id, 0.0, describe_failure(error, stage))
-                self._finish(_Finished(row_id, failed, 0, 0))
+                self._put(_FinishedRow(row_id, failed, 0, 0))
                 continue
             seed = params.value.seed
             request = Request(
@@ -210,7 +212,7 @@ class Replica:
 
         def deliver(output: AnyOutput) -> None:
             params, num_prompt = asked.pop(output.request_id)
-            self._finish(_finished(params, num_prompt, output, time.perf_counter() - started))
+            self._put(_finished_row(params, num_prompt, output, time.perf_counter() - started))
 
         if self._engine.death is None:
             self._engine.submit(requests, deliver)
@@ -233,7 +235,7 @@ class Replica:
             outcomes, self._engine.seconds_silent, None if death is None else f"{type(death).__name__}: {death}"
         )
 
-    def _finish(self, row: _Finished) -> None:
+    def _put(self, row: _FinishedRow) -> None:
         with self._arrival:
             self._finished.append(row)
             self._arrival.notify()
@@ -260,12 +262,12 @@ def _pooling_request(row_id: int, prompt: TokenArray, row: RowRequest) -> Poolin
     )
 
 
-def _finished(params: str, num_prompt: int, output: AnyOutput, seconds: float) -> _Finished:
+def _finished_row(params: str, num_prompt: int, output: AnyOutput, seconds: float) -> _FinishedRow:
     row_id = int(output.request_id)
     error = None if output.error is None else describe_failure(output.error, "engine")
     num_tokens = sum(len(one.token_ids) for one in output.outputs) if isinstance(output, RequestOutput) else 0
     if len(output.prompt_token_ids) == num_prompt:
         output = dataclasses.replace(output, prompt_token_ids=[])
-    return _Finished(
+    return _FinishedRow(
         row_id, RowOutput(None if error else output, params, row_id, seconds, error), num_prompt, num_tokens
     )

@@ -19,7 +19,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from raydata_llm.dispatch_plan import ReplicaPlan
 from raydata_llm.engine.rank_line import RankError
-from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, LeaseBook, Outcome, Quarantined
+from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, LeaseBook
+from raydata_llm.pending_rows import Quarantined
 from raydata_llm.replica import Collected, Replica
 
 logger = logging.getLogger(__name__)
@@ -41,16 +42,16 @@ class ReplicaLink:
     Args:
         plan: How it is started.
         book: Where its rows come from.
-        on_done: Told of outcomes that count and of rows found to kill engines.
+        on_quarantined: Told of rows found to kill engines.
     """
 
     def __init__(
         self,
         plan: ReplicaPlan,
         book: LeaseBook,
-        on_done: Callable[[list[Outcome], list[Quarantined]], None],
+        on_quarantined: Callable[[list[Quarantined]], None],
     ) -> None:
-        self._plan, self._book, self._on_done = plan, book, on_done
+        self._plan, self._book, self._on_quarantined = plan, book, on_quarantined
         self._losses_in_vain = 0
         self._actor: Any = None
         self._fed = threading.Event()
@@ -115,10 +116,8 @@ class ReplicaLink:
             except RayError as error:
                 self._note_loss(number, f"its process or node is gone: {error}", blame=PROCESS_LOST)
                 return
-            counted = self._book.give(number, collected.outcomes)
-            if counted:
+            if self._book.give(number, collected.outcomes):
                 self._losses_in_vain = 0
-                self._on_done(counted, [])
             if collected.death is not None:
                 self._note_loss(number, f"the engine died of {collected.death}", blame=ENGINE_DIED)
                 return
@@ -139,7 +138,7 @@ class ReplicaLink:
     def _note_loss(self, number: int, cause: str, blame: int) -> None:
         self.is_placed = self.is_ready = False
         loss = self._book.lose(number, blame, f"EngineDeadError: {cause}")
-        self._on_done([], loss.quarantined)
+        self._on_quarantined(loss.quarantined)
         ray.kill(self._actor)
         self._losses_in_vain = 0 if loss.num_rows else self._losses_in_vain + 1
         if self._losses_in_vain >= _LOSSES_IN_VAIN:

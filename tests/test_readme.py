@@ -1,4 +1,4 @@
-"""READMEs: what they link to is there, and what they import is ours."""
+"""READMEs: what they link to is there, what they import is ours, and a room's README names its files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import raydata_llm
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / path for path in ("README.md", "CONTRIBUTING.md", "cluster/README.md", "raydata_llm/README.md")]
+ROOMS = ("engine", "kernels", "raydata_llm", "cluster")
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -25,6 +26,14 @@ def test_every_import_works(readme: Path) -> None:
     lines = re.findall(r"^\+?from raydata_llm import (.*)$", readme.read_text(), re.M)
     names = {name.strip() for line in lines for name in line.split(",")}
     assert names <= set(raydata_llm.__all__)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_rooms_readme_names_its_files_and_no_others(room: str) -> None:
+    named = set(re.findall(r"`([\w/]+\.py)`", (ROOT / room / "README.md").read_text()))
+    there = {path.name for path in (ROOT / room).glob("*.py")}
+    assert there - named == set(), "not named"
+    assert [name for name in named - there if not (ROOT / name).exists()] == [], "named, but not there"
 
 
 def test_pictures_are_small_and_in_the_repository() -> None:

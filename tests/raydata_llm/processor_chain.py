@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from raydata_llm.finish import FinishPlan, finish
-from raydata_llm.prepare import PreparePlan, RowFunction, prepare
+from raydata_llm.prepare import prepare
+from raydata_llm.prepare_plan import PreparePlan, RowFunction
 from raydata_llm.replica import EngineFactory, Replica
 from raydata_llm.row_payload import (
     CARRIED_COLUMN,

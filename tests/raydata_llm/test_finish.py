@@ -226,6 +226,29 @@ def test_rows_that_fail_are_rows_of_the_same_schema(model: str) -> None:
     assert table.to_pylist()[4]["__inference_error__"] == "" and table.to_pylist()[4]["answer"]
 
 
+class RefusedError(Exception):
+    """Can be packed, but not unpacked, as many exceptions of two arguments."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+
+
+def test_a_row_whose_made_values_cannot_be_unpacked_fails_alone(model: str) -> None:
+    def remember(row: dict[str, Any]) -> dict[str, Any]:
+        return ask(row) | {"cause": RefusedError(404, "not there") if row["id"] == 1 else None}
+
+    table = answered(pa.table({"id": [0, 1, 2]}), model, remember, post_id, keep_going=True)
+    first, second, third = table.to_pylist()
+    assert (first["answer"], third["answer"]) == (0, 2) and second["answer"] is None and second["id"] == 1
+    assert "what preprocess returned cannot be read again" in second["__inference_error__"]
+    with pytest.raises(RowError, match=r"cannot be read again.*\(preprocess\). Its input columns: {'id': 1}"):
+        answered(pa.table({"id": [0, 1, 2]}), model, remember, post_id)
+
+
+def post_id(row: dict[str, Any]) -> dict[str, Any]:
+    return {"id": row["id"], "answer": row["id"]}
+
+
 def test_rows_that_fail_have_all_columns_where_all_are_kept(model: str) -> None:
     source = pa.table({"id": [1, 2], "fails": ["engine", "nowhere"]})
     table = answered(source, model, fail_some, keep_going=True)

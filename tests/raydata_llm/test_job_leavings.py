@@ -129,7 +129,7 @@ def test_a_job_may_end_while_its_replicas_start(tmp_path: Path) -> None:
         engine_factory=start,
     )
     book = LeaseBook()
-    link = ReplicaLink(plan, book, lambda done, given_up: None)
+    link = ReplicaLink(plan, book, lambda given_up: None)
     try:
         assert wait_until(lambda: link.is_placed, 60.0)
         assert wait_until(

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, Block, LeaseBook, Outcome, Quarantined
+from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, LeaseBook
+from raydata_llm.pending_rows import Block, Outcome, Quarantined
 
 
 def cells(count: int, first: int = 0) -> list[bytes]:
@@ -70,6 +71,31 @@ def test_a_replica_gets_no_more_than_its_limit() -> None:
     assert taken(book, 0) == [], "small hands are not worth a message"
     book.give(0, answers(held[4:8]))
     assert len(taken(book, 0)) == 8
+
+
+def test_a_limit_of_few_rows_still_lets_the_replica_have_them() -> None:
+    book = joined(0, num_slots=64, limit=4)
+    book.put(cells(10), [1] * 10)
+    held = [row for _ in range(10) for row in taken(book, 0)]
+    assert len(held) == 4
+    book.give(0, answers(held[:1]))
+    assert len(taken(book, 0)) == 1
+
+
+def test_slots_are_counted_while_replicas_come_and_go() -> None:
+    book = joined(0)
+
+    class Slots(int):
+        """A number of slots that takes so long to add up that another replica joins meanwhile."""
+
+        def __radd__(self, other: int) -> int:
+            joining = threading.Thread(target=book.join, args=(2, 8, 12))
+            joining.start()
+            joining.join(0.2)
+            return other + int(self)
+
+    book.join(1, Slots(8), 12)
+    assert book.num_slots == 16
 
 
 def test_a_cheap_row_is_not_overtaken_for_ever() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 
 import numpy as np
@@ -44,3 +45,12 @@ def test_the_numbers_are_those_of_a_plain_count_when_the_table_has_grown() -> No
             expected.append(seen[max(1, key)])
             seen[max(1, key)] += 1
         assert occurrences.number(block, digests(*keys)) == tuple(expected)
+
+
+def test_a_block_may_have_more_rows_than_the_table_has_room_for_when_doubled() -> None:
+    occurrences, numbers = Occurrences(), list[tuple[int, ...]]()
+    many = np.arange(1, 300_001, dtype=np.uint64)
+    counting = threading.Thread(target=lambda: numbers.append(occurrences.number(0, many)), daemon=True)
+    counting.start()
+    counting.join(timeout=30)
+    assert numbers == [(0,) * len(many)]

@@ -72,6 +72,23 @@ def test_bad_parameters_fail_their_row_alone() -> None:
     assert outputs[0].output is not None and outputs[2].output is not None
 
 
+def _refuse() -> None:
+    raise RuntimeError("no such thing on this node")
+
+
+class Unreadable:
+    """Can be packed, but not unpacked."""
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _refuse, ()
+
+
+def test_a_row_that_cannot_be_unpacked_fails_alone() -> None:
+    outputs = outputs_of(started(), [request(1), request(1, extra_args={"thing": Unreadable()}), request(2)])
+    assert outputs[1].error == "RuntimeError: no such thing on this node (sampling_params)"
+    assert outputs[0].output is not None and outputs[2].output is not None
+
+
 def test_a_row_that_the_engine_refuses_is_its_error() -> None:
     outputs = outputs_of(started(), [request(*range(300)), request(1)])
     assert "max_model_len=200 allows fewer (engine)" in (outputs[0].error or "") and outputs[1].error is None

@@ -1,0 +1,96 @@
+"""The texts of an `LLM`: its prompts' become token ids, and its results' token ids become text.
+
+Owns the tokenizer's work for one LLM, and the rule that a text which spoils it costs its own prompt alone. Knows no
+engine. Prompts are encoded in a thread of their own, while the caller's fills in results.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raydata_llm.engine.detokenizer import output_text
+from raydata_llm.engine.flat_logprobs import FlatLogprobs
+from raydata_llm.engine.pooling_params import PoolingParams
+from raydata_llm.engine.position_logprobs import PositionLogprobs
+from raydata_llm.engine.request import Logprob, RequestOutput
+from raydata_llm.pooling_prompts import Tokenization
+from raydata_llm.prompts import Prompt
+from raydata_llm.tokenizer import encode_texts, encode_whole
+
+
+class Texts:
+    """See the module's docstring.
+
+    Args:
+        tokenizer: None leaves token ids as they are; no text is encoded then.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.decode_token = functools.lru_cache(maxsize=1 << 16)(self._decode_token)
+
+    def encode(self, tokenization: Tokenization | None, max_model_len: int, prompts: list[Prompt]) -> None:
+        """Fill in the token ids, or the errors, of prompts that are texts.
+
+        Args:
+            tokenization: As the call's `tokenization_kwargs` say; None: whole, with special tokens.
+            max_model_len: The engine's.
+        """
+        texts = [prompt for prompt in prompts if prompt.error is None and prompt.token_ids is None]
+        try:
+            encoded = self._token_ids([prompt.text or "" for prompt in texts], tokenization, max_model_len)
+        except Exception:  # one text spoils the batch (a lone surrogate, say): each for itself shows which
+            for prompt in texts:
+                prompt.attempt(functools.partial(self._encode_one, tokenization, max_model_len))
+            return
+        for prompt, token_ids in zip(texts, encoded, strict=True):
+            prompt.token_ids = token_ids
+
+    def finish(self, prompt: Prompt, output: RequestOutput) -> None:
+        """Fill in a result's texts; if they cannot be made, it becomes an error."""
+        output.prompt, output.lora_request = prompt.text, prompt.lora_request
+        prompt.attempt(functools.partial(self._fill_text, output))
+        if prompt.error is not None:
+            output.outputs, output.error = [], prompt.error
+
+    def _encode_one(self, tokenization: Tokenization | None, max_model_len: int, prompt: Prompt) -> None:
+        prompt.token_ids = self._token_ids([prompt.text or ""], tokenization, max_model_len)[0]
+
+    def _token_ids(self, texts: list[str], tokenization: Tokenization | None, max_model_len: int) -> list[list[int]]:
+        if tokenization is None:
+            return encode_texts(self._tokenizer, texts)
+        # One place is left for an output token.
+        length = tokenization.max_tokens(PoolingParams(), max_model_len - 1)
+        special = tokenization.add_special_tokens
+        encoded = encode_whole(self._tokenizer, texts, max_length=length, add_special_tokens=special)
+        return [token_ids for token_ids, _ in encoded]
+
+    def _fill_text(self, output: RequestOutput, prompt: Prompt) -> None:
+        if self._tokenizer is None or prompt.params is None or not prompt.params.detokenize:
+            return
+        self._name_positions(output.prompt_logprobs)
+        for one in output.outputs:
+            one.text = output_text(self._tokenizer, one.token_ids, prompt.params, one.stop_reason, one.finish_reason)
+            self._name_positions(one.logprobs)
+
+    def _name_positions(self, positions: Sequence[dict[int, Logprob] | None] | None) -> None:
+        if isinstance(positions, PositionLogprobs):
+            positions.name_tokens(self.decode_token)
+        elif isinstance(positions, FlatLogprobs):
+            positions.decoded_tokens = [self.decode_token(token_id) for token_id in positions.token_ids]
+
+    def _decode_token(self, token_id: int) -> str:
+        text: str = self._tokenizer.decode([token_id])
+        return text
+
+
+def encode_conversations(render: Callable[[Any], tuple[str, list[int]]], prompts: list[Prompt]) -> None:
+    """Fill in the text and the token ids, or the errors, of prompts that are conversations."""
+    for prompt in prompts:
+        prompt.attempt(functools.partial(_encode_conversation, render))
+
+
+def _encode_conversation(render: Callable[[Any], tuple[str, list[int]]], prompt: Prompt) -> None:
+    prompt.text, prompt.token_ids = render(prompt.given)
