@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from raydata_llm.engine.known_names import named_fields
 from raydata_llm.engine.request import FinishReason, Logprob, LoRARequest, TokenArray
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 
 MOST_BEAMS = 16
 
 
+@named_fields({})
 @dataclass(frozen=True)
 class BeamSearchParams:
     """How beams are searched; names and defaults as vLLM's, and two of our own.

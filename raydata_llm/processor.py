@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig, ProcessorConfig
 from raydata_llm.dispatch_plan import DispatchPlan, ReplicaPlan
+from raydata_llm.engine.known_names import named_arguments
 from raydata_llm.finish import FinishPlan, finish
 from raydata_llm.model_source import check_model
 from raydata_llm.pooled_rows import pooling_task
@@ -190,6 +191,7 @@ class Processor:
         return {"fn_constructor_kwargs": {"plan": plan}, **dispatcher_options(pool, self.config)}
 
 
+@named_arguments
 def build_llm_processor(
     config: ProcessorConfig,
     preprocess: RowFunction | None = None,

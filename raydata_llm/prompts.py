@@ -163,7 +163,8 @@ def read_prompt(prompt: Prompt) -> None:
         given = prompt.text
         if given is None:
             keys = sorted(map(str, prompt.given))
-            raise ValueError(f"prompt has the keys {keys}: give prompt, prompt_token_ids or prompt_embeds")
+            remedy = "give messages to chat" if "role" in keys else "give prompt, prompt_token_ids or prompt_embeds"
+            raise ValueError(f"prompt has the keys {keys}: {remedy}")
     if isinstance(given, str):
         prompt.text = given
         return

@@ -13,6 +13,8 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
 
+from raydata_llm.store_address import check_bucket
+
 _METADATA_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _TEMPLATE_FOLDER = "additional_chat_templates"
 # Sentence-transformers' word on how a model pools.
@@ -120,6 +122,7 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
     import pyarrow
     from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
+    check_bucket("model_source", uri)
     try:
         filesystem, path = FileSystem.from_uri(uri)
         return filesystem, path

@@ -328,8 +328,12 @@ def test_a_ready_tokenizer_is_taken(model_folder: Path, llm: LLM) -> None:
 
 
 def test_wrong_settings_are_named_before_anything_is_loaded() -> None:
-    with pytest.raises(ValueError, match=r"engine_kwargs\['max_model_length'\].*did you mean max_model_len"):
+    with pytest.raises(ValueError, match=r"^max_model_length=5 is not an argument of LLM: did you mean max_model_len"):
         LLM("/no/such/model", max_model_length=5)
+    with pytest.raises(ValueError, match=r"^tokeniser='t' is not an argument of LLM: did you mean tokenizer\?"):
+        LLM("/no/such/model", tokeniser="t")
+    with pytest.raises(ValueError, match=r"^engine_kwargs={.*} is not an argument of LLM: give its entries one by one"):
+        LLM("/no/such/model", engine_kwargs={"max_model_len": 5})
     with pytest.raises(ValueError, match="tokenizer='t' is not valid with skip_tokenizer_init=True"):
         LLM("/no/such/model", tokenizer="t", skip_tokenizer_init=True)
     with pytest.raises(ValueError, match="model_source='/no/such/model' not found"):
