@@ -21,6 +21,7 @@ from raydata_llm.engine.pooling_model import PoolingModel
 from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
 from raydata_llm.engine.prompt_embeds import Embeds, as_embeds
 from raydata_llm.engine.request import LoRARequest
+from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
 from raydata_llm.pooled_rows import PooledTexts, is_pair, read_pooling
@@ -47,6 +48,8 @@ from raydata_llm.row_ticket import append_tickets
 from raydata_llm.tokenizer import encode_texts, load_light_tokenizer, load_tokenizer, render_chat
 from raydata_llm.vllm_settings import refuse_arguments
 
+# Different ones of a block: each takes 150 us, and this is for mistakes that all rows have in common.
+_CHECKED_PARAMS = 16
 EMBEDS_COLUMN = "prompt_embeds"
 Row = dict[str, Any]
 RowFunction = Callable[[Row], Mapping[str, Any]]
@@ -157,6 +160,7 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
         _attempt(draft, plan, "preprocess", lambda draft: _preprocess(draft, plan.preprocess))
         _attempt(draft, plan, "chat template", lambda draft: _choose_prompt(draft, plan, tokenizer))
     if plan.task is None:
+        _check_params(drafts, plan)
         _tokenize(drafts, plan, tokenizer)
     else:
         _tokenize_whole(drafts, plan, tokenizer)
@@ -223,10 +227,29 @@ def _attempt(draft: _Draft, plan: PreparePlan, stage: str, step: Callable[[_Draf
     try:
         step(draft)
     except ROW_FAILURES as error:
-        cause = describe_failure(error, stage)
+        cause = describe_failure(error, stage, draft.row if stage == "preprocess" else ())
         if not plan.keep_going:
             raise row_error(draft.row, cause) from error
         draft.error = cause
+
+
+def _check_params(drafts: Sequence[_Draft], plan: PreparePlan) -> None:
+    """Find a mistake in `sampling_params` before a model is loaded for it: most rows ask alike.
+
+    The replica reads all of them, over the model's defaults.
+    """
+    known: set[bytes] = set()
+
+    def check(draft: _Draft) -> None:
+        given = draft.columns.get("sampling_params")
+        packed = b"" if given is None else pack(given)
+        if packed and packed not in known:
+            SamplingParams.from_mapping(given, {"max_tokens": None})
+            known.add(packed)
+
+    for draft in drafts:
+        if len(known) < _CHECKED_PARAMS:
+            _attempt(draft, plan, "sampling_params", check)
 
 
 def _preprocess(draft: _Draft, preprocess: RowFunction | None) -> None:
