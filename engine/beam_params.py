@@ -5,6 +5,7 @@ Knows no tensors (importing it must not import torch).
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -84,7 +85,9 @@ class BeamSearchParams:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
-            raise ValueError(f"params={value!r} is a {type(value).__name__}: give BeamSearchParams or a dict")
+            raise ValueError(
+                f"params={reprlib.repr(value)} is a {type(value).__name__}: give BeamSearchParams or a dict"
+            )
         known = [one.name for one in fields(cls)]
         unknown = [str(name) for name in value if name not in known]
         missing = [name for name in ("beam_width", "max_tokens") if name not in value]

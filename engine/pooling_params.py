@@ -6,6 +6,7 @@ Invariant: a PoolingParams is valid on its own; what depends on the model is che
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -83,7 +84,9 @@ class PoolingParams:
             return params
         if params is not None and not isinstance(params, Mapping):
             kind = type(params).__name__
-            raise ValueError(f'pooling_params={params!r} is a {kind}: give a dict such as {{"dimensions": 256}}')
+            raise ValueError(
+                f'pooling_params={reprlib.repr(params)} is a {kind}: give a dict such as {{"dimensions": 256}}'
+            )
         given = {name: value for name, value in (params or {}).items() if value is not None}
         unknown = sorted(set(map(str, given)) - _FIELD_NAMES - _REFUSED.keys())
         if unknown:

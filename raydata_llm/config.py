@@ -138,6 +138,13 @@ class EngineProcessorConfig(ProcessorConfig):
             raise ValueError(f"task_type={value!r} is not valid: choose one of {', '.join(TASK_TYPES)}")
         return value
 
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _check_resume(cls, value: object) -> object:
+        if isinstance(value, (str, os.PathLike)):
+            raise ValueError(f"resume={os.fspath(value)!r} is not valid: give ResumeConfig({os.fspath(value)!r})")
+        return value
+
     @field_validator("resources_per_bundle", mode="before")
     @classmethod
     def _check_resources(cls, value: object, info: Any) -> object:

@@ -12,12 +12,13 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.flat_logprobs import FlatLogprobs
-from raydata_llm.engine.pooling_model import runner_of
+from raydata_llm.engine.model_files import ModelFiles
+from raydata_llm.engine.pooling_model import choose_runner
 from raydata_llm.engine.pooling_params import PoolingParams
 from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.request import Logprob, LoRARequest, RequestOutput
@@ -28,7 +29,7 @@ from raydata_llm.llm_metrics import Metric, list_metrics
 from raydata_llm.llm_pooling import PoolingMethods, read_older_settings
 from raydata_llm.llm_queue import Asked, ChatOptions, QueueMethods
 from raydata_llm.llm_sleep import SleepMethods
-from raydata_llm.model_source import resolve_model
+from raydata_llm.model_source import named_as, resolve_model
 from raydata_llm.openmp import wait_passively
 from raydata_llm.pooling_prompts import Tokenization
 from raydata_llm.progress import Progress
@@ -88,15 +89,17 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         config = EngineConfig.from_mapping(model, {**split_llm_settings(read_older_settings(engine_kwargs)), **own})
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"tokenizer={tokenizer!r} is not valid with skip_tokenizer_init=True: give one of them")
-        path = resolve_model(model, load_format=config.load_format)
+        with named_as("model"):
+            path = resolve_model(model, load_format=config.load_format)
+        config = dataclasses.replace(config, model=path)
+        # Before the tokenizer, whose reader takes what is wrong with other files for a fault of its own.
+        is_pooling = _check_files(config) == "pooling"
         self._tokenizer = None if skip_tokenizer_init else _find_tokenizer(tokenizer, path, trust_remote_code)
         wait_passively()
         # Imported here: it imports torch, which whoever only imports this class need not wait for.
         from raydata_llm.engine.engine import Engine
         from raydata_llm.engine.pooling_engine import PoolingEngine
 
-        config = dataclasses.replace(config, model=path)
-        is_pooling = runner_of(config) == "pooling"
         self._engine: Engine | EngineGroup | PoolingEngine | None
         if data_parallel_size != 1:
             self._engine = _make_group(config, data_parallel_size, self._tokenizer, is_pooling=is_pooling)
@@ -383,11 +386,21 @@ def _make_group(config: EngineConfig, count: int, tokenizer: Any, *, is_pooling:
     return EngineGroup(config, count, tokenizer)
 
 
+def _check_files(config: EngineConfig) -> Literal["generate", "pooling"]:
+    """Check the model's files as far as that takes no torch; gives what the model is for."""
+    files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
+    runner = choose_runner(config, files)
+    if runner == "generate":
+        files.check_weights(files.model_config())
+    return runner
+
+
 def _find_tokenizer(tokenizer: Any, model_path: str, trust_remote_code: bool) -> Any:
     if tokenizer is not None and not isinstance(tokenizer, str):
         return tokenizer
-    path = model_path if tokenizer is None else resolve_model(tokenizer, weights=False)
-    return load_tokenizer(path, trust_remote_code=trust_remote_code)
+    with named_as("model" if tokenizer is None else "tokenizer"):
+        path = model_path if tokenizer is None else resolve_model(tokenizer, weights=False)
+        return load_tokenizer(path, trust_remote_code=trust_remote_code)
 
 
 def _encode_conversations(render: Callable[[Any], tuple[str, list[int]]], prompts: list[Prompt]) -> None:

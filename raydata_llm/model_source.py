@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from raydata_llm.engine.pooling_params import PoolingTask
 
 logger = logging.getLogger(__name__)
+
+# How messages about a model begin, here and in `remote_model.py` and `tokenizer.py`.
+_FIELD = "model_source="
 
 _KINDS = "give a folder with config.json, a .gguf file, a Hub id such as org/name, or s3://bucket/folder"
 # A Hub that is there answers within a second; a network without it may swallow the question.
@@ -72,6 +77,18 @@ def check_model(model_source: str, engine_config: EngineConfig, task: PoolingTas
     _check_files(path, engine_config, load_format=load_format, task=task)
 
 
+@contextmanager
+def named_as(field: str) -> Iterator[None]:
+    """Let a `ValueError` about a model call it by the name under which it was given."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error)
+        if not told.startswith(_FIELD):
+            raise
+        raise ValueError(f"{field}={told.removeprefix(_FIELD)}") from error.__cause__
+
+
 def is_remote(model_source: str) -> bool:
     """Whether it is in a store, not in a folder and not on the Hub."""
     return "://" in model_source and not model_source.startswith("file://")
@@ -100,6 +117,7 @@ def _check_folder(model_source: str, path: str) -> str:
 
 
 def _check_files(path: str, engine_config: EngineConfig, *, load_format: str, task: PoolingTask | None = None) -> None:
+    from raydata_llm.engine.encoder_config import ENCODER_FAMILIES
     from raydata_llm.engine.model_files import ModelFiles
     from raydata_llm.engine.shard import check_split
 
@@ -107,6 +125,11 @@ def _check_files(path: str, engine_config: EngineConfig, *, load_format: str, ta
     if task is not None:
         _check_pooling(files, engine_config, task)
         return
+    if files.hf_config.get("model_type") in ENCODER_FAMILIES:
+        raise ValueError(
+            f"task_type='generate' does not fit the model in {path}, which gives no text: set task_type to 'embed', "
+            "'classify' or 'score'"
+        )
     model_config = files.model_config()
     check_split(model_config, engine_config.tensor_parallel_size, engine_config.pipeline_parallel_size)
     files.check_weights(model_config)

@@ -113,7 +113,9 @@ def pair_params(given: list[Any], sampling_params: Any, defaults: Mapping[str, A
         return [Prompt(index, prompt, params) for index, prompt in enumerate(given)]
     if not isinstance(sampling_params, Sequence) or isinstance(sampling_params, str):
         kind = type(sampling_params).__name__
-        raise ValueError(f"sampling_params={sampling_params!r} is a {kind}: give SamplingParams, a dict, or a list")
+        raise ValueError(
+            f"sampling_params={_short(sampling_params)} is a {kind}: give SamplingParams, a dict, or a list"
+        )
     if len(sampling_params) != len(given):
         raise ValueError(
             f"sampling_params has {len(sampling_params)} entries for {len(given)} prompts: give one each or one"

@@ -15,9 +15,11 @@ from raydata_llm import (
     BeamSearchParams,
     EngineProcessorConfig,
     PoolingParams,
+    ResumeConfig,
     SamplingParams,
     StructuredOutputsParams,
     build_llm_processor,
+    write_parquet,
 )
 from raydata_llm.engine.known_names import nearest
 
@@ -42,6 +44,8 @@ def test_the_nearest_name_is_told_or_all() -> None:
         (BeamSearchParams, {"beam_widht": 4}, "did you mean beam_width"),
         (StructuredOutputsParams, {"jsn": {}}, "did you mean json"),
         (EngineProcessorConfig, {"model": "m"}, "model='m' is not a setting: did you mean model_source"),
+        (ResumeConfig, {"key": "id"}, "not an argument of ResumeConfig: did you mean key_column"),
+        (write_parquet, {"mod": "append"}, "not an argument of write_parquet: did you mean mode"),
         (build_llm_processor, {"preproces": len}, "not an argument of build_llm_processor: did you mean preprocess"),
     ],
 )
