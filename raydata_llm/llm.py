@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.flat_logprobs import FlatLogprobs
+from raydata_llm.engine.known_names import named_arguments
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.pooling_model import choose_runner
 from raydata_llm.engine.pooling_params import PoolingParams
@@ -110,6 +111,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         self._occurrences: Counter[bytes] = Counter()
         self._decode_token = functools.lru_cache(maxsize=1 << 16)(self._decode_one)
 
+    @named_arguments
     def generate(
         self,
         prompts: Any,
@@ -162,6 +164,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         pair_adapters(asked, lora_request)
         return asked, functools.partial(self._encode_texts, tokenization)
 
+    @named_arguments
     def chat(
         self,
         messages: Any,

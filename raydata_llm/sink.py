@@ -139,7 +139,9 @@ def _write(
     limits: FileLimits,
 ) -> WriteSummary:
     if not hasattr(dataset, "iter_internal_ref_bundles"):
-        raise ValueError(f"dataset={type(dataset).__name__} is not valid: give a ray.data.Dataset")
+        raise ValueError(
+            f"dataset={type(dataset).__name__} is not valid: give a ray.data.Dataset, as processor(dataset) is"
+        )
     if mode not in ("error", "append"):
         raise ValueError(f"mode={mode!r} is not valid: give 'error' or 'append'")
     resume: ResumePlan | None = setting(dataset, PLAN_SETTING)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from raydata_llm import (
+    LLM,
     BeamSearchParams,
     EngineProcessorConfig,
     PoolingParams,
@@ -44,6 +45,8 @@ def test_the_nearest_name_is_told_or_all() -> None:
         (BeamSearchParams, {"beam_widht": 4}, "did you mean beam_width"),
         (StructuredOutputsParams, {"jsn": {}}, "did you mean json"),
         (EngineProcessorConfig, {"model": "m"}, "model='m' is not a setting: did you mean model_source"),
+        (LLM.generate, {"sampling_param": {}}, "not an argument of LLM.generate: did you mean sampling_params"),
+        (LLM.chat, {"max_tokens": 5}, "max_tokens=5 is not an argument of LLM.chat: known are"),
         (ResumeConfig, {"key": "id"}, "not an argument of ResumeConfig: did you mean key_column"),
         (write_parquet, {"mod": "append"}, "not an argument of write_parquet: did you mean mode"),
         (build_llm_processor, {"preproces": len}, "not an argument of build_llm_processor: did you mean preprocess"),

@@ -311,6 +311,23 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatc
         assert time.monotonic() - began < on_this_machine(5)
 
 
+def test_a_google_store_that_is_away_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raydata_llm.remote_model._GCS_SECONDS", 1)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{closed.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="could not be read: check the network"):
+            resolve_model(f"gs://anonymous@bucket/model?scheme=http&endpoint_override={endpoint}")
+        assert time.monotonic() - began < on_this_machine(15)
+
+
+@pytest.mark.parametrize("source", ["hf://org/name", "https://huggingface.co/org/name/tree/main"])
+def test_an_address_of_the_hub_is_told_as_an_id(source: str) -> None:
+    with pytest.raises(ValueError, match=f"model_source='{source}' is an address of the Hub: .* id, 'org/name'"):
+        resolve_model(source)
+
+
 @pytest.mark.parametrize("source", ["s3://", "s3:///folder", "gs://"])
 def test_an_address_without_a_bucket_is_named(source: str) -> None:
     with pytest.raises(ValueError, match=f"model_source='{source}' names no bucket: give {source[:2]}://bucket/folder"):
