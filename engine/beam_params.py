@@ -5,16 +5,19 @@ Knows no tensors (importing it must not import torch).
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from raydata_llm.engine.known_names import named_fields
 from raydata_llm.engine.request import FinishReason, Logprob, LoRARequest, TokenArray
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 
 MOST_BEAMS = 16
 
 
+@named_fields({})
 @dataclass(frozen=True)
 class BeamSearchParams:
     """How beams are searched; names and defaults as vLLM's, and two of our own.
@@ -82,7 +85,9 @@ class BeamSearchParams:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
-            raise ValueError(f"params={value!r} is a {type(value).__name__}: give BeamSearchParams or a dict")
+            raise ValueError(
+                f"params={reprlib.repr(value)} is a {type(value).__name__}: give BeamSearchParams or a dict"
+            )
         known = [one.name for one in fields(cls)]
         unknown = [str(name) for name in value if name not in known]
         missing = [name for name in ("beam_width", "max_tokens") if name not in value]

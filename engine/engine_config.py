@@ -6,11 +6,11 @@ Knows no tensors (importing it must not import torch), so a driver can check a j
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from raydata_llm.engine.known_names import nearest
 from raydata_llm.engine.pooler_config import PoolerConfig
 from raydata_llm.engine.sampling_params import SamplingParams
 
@@ -189,10 +189,8 @@ class EngineConfig:
         """
         for name in engine_kwargs:
             if name not in FIELD_NAMES or name == "model":
-                near = difflib.get_close_matches(str(name), FIELD_NAMES, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(FIELD_NAMES - {'model'}))}"
                 asked = f"engine_kwargs[{name!r}]={engine_kwargs[name]!r}"
-                raise ValueError(f"{asked} is not a setting of the engine: {hint}")
+                raise ValueError(f"{asked} is not a setting of the engine: {nearest(name, FIELD_NAMES - {'model'})}")
         return cls(model=model, **engine_kwargs)
 
 

@@ -218,12 +218,6 @@ def choose_runner(config: EngineConfig, files: ModelFiles) -> Literal["generate"
     return "pooling" if any(_is_pooling(str(name)) for name in architectures) else "generate"
 
 
-def runner_of(config: EngineConfig) -> Literal["generate", "pooling"]:
-    """`choose_runner` for a model whose files are here."""
-    files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
-    return choose_runner(config, files)
-
-
 def _is_pooling(architecture: str) -> bool:
     return architecture.endswith(("ForSequenceClassification", "ForTokenClassification", "Model"))
 

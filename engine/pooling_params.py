@@ -6,15 +6,26 @@ Invariant: a PoolingParams is valid on its own; what depends on the model is che
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
+
+from raydata_llm.engine.known_names import named_fields, nearest
 
 PoolingTask = Literal["embed", "classify", "score", "token_embed", "token_classify"]
 POOLING_TASKS: tuple[PoolingTask, ...] = get_args(PoolingTask)
 EMBED_TASKS: tuple[PoolingTask, ...] = ("embed", "token_embed")
 
 
+# Of vLLM's fields.
+_REFUSED = {
+    "late_chunking_params": "ask for task='token_embed' with normalize=False, and take the means of its rows",
+    "extra_kwargs": "there are no plugins that would read them",
+}
+
+
+@named_fields(_REFUSED)
 @dataclass(frozen=True, kw_only=True)
 class PoolingParams:
     """Parameters of one request of a pooling model.
@@ -73,14 +84,14 @@ class PoolingParams:
             return params
         if params is not None and not isinstance(params, Mapping):
             kind = type(params).__name__
-            raise ValueError(f'pooling_params={params!r} is a {kind}: give a dict such as {{"dimensions": 256}}')
+            raise ValueError(
+                f'pooling_params={reprlib.repr(params)} is a {kind}: give a dict such as {{"dimensions": 256}}'
+            )
         given = {name: value for name, value in (params or {}).items() if value is not None}
-        for name in sorted(_REFUSED.keys() & given.keys()):
-            raise ValueError(f"{name}={given[name]!r} is not supported: {_REFUSED[name]}")
-        unknown = sorted(set(map(str, given)) - _FIELD_NAMES)
+        unknown = sorted(set(map(str, given)) - _FIELD_NAMES - _REFUSED.keys())
         if unknown:
-            known = ", ".join(sorted(_FIELD_NAMES))
-            raise ValueError(f"pooling_params has unknown field(s) {', '.join(unknown)}; known are {known}")
+            hint = nearest(unknown[0], _FIELD_NAMES)
+            raise ValueError(f"pooling_params has unknown field(s) {', '.join(unknown)}: {hint}")
         return cls(**given)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -106,11 +117,6 @@ class PoolingParams:
 
 _FIELD_NAMES = {field.name for field in fields(PoolingParams)}
 _OLDER = ("softmax", "activation")
-# Of vLLM's fields.
-_REFUSED = {
-    "late_chunking_params": "ask for task='token_embed' with normalize=False, and take the means of its rows",
-    "extra_kwargs": "there are no plugins that would read them",
-}
 # Of which there is a result for each token.
 TOKEN_TASKS: tuple[PoolingTask, ...] = ("token_embed", "token_classify")
 

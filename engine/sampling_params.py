@@ -6,13 +6,13 @@ Owns which values these parameters may have together, and the layering of a row'
 
 from __future__ import annotations
 
-import difflib
 import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from raydata_llm.engine.known_names import named_fields, nearest
 from raydata_llm.engine.param_values import (
     check_flag,
     read_bias,
@@ -34,6 +34,23 @@ class RequestOutputKind(enum.IntEnum):
     FINAL_ONLY = 2
 
 
+# Of vLLM's fields, its older ones and its server's.
+_REFUSED = {
+    "best_of": "set n, with logprobs=0, and keep those with the highest cumulative_logprob",
+    "use_beam_search": "call LLM.beam_search",
+    "logits_processors": "give the engine's logits_processors, and each row's values as extra_args",
+    "trace_decode_token_ids": "give the tokens as the prompt's end, and set prompt_logprobs=0",
+    "routed_experts_prompt_start": "the engine runs dense models",
+    "guided_json": "set structured_outputs={'json': ...}",
+    "guided_regex": "set structured_outputs={'regex': ...}",
+    "guided_choice": "set structured_outputs={'choice': [...]}",
+    "guided_grammar": "set structured_outputs={'grammar': ...}",
+    "response_format": "set structured_outputs={'json': schema}, or {'json_object': True}",
+    "watermarking": "write it as one of the engine's logits_processors",
+}
+
+
+@named_fields(_REFUSED)
 @dataclass(kw_only=True, slots=True)
 class SamplingParams:
     """Parameters of one request, as vLLM's class of the same name.
@@ -241,12 +258,9 @@ class SamplingParams:
                 'give a dict such as {"temperature": 0.7, "max_tokens": 64}, or a SamplingParams'
             )
         given = {name: value for name, value in (params or {}).items() if value is not None}
-        for name in sorted(_REFUSED.keys() & given.keys()):
-            raise ValueError(f"{name}={given[name]!r} is not supported: {_REFUSED[name]}")
-        unknown = sorted(set(map(str, given)) - _FIELD_NAMES)
+        unknown = sorted(set(map(str, given)) - _FIELD_NAMES - _REFUSED.keys())
         if unknown:
-            near = difflib.get_close_matches(unknown[0], sorted(_FIELD_NAMES), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_FIELD_NAMES))}"
+            hint = nearest(unknown[0], _FIELD_NAMES)
             raise ValueError(f"sampling_params has unknown field(s) {', '.join(unknown)}: {hint}")
         if "max_tokens" in (params or {}) and "max_tokens" not in given:
             given["max_tokens"] = None  # here None has a meaning of its own: up to the model's length
@@ -261,15 +275,6 @@ class SamplingParams:
 
 
 _FIELD_NAMES = {field.name for field in fields(SamplingParams)}
-# Of vLLM's fields.
-_REFUSED = {
-    "best_of": "set n, with logprobs=0, and keep those with the highest cumulative_logprob",
-    "use_beam_search": "call LLM.beam_search",
-    "logits_processors": "give the engine's logits_processors, and each row's values as extra_args",
-    "trace_decode_token_ids": "give the tokens as the prompt's end, and set prompt_logprobs=0",
-    "routed_experts_prompt_start": "the engine runs dense models",
-    "watermarking": "write it as one of the engine's logits_processors",
-}
 _OPTIONAL_INTEGERS = (
     "stream_interval",
     "seed",

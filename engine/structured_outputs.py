@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from raydata_llm.engine.known_names import named_fields, nearest
+
 _FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
+@named_fields({})
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
     """Exactly one form, and how JSON is written.
@@ -77,8 +80,8 @@ class StructuredOutputsParams:
             )
         unknown = sorted(set(map(str, value)) - _FIELD_NAMES)
         if unknown:
-            known = ", ".join(sorted(_FIELD_NAMES))
-            raise ValueError(f"structured_outputs has unknown field(s) {', '.join(unknown)}; known are {known}")
+            hint = nearest(unknown[0], _FIELD_NAMES)
+            raise ValueError(f"structured_outputs has unknown field(s) {', '.join(unknown)}: {hint}")
         return cls(**{name: one for name, one in value.items() if one is not None})
 
     def to_mapping(self) -> dict[str, Any]:

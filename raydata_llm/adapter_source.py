@@ -10,7 +10,7 @@ import functools
 
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.model_cache import fetch_model
-from raydata_llm.model_source import fetch_from_hub, is_remote, local_path
+from raydata_llm.model_source import fetch_from_hub, is_remote, local_path, named_as
 
 
 def on_this_node(adapter: LoRARequest) -> LoRARequest:
@@ -29,10 +29,8 @@ def resolve_adapter(lora_path: str) -> str:
     Raises:
         ValueError: when there is nothing to read there, with the remedy.
     """
-    try:
+    with named_as("lora_path"):
         if is_remote(lora_path):
             return fetch_model(lora_path, weights=True)
         folder = local_path(lora_path)
         return str(folder) if folder.exists() else fetch_from_hub(lora_path, weights=True, load_format="auto")
-    except ValueError as error:
-        raise ValueError(f"lora_path={lora_path!r} cannot be read: {error}") from error

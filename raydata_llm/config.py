@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from raydata_llm.config_model import ConfigModel, Flag, PositiveInt, PositiveNumber
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.pooled_rows import TASK_TYPES, TaskType
+from raydata_llm.redaction import redact
 from raydata_llm.replica_resources import bundle_resources, placement_group
 from raydata_llm.resume_config import ResumeConfig
 from raydata_llm.stage_config import (
@@ -25,6 +26,7 @@ from raydata_llm.stage_config import (
     TokenizerStageConfig,
     make_stage,
 )
+from raydata_llm.store_address import check_bucket
 from raydata_llm.vllm_settings import split_vllm_settings
 
 _Stage = TypeVar("_Stage", bound="StageConfig")
@@ -136,6 +138,21 @@ class EngineProcessorConfig(ProcessorConfig):
     def _check_task_type(cls, value: object) -> object:
         if value not in TASK_TYPES:
             raise ValueError(f"task_type={value!r} is not valid: choose one of {', '.join(TASK_TYPES)}")
+        return value
+
+    @field_validator("report_path", mode="before")
+    @classmethod
+    def _check_report_path(cls, value: object) -> object:
+        if isinstance(value, (str, os.PathLike)):
+            value = os.fspath(value)
+            check_bucket("report_path", redact(str(value)))
+        return value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _check_resume(cls, value: object) -> object:
+        if isinstance(value, (str, os.PathLike)):
+            raise ValueError(f"resume={os.fspath(value)!r} is not valid: give ResumeConfig({os.fspath(value)!r})")
         return value
 
     @field_validator("resources_per_bundle", mode="before")

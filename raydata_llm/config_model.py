@@ -6,11 +6,11 @@ Invariant: neither a message nor a repr holds a credential.
 
 from __future__ import annotations
 
-import difflib
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from raydata_llm.engine.known_names import nearest
 from raydata_llm.redaction import mask_environment, redact, redact_tree, shown
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
@@ -77,8 +77,7 @@ def _describe_one(config: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{config.__name__}: {field} is missing: give {field}=..."
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, config.model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(config.model_fields))}"
+        hint = nearest(field, config.model_fields)
         return f"{config.__name__}: {field}={shown(field, detail['input'])} is not a setting: {hint}"
     remedy = str(detail["msg"])
     return f"{config.__name__}: {field}={shown(field, detail['input'])} is not valid: {remedy[:1].lower()}{remedy[1:]}"

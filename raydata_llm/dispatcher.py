@@ -147,7 +147,7 @@ class Dispatcher:
         available = {name: f"{free.get(name, 0):g} of {value:g}" for name, value in sorted(total.items())}
         return (
             f"no replica found a place in {self._plan.placement_timeout_s:g} s: each of {self._plan.min_replicas} asks "
-            f"for {asked}, and the cluster has free {available}: start fewer or other nodes' worth of replicas "
+            f"for {asked}, and the cluster has free {available}: start fewer replicas or smaller ones "
             "(concurrency, accelerator_type), or raise placement_timeout_s where nodes are added on demand"
         )
 

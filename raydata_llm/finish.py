@@ -185,13 +185,13 @@ def _finish_row(
 ) -> Row:
     if output is None or output.output is None:
         raise _Failed(request.error if output is None else output.error)
-    stage = "detokenize"
+    stage, finished = "detokenize", Row()
     try:
         finished = {**columns, **_engine_columns(output, output.output, request, beside, block)}
         stage = "postprocess"
         return finished if postprocess is None else _postprocess(finished, postprocess)
     except ROW_FAILURES as error:
-        raise _Failed(describe_failure(error, stage)) from error
+        raise _Failed(describe_failure(error, stage, finished)) from error
 
 
 def _postprocess(columns: Row, postprocess: RowFunction) -> Row:

@@ -12,10 +12,12 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raydata_llm.engine.engine_config import EngineConfig
-from raydata_llm.engine.pooling_model import runner_of
+from raydata_llm.engine.known_names import named_arguments
+from raydata_llm.engine.model_files import ModelFiles
+from raydata_llm.engine.pooling_model import choose_runner
 from raydata_llm.engine.request import LoRARequest, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.generation import Generation
@@ -25,7 +27,7 @@ from raydata_llm.llm_pooling import PoolingMethods, read_older_settings
 from raydata_llm.llm_queue import Asked, ChatOptions, QueueMethods
 from raydata_llm.llm_sleep import SleepMethods
 from raydata_llm.llm_texts import Texts, encode_conversations
-from raydata_llm.model_source import resolve_model
+from raydata_llm.model_source import named_as, resolve_model
 from raydata_llm.openmp import wait_passively
 from raydata_llm.pooling_prompts import Tokenization
 from raydata_llm.progress import Progress
@@ -82,15 +84,17 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         config = EngineConfig.from_mapping(model, {**split_llm_settings(read_older_settings(engine_kwargs)), **own})
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"tokenizer={tokenizer!r} is not valid with skip_tokenizer_init=True: give one of them")
-        path = resolve_model(model, load_format=config.load_format)
+        with named_as("model"):
+            path = resolve_model(model, load_format=config.load_format)
+        config = dataclasses.replace(config, model=path)
+        # Before the tokenizer, whose reader takes what is wrong with other files for a fault of its own.
+        is_pooling = _check_files(config) == "pooling"
         self._tokenizer = None if skip_tokenizer_init else _find_tokenizer(tokenizer, path, trust_remote_code)
         wait_passively()
         # Imported here: it imports torch, which whoever only imports this class need not wait for.
         from raydata_llm.engine.engine import Engine
         from raydata_llm.engine.pooling_engine import PoolingEngine
 
-        config = dataclasses.replace(config, model=path)
-        is_pooling = runner_of(config) == "pooling"
         self._engine: Engine | EngineGroup | PoolingEngine | None
         if data_parallel_size != 1:
             self._engine = _make_group(config, data_parallel_size, self._tokenizer, is_pooling=is_pooling)
@@ -101,6 +105,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         self._occurrences: Counter[bytes] = Counter()
         self._texts = Texts(self._tokenizer)
 
+    @named_arguments
     def generate(
         self,
         prompts: Any,
@@ -153,6 +158,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         pair_adapters(asked, lora_request)
         return asked, functools.partial(self._texts.encode, tokenization, self._live_engine().max_model_len)
 
+    @named_arguments
     def chat(
         self,
         messages: Any,
@@ -330,8 +336,18 @@ def _make_group(config: EngineConfig, count: int, tokenizer: Any, *, is_pooling:
     return EngineGroup(config, count, tokenizer)
 
 
+def _check_files(config: EngineConfig) -> Literal["generate", "pooling"]:
+    """Check the model's files as far as that takes no torch; gives what the model is for."""
+    files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
+    runner = choose_runner(config, files)
+    if runner == "generate":
+        files.check_weights(files.model_config())
+    return runner
+
+
 def _find_tokenizer(tokenizer: Any, model_path: str, trust_remote_code: bool) -> Any:
     if tokenizer is not None and not isinstance(tokenizer, str):
         return tokenizer
-    path = model_path if tokenizer is None else resolve_model(tokenizer, weights=False)
-    return load_tokenizer(path, trust_remote_code=trust_remote_code)
+    with named_as("model" if tokenizer is None else "tokenizer"):
+        path = model_path if tokenizer is None else resolve_model(tokenizer, weights=False)
+        return load_tokenizer(path, trust_remote_code=trust_remote_code)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.model_cache import fetch_model
+from raydata_llm.redaction import redact
 from raydata_llm.remote_model import RemoteModel, wanted_files
 
 if TYPE_CHECKING:
@@ -22,7 +25,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# How messages about a model begin, here and in `remote_model.py` and `tokenizer.py`.
+_FIELD = "model_source="
+
 _KINDS = "give a folder with config.json, a .gguf file, a Hub id such as org/name, or s3://bucket/folder"
+# A Hub that is there answers within a second; a network without it may swallow the question.
+_HUB_SECONDS = 5.0
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*(/[\w][\w.-]*)?)(@(?P<revision>[^@\s]+))?")
 # A GGUF header (the vocabulary is in it) is 2-10 MB; 64 MB holds any known one.
 _GGUF_HEADER_BYTES = 64 << 20
@@ -69,6 +77,18 @@ def check_model(model_source: str, engine_config: EngineConfig, task: PoolingTas
     _check_files(path, engine_config, load_format=load_format, task=task)
 
 
+@contextmanager
+def named_as(field: str) -> Iterator[None]:
+    """Let a `ValueError` about a model call it by the name under which it was given."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error)
+        if not told.startswith(_FIELD):
+            raise
+        raise ValueError(f"{field}={told.removeprefix(_FIELD)}") from error.__cause__
+
+
 def is_remote(model_source: str) -> bool:
     """Whether it is in a store, not in a folder and not on the Hub."""
     return "://" in model_source and not model_source.startswith("file://")
@@ -97,6 +117,7 @@ def _check_folder(model_source: str, path: str) -> str:
 
 
 def _check_files(path: str, engine_config: EngineConfig, *, load_format: str, task: PoolingTask | None = None) -> None:
+    from raydata_llm.engine.encoder_config import ENCODER_FAMILIES
     from raydata_llm.engine.model_files import ModelFiles
     from raydata_llm.engine.shard import check_split
 
@@ -104,6 +125,11 @@ def _check_files(path: str, engine_config: EngineConfig, *, load_format: str, ta
     if task is not None:
         _check_pooling(files, engine_config, task)
         return
+    if files.hf_config.get("model_type") in ENCODER_FAMILIES:
+        raise ValueError(
+            f"task_type='generate' does not fit the model in {path}, which gives no text: set task_type to 'embed', "
+            "'classify' or 'score'"
+        )
     model_config = files.model_config()
     check_split(model_config, engine_config.tensor_parallel_size, engine_config.pipeline_parallel_size)
     files.check_weights(model_config)
@@ -179,26 +205,53 @@ def fetch_from_hub(model_source: str, *, weights: bool, load_format: str) -> str
     repo, revision = named["repo"], named["revision"]
     try:
         names = _list_hub_files(repo, revision)
-        chosen = None if names is None else wanted_files(names, weights=weights, load_format=load_format)
-        path: str = snapshot_download(repo, revision=revision, allow_patterns=chosen, local_files_only=names is None)
-    except (OSError, ValueError) as error:  # what huggingface_hub raises for ids, answers and its cache
+        chosen = wanted_files(names, weights=weights, load_format=load_format)
+        return str(snapshot_download(repo, revision=revision, allow_patterns=chosen))
+    except _HubAway as away:
+        return _cached_by_hub(model_source, repo, revision, away)
+    except (OSError, ValueError) as error:  # what huggingface_hub raises for ids and answers
         raise ValueError(
             f"model_source={model_source!r} not found: it is neither a folder nor a .gguf file here, nor a Hub id "
-            f"that can be read ({str(error).splitlines()[0]}); {_KINDS}. Without a network, or with HF_HUB_OFFLINE=1, "
-            "only models in the Hub's own cache can be read; a gated model needs HF_TOKEN"
+            f"that can be read ({str(error).splitlines()[0]}); {_KINDS}; a gated model needs HF_TOKEN"
         ) from error
-    return path
 
 
-def _list_hub_files(repo: str, revision: str | None) -> list[str] | None:
-    """The repository's files; None without a network, where the Hub's own cache has to do."""
+class _HubAway(Exception):
+    """The Hub gave no answer; in words, why."""
+
+
+def _list_hub_files(repo: str, revision: str | None) -> list[str]:
+    """The repository's files."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    hub = HfApi()
+    try:
+        # Asks once; `list_repo_files` tries for half a minute whether there is a network.
+        found = hub.model_info(repo, revision=revision, timeout=_HUB_SECONDS)
+        return [file.rfilename for file in found.siblings or []]
+    except HFValidationError:
+        raise
+    except HfHubHTTPError:  # it answers, but may be busy, where trying again helps
+        return hub.list_repo_files(repo, revision=revision)
+    except OfflineModeIsEnabled:
+        raise _HubAway("HF_HUB_OFFLINE=1 keeps the Hub from being asked") from None
+    except Exception as error:  # the transport's errors change their package with huggingface_hub's version
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise _HubAway(redact(f"the Hub at {hub.endpoint} cannot be reached ({cause})")) from error
+
+
+def _cached_by_hub(model_source: str, repo: str, revision: str | None, away: _HubAway) -> str:
+    """What an earlier download left in the Hub's own cache."""
+    from huggingface_hub import constants, snapshot_download
 
     try:
-        return HfApi().list_repo_files(repo, revision=revision)
-    except (HfHubHTTPError, HFValidationError):
-        raise
-    except Exception as error:  # the transport's errors change their package with huggingface_hub's version
-        logger.warning("The Hub cannot be reached (%s): looking for %s in its cache", error, repo)
-        return None
+        path = str(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_source={model_source!r} not found: there is no such folder or .gguf file here, {away}, and its "
+            f"cache {constants.HF_HUB_CACHE} does not hold it; download it where there is a network and give its "
+            "folder, or set HF_ENDPOINT to a mirror"
+        ) from error
+    logger.warning("%s is taken from the Hub's cache: %s", repo, away)
+    return path

@@ -6,6 +6,7 @@ Knows no engine.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,7 +90,7 @@ def pair_pooling_params(prompts: Any, params: Any, task: PoolingTask) -> list[Po
         return [PooledPrompt(index, prompt, None, pooling=one) for index, prompt in enumerate(given)]
     if not isinstance(params, Sequence) or isinstance(params, str):
         kind = type(params).__name__
-        raise ValueError(f"pooling_params={params!r} is a {kind}: give PoolingParams, a dict, or a list")
+        raise ValueError(f"pooling_params={reprlib.repr(params)} is a {kind}: give PoolingParams, a dict, or a list")
     if len(params) != len(given):
         raise ValueError(f"pooling_params has {len(params)} entries for {len(given)} prompts: give one each or one")
     asked = [PooledPrompt(index, prompt, None) for index, prompt in enumerate(given)]

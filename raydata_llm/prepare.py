@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.job_link import StatsSender
 from raydata_llm.pooled_rows import read_pooling
 from raydata_llm.pooling_prompts import PooledPrompt
@@ -39,6 +40,9 @@ from raydata_llm.row_payload import (
 from raydata_llm.row_ticket import append_tickets
 from raydata_llm.tokenizer import encode_texts
 
+# Different ones of a block: each takes 150 us, and this is for mistakes that all rows have in common.
+_CHECKED_PARAMS = 16
+
 
 def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None = None) -> pa.Table:
     """Append a request and what passes by the replica to each row of a block.
@@ -62,6 +66,7 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
         _attempt(draft, plan, "preprocess", lambda draft: _preprocess(draft, plan.preprocess))
         _attempt(draft, plan, "chat template", lambda draft: choose_prompt(draft, plan, tokenizer))
     if plan.task is None:
+        _check_params(drafts, plan)
         _tokenize(drafts, plan, tokenizer)
     else:
         _tokenize_whole(drafts, plan, tokenizer)
@@ -118,10 +123,29 @@ def _attempt(draft: Draft, plan: PreparePlan, stage: str, step: Callable[[Draft]
     try:
         step(draft)
     except ROW_FAILURES as error:
-        cause = describe_failure(error, stage)
+        cause = describe_failure(error, stage, draft.row if stage == "preprocess" else ())
         if not plan.keep_going:
             raise row_error(draft.row, cause) from error
         draft.error = cause
+
+
+def _check_params(drafts: Sequence[Draft], plan: PreparePlan) -> None:
+    """Find a mistake in `sampling_params` before a model is loaded for it: most rows ask alike.
+
+    The replica reads all of them, over the model's defaults.
+    """
+    known: set[bytes] = set()
+
+    def check(draft: Draft) -> None:
+        given = draft.columns.get("sampling_params")
+        packed = b"" if given is None else pack(given)
+        if packed and packed not in known:
+            SamplingParams.from_mapping(given, {"max_tokens": None})
+            known.add(packed)
+
+    for draft in drafts:
+        if len(known) < _CHECKED_PARAMS:
+            _attempt(draft, plan, "sampling_params", check)
 
 
 def _preprocess(draft: Draft, preprocess: RowFunction | None) -> None:

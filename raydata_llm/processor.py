@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig, ProcessorConfig
 from raydata_llm.dispatch_plan import DispatchPlan, ReplicaPlan
+from raydata_llm.engine.known_names import named_arguments
 from raydata_llm.finish import FinishPlan, finish
 from raydata_llm.model_source import check_model
 from raydata_llm.pooled_rows import pooling_task
@@ -106,7 +107,10 @@ class Processor:
             ValueError: for anything that is not a `ray.data.Dataset`.
         """
         if not hasattr(dataset, "map_batches"):
-            raise ValueError(f"dataset={type(dataset).__name__} is not valid: give a ray.data.Dataset")
+            raise ValueError(
+                f"dataset={type(dataset).__name__} is not valid: give a ray.data.Dataset, such as "
+                "ray.data.from_items([...]), from_pandas(...) or read_parquet(...)"
+            )
         from raydata_llm.dispatcher import Dispatcher  # imports Ray
 
         if self._prepare_plan.resume is not None:
@@ -191,6 +195,7 @@ class Processor:
         return {"fn_constructor_kwargs": {"plan": plan}, **dispatcher_options(pool, self.config)}
 
 
+@named_arguments
 def build_llm_processor(
     config: ProcessorConfig,
     preprocess: RowFunction | None = None,
@@ -218,7 +223,7 @@ def build_llm_processor(
         ValueError: for what the driver can tell is wrong with the config or the model's files.
     """
     if not isinstance(config, EngineProcessorConfig):
-        raise ValueError(f"config={type(config).__name__} is not valid: give an EngineProcessorConfig")
+        raise ValueError(f"config={_type_name(config)} is not valid: give an EngineProcessorConfig of raydata_llm")
     processor = Processor(
         config,
         preprocess,
@@ -233,6 +238,12 @@ def build_llm_processor(
 
 
 build_processor = build_llm_processor
+
+
+def _type_name(value: object) -> str:
+    """A value's type, or a class, by its full name: Ray Data LLM's configs are called as ours."""
+    kind = value if isinstance(value, type) else type(value)
+    return f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
 
 
 def _chat_template_kwargs(builder_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -113,7 +113,9 @@ def pair_params(given: list[Any], sampling_params: Any, defaults: Mapping[str, A
         return [Prompt(index, prompt, params) for index, prompt in enumerate(given)]
     if not isinstance(sampling_params, Sequence) or isinstance(sampling_params, str):
         kind = type(sampling_params).__name__
-        raise ValueError(f"sampling_params={sampling_params!r} is a {kind}: give SamplingParams, a dict, or a list")
+        raise ValueError(
+            f"sampling_params={_short(sampling_params)} is a {kind}: give SamplingParams, a dict, or a list"
+        )
     if len(sampling_params) != len(given):
         raise ValueError(
             f"sampling_params has {len(sampling_params)} entries for {len(given)} prompts: give one each or one"
@@ -163,7 +165,8 @@ def read_prompt(prompt: Prompt) -> None:
         given = prompt.text
         if given is None:
             keys = sorted(map(str, prompt.given))
-            raise ValueError(f"prompt has the keys {keys}: give prompt, prompt_token_ids or prompt_embeds")
+            remedy = "give messages to chat" if "role" in keys else "give prompt, prompt_token_ids or prompt_embeds"
+            raise ValueError(f"prompt has the keys {keys}: {remedy}")
     if isinstance(given, str):
         prompt.text = given
         return

@@ -6,12 +6,12 @@ Nothing here changes a DataContext. Imports Ray only inside functions, which a d
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig
+from raydata_llm.engine.known_names import nearest
 from raydata_llm.redaction import hide_environment
 from raydata_llm.replica_pool import ReplicaPool
 from raydata_llm.stage_config import StageConfig
@@ -59,8 +59,7 @@ def task_options(
                 options[option] = getattr(stage, option)
     for option, value in (map_kwargs or {}).items():
         if option not in _TASK_OPTIONS and option not in _BINDABLE:
-            near = difflib.get_close_matches(option, _TASK_OPTIONS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join((*_TASK_OPTIONS, *_BINDABLE))}"
+            hint = nearest(option, (*_TASK_OPTIONS, *_BINDABLE))
             raise ValueError(f"{name}[{option!r}]={value!r} is not valid: {hint}")
         if option in _TASK_OPTIONS:
             options[option] = value

@@ -7,11 +7,14 @@ Importing this reads no store and imports no file system.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
+
+from raydata_llm.store_address import check_bucket
 
 _METADATA_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _TEMPLATE_FOLDER = "additional_chat_templates"
@@ -25,7 +28,13 @@ _CREDENTIAL_ERRORS = (
     "INVALID_CLIENT_TOKEN",
     "EXPIRED",
     "Forbidden",
+    "OAuth2 access token",
 )
+
+
+_HUB_ADDRESS = re.compile(r"(hf://|https?://(huggingface\.co|hf\.co)/)(models/)?(?P<id>[\w.-]+/[\w.-]+)")
+# pyarrow's client of Google's store goes on for 15 minutes without a network or credentials.
+_GCS_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,12 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
     import pyarrow
     from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
+    check_bucket("model_source", uri)
+    on_hub = _HUB_ADDRESS.match(uri)
+    if on_hub is not None:
+        raise ValueError(f"model_source={uri!r} is an address of the Hub: give the model's id, {on_hub['id']!r}")
     try:
-        filesystem, path = FileSystem.from_uri(uri)
+        filesystem, path = FileSystem.from_uri(_with_limit(uri))
         return filesystem, path
     except pyarrow.ArrowInvalid as error:
         if "Unrecognized filesystem" not in str(error):
@@ -141,6 +154,13 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
     return PyFileSystem(FSSpecHandler(filesystem)), path
 
 
+def _with_limit(uri: str) -> str:
+    """The address, with an end to a client's retries where it sets none."""
+    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={_GCS_SECONDS}"
+
+
 def _store_error(uri: str, error: OSError) -> ValueError:
     cause = str(error).partition(" (Request ID")[0]
     if "NO_SUCH_BUCKET" in cause:
@@ -150,7 +170,10 @@ def _store_error(uri: str, error: OSError) -> ValueError:
     if isinstance(error, FileNotFoundError):
         return ValueError(f"model_source={uri!r} not found: check bucket and folder ({cause})")
     if isinstance(error, PermissionError) or any(code in cause for code in _CREDENTIAL_ERRORS):
-        remedy = "check the credentials (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and their right to read it"
+        remedy = (
+            "check the credentials (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY; for Google: "
+            "GOOGLE_APPLICATION_CREDENTIALS) and their right to read it"
+        )
         return ValueError(f"model_source={uri!r} was refused: {remedy} ({cause})")
     remedy = "check the network and the endpoint (for S3: AWS_ENDPOINT_URL, AWS_REGION)"
     return ValueError(f"model_source={uri!r} could not be read: {remedy} ({cause})")

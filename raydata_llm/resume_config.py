@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from raydata_llm.engine.known_names import named_fields
 from raydata_llm.redaction import redact
 
 
+@named_fields({})
 @dataclass(frozen=True)
 class ResumeConfig:
     """Let a job that is run again skip the rows that it has written.

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import pickle
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -35,6 +36,7 @@ ERROR_COLUMN = "__inference_error__"
 ROW_FAILURES = (Exception, SystemExit)
 
 _ROW_TEXT_LIMIT = 500
+_NAMES_LIMIT = 400
 
 
 class RowRequest(NamedTuple):
@@ -92,9 +94,15 @@ def row_error(row: Mapping[str, Any], cause: str) -> RowError:
     )
 
 
-def describe_failure(error: BaseException | str, stage: str) -> str:
-    """`Type: message (stage)`; engine errors come with their type already."""
+def describe_failure(error: BaseException | str, stage: str, columns: Collection[str] = ()) -> str:
+    """`Type: message (stage)`; engine errors come with their type already.
+
+    Args:
+        columns: What a function of the user's was given: named if it looked for another.
+    """
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyError) and columns and error.args and str(error.args[0]) not in columns:
+        text += f"; the row has {textwrap.shorten(', '.join(columns), _NAMES_LIMIT, placeholder=' ...')}"
     return f"{text} ({stage})"
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from raydata_llm.engine.known_names import named_arguments
 from raydata_llm.ledger import Ledger
 from raydata_llm.ledger_layout import Entry, current_space
 from raydata_llm.redaction import redact
@@ -57,6 +58,7 @@ class WriteSummary:
     size_bytes: int
 
 
+@named_arguments
 def write_parquet(
     dataset: Dataset,
     path: str | os.PathLike[str],
@@ -94,6 +96,7 @@ def write_parquet(
     return _write(dataset, path, filesystem, dead_letter_path, mode, file_format, limits)
 
 
+@named_arguments
 def write_jsonl(
     dataset: Dataset,
     path: str | os.PathLike[str],
@@ -136,7 +139,9 @@ def _write(
     limits: FileLimits,
 ) -> WriteSummary:
     if not hasattr(dataset, "iter_internal_ref_bundles"):
-        raise ValueError(f"dataset={type(dataset).__name__} is not valid: give a ray.data.Dataset")
+        raise ValueError(
+            f"dataset={type(dataset).__name__} is not valid: give a ray.data.Dataset, as processor(dataset) is"
+        )
     if mode not in ("error", "append"):
         raise ValueError(f"mode={mode!r} is not valid: give 'error' or 'append'")
     resume: ResumePlan | None = setting(dataset, PLAN_SETTING)

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from raydata_llm.redaction import redact
 from raydata_llm.sink_errors import Patience, explain, first_line, is_store_error, patiently, secrets_in
 from raydata_llm.sink_uploads import abort_uploads
+from raydata_llm.store_address import OBJECT_STORES, check_bucket
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 _Result = TypeVar("_Result")
 
-# Stores where an upload becomes visible when it is complete; elsewhere a file is written aside and renamed.
-_OBJECT_STORES = ("s3", "s3a", "gcs", "gs", "abfs", "abfss", "az", "adl")
 _CHECK_SECONDS = 30.0
 _CHECK_PATIENCE = Patience(tries=3, first_wait=0.5)
 # Larger than any file of ours, so that s3fs sends a file by one request, of which nothing is left when it is cut.
@@ -62,6 +61,7 @@ class Storage:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise ValueError(f"path={path!r} is not valid: give a folder, such as s3://bucket/folder")
         text = os.fspath(path)
+        check_bucket("path", redact(text))
         found, root = _resolve(text, filesystem)
         return cls(found, root.rstrip("/") or "/", redact(text), patience)
 
@@ -161,7 +161,8 @@ class Storage:
 
     @property
     def _appears_whole(self) -> bool:
-        return not _protocols(self.filesystem).isdisjoint(_OBJECT_STORES)
+        # Elsewhere a file is written aside and renamed.
+        return not _protocols(self.filesystem).isdisjoint(OBJECT_STORES)
 
     def _forget_listings(self) -> None:
         # fsspec's file systems remember what they listed; other processes write here too.

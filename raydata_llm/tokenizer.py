@@ -17,6 +17,9 @@ from raydata_llm.tokenizer_cache import load_light, load_prepared, tokenizer_sta
 Messages = Sequence[Mapping[str, Any]]
 # How a message's content reaches the template: as text, or, for templates made so, as a list of parts.
 CONTENT_FORMATS = ("auto", "string", "openai")
+_TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt", ".json")
+# What an assistant may have said instead of text.
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 def load_tokenizer(local_path: str, *, trust_remote_code: bool = False) -> Any:
@@ -209,6 +212,8 @@ def check_chat_template(
         ValueError: when neither the caller nor the tokenizer has one.
     """
     given = chat_template or (chat_template_kwargs or {}).get("chat_template")
+    if isinstance(given, str) and "{" not in given and given.endswith(_TEMPLATE_SUFFIXES):
+        raise ValueError(f"chat_template={given!r} is a file's name: give its text, as pathlib.Path(...).read_text()")
     if not given and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "chat_template=None, but the model's tokenizer has none of its own: give chat_template, "
@@ -237,7 +242,20 @@ def _plain_messages(messages: Any, *, in_parts: bool) -> list[dict[str, Any]]:
     for index, message in enumerate(conversation):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages[{index}]={_short(message)} is not a dict with a role: {remedy}")
+        _check_content(index, message)
     return [_plain_message(index, message, in_parts=in_parts) for index, message in enumerate(conversation)]
+
+
+def _check_content(index: int, message: dict[str, Any]) -> None:
+    """Check that there is something for a template to write: most write nothing else, some nothing at all without."""
+    content, remedy = message.get("content"), 'give text, as {"role": "user", "content": "Hello"}'
+    if content is None and all(message.get(key) is None for key in _INSTEAD_OF_CONTENT):
+        raise ValueError(f"messages[{index}]={_short(message)} has no content: {remedy}")
+    # A tool's result may be an object, which templates write as JSON.
+    taken = (str, list) if message["role"] in ("system", "user", "assistant") else (str, list, dict)
+    if content is not None and not isinstance(content, taken):
+        kind = type(content).__name__
+        raise ValueError(f"messages[{index}]['content']={_short(content)} is of type {kind}: {remedy}")
 
 
 def _plain_message(index: int, message: dict[str, Any], *, in_parts: bool) -> dict[str, Any]:

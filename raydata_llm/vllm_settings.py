@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from raydata_llm.engine.engine_config import FIELD_NAMES
+from raydata_llm.engine.known_names import nearest
 from raydata_llm.redaction import shown
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,9 @@ _NO_ARGUMENTS = {
 # Loaders of the same weights: this engine reads them its own way.
 _LOADERS = {"runai_streamer", "runai_streamer_sharded", "fastsafetensors", "instanttensor"}
 
+# What `LLM` takes beside the engine's settings.
+_LLM_ARGUMENTS = {"tokenizer", "data_parallel_size"}
+
 # Fields that Ray Data LLM had once.
 _OLDER_FIELDS: dict[str, tuple[Any, ...]] = {"has_image": (None, False), "prepare_image_stage": (None, False)}
 
@@ -178,6 +182,11 @@ def split_llm_settings(engine_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: for a setting that would change answers and is not there.
     """
     kept, left_out = _engine_settings(engine_kwargs)
+    for name in kept.keys() - FIELD_NAMES:
+        hint = nearest(name, FIELD_NAMES | _LLM_ARGUMENTS)
+        if name == "engine_kwargs":
+            hint = "give its entries one by one, as LLM(model, max_model_len=4096)"
+        raise ValueError(f"{name}={shown(name, kept[name])} is not an argument of LLM: {hint}")
     if left_out:
         logger.warning("LLM: left out, as they mean nothing here: %s", ", ".join(left_out))
     return kept

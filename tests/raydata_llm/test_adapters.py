@@ -140,5 +140,5 @@ def test_an_adapter_in_a_store_is_fetched(adapters: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    with pytest.raises(ValueError, match=r"lora_path='memory://lora/two' cannot be read"):
+    with pytest.raises(ValueError, match=r"^lora_path='memory://lora/two' not found"):
         resolve_adapter("memory://lora/two")

@@ -32,6 +32,8 @@ def test_a_model_is_all_that_is_needed() -> None:
         ({"model_source": ""}, "model_source='' is not valid: give a Hub id, a local folder"),
         ({"model_source": 3}, "model_source=3 is not valid"),
         ({"batch_size": -1}, "batch_size=-1 is not valid: input should be greater than or equal to 1"),
+        ({"report_path": "s3://"}, "report_path='s3://' names no bucket: give s3://bucket/folder"),
+        ({"resume": "s3://b/answers"}, "resume='s3://b/answers' is not valid: give ResumeConfig('s3://b/answers')"),
         ({"batch_size": "8"}, "batch_size='8' is not valid: input should be a valid integer"),
         ({"batch_size": True}, "batch_size=True is not valid"),
         ({"bacth_size": 8}, "bacth_size=8 is not a setting: did you mean batch_size?"),

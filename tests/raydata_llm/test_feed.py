@@ -222,7 +222,7 @@ def test_a_job_whose_template_is_broken_is_stopped(model: str, tmp_path: Path) -
     processor = Processor(settings, ask_some, engine_factory=recording(tmp_path))
     told = stopped(processor, ray.data.range(2000), Exception)
     assert TooManyErrorsError.__name__ in told
-    assert "max_error_fraction=0.3" in told and "KeyError: 'question' (preprocess)" in told
+    assert "max_error_fraction=0.3" in told and "KeyError: 'question'; the row has " in told
 
 
 def test_a_row_that_crashes_its_process_stops_the_job_and_does_not_run_for_ever(model: str) -> None:

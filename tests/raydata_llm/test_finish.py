@@ -207,7 +207,7 @@ def post_some(row: dict[str, Any]) -> dict[str, Any]:
 
 
 STAGES = {
-    "preprocess": "KeyError: 'no such column' (preprocess)",
+    "preprocess": "KeyError: 'no such column'; the row has id, fails (preprocess)",
     "sampling_params": "ValueError: sampling_params has unknown field(s) top_j: did you mean top_",
     "engine": f"max_model_len={MAX_MODEL_LEN} allows fewer (engine)",
     "postprocess": "RuntimeError: no answer (postprocess)",

@@ -327,13 +327,34 @@ def test_a_ready_tokenizer_is_taken(model_folder: Path, llm: LLM) -> None:
         assert other.get_tokenizer() is llm.get_tokenizer()
 
 
-def test_wrong_settings_are_named_before_anything_is_loaded() -> None:
-    with pytest.raises(ValueError, match=r"engine_kwargs\['max_model_length'\].*did you mean max_model_len"):
+def test_wrong_settings_are_named_before_anything_is_loaded(model_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^max_model_length=5 is not an argument of LLM: did you mean max_model_len"):
         LLM("/no/such/model", max_model_length=5)
+    with pytest.raises(ValueError, match=r"^tokeniser='t' is not an argument of LLM: did you mean tokenizer\?"):
+        LLM("/no/such/model", tokeniser="t")
+    with pytest.raises(ValueError, match=r"^engine_kwargs={.*} is not an argument of LLM: give its entries one by one"):
+        LLM("/no/such/model", engine_kwargs={"max_model_len": 5})
     with pytest.raises(ValueError, match="tokenizer='t' is not valid with skip_tokenizer_init=True"):
         LLM("/no/such/model", tokenizer="t", skip_tokenizer_init=True)
-    with pytest.raises(ValueError, match="model_source='/no/such/model' not found"):
+    with pytest.raises(ValueError, match=r"^model='/no/such/model' not found"):
         LLM("/no/such/model")
+    with pytest.raises(ValueError, match=r"^tokenizer='/no/such/tokenizer' not found"):
+        LLM(str(model_folder), tokenizer="/no/such/tokenizer")
+
+
+def test_a_damaged_file_is_not_called_a_missing_tokenizer(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"weight file '.*' is damaged or not a safetensors file"):
+        LLM(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json' is not valid JSON"):
+        LLM(str(folder))
+    gguf = tmp_path / "model.gguf"
+    gguf.write_text("<html>")
+    with pytest.raises(ValueError, match=r"model.gguf' is damaged or not a GGUF file"):
+        LLM(str(gguf))
 
 
 def test_progress_counts_prompts_and_speed(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:

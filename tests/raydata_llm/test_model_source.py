@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.model_source import check_model, resolve_model
 from raydata_llm.remote_model import RemoteModel, wanted_files
+from tests.raydata_llm.patience import on_this_machine
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -277,6 +280,58 @@ def test_hub_id_is_read_from_the_hubs_cache_when_offline(tmp_path: Path, monkeyp
     check_model("org/name", settings())
     with pytest.raises(ValueError, match="'org/name@other' not found"):
         resolve_model("org/name@other")
+
+
+def test_a_hub_that_is_away_is_asked_once_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and not listened to
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", endpoint)
+        began = time.monotonic()
+        with pytest.raises(ValueError) as error:
+            resolve_model("org/name")
+        assert time.monotonic() - began < on_this_machine(5)
+    told = str(error.value)
+    for words in ("model_source='org/name' not found", endpoint, str(tmp_path), "HF_ENDPOINT"):
+        assert words in told, told
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raydata_llm.model_source._HUB_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", endpoint)
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="cannot be reached"):
+            resolve_model("org/name")
+        assert time.monotonic() - began < on_this_machine(5)
+
+
+def test_a_google_store_that_is_away_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raydata_llm.remote_model._GCS_SECONDS", 1)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{closed.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="could not be read: check the network"):
+            resolve_model(f"gs://anonymous@bucket/model?scheme=http&endpoint_override={endpoint}")
+        assert time.monotonic() - began < on_this_machine(15)
+
+
+@pytest.mark.parametrize("source", ["hf://org/name", "https://huggingface.co/org/name/tree/main"])
+def test_an_address_of_the_hub_is_told_as_an_id(source: str) -> None:
+    with pytest.raises(ValueError, match=f"model_source='{source}' is an address of the Hub: .* id, 'org/name'"):
+        resolve_model(source)
+
+
+@pytest.mark.parametrize("source", ["s3://", "s3:///folder", "gs://"])
+def test_an_address_without_a_bucket_is_named(source: str) -> None:
+    with pytest.raises(ValueError, match=f"model_source='{source}' names no bucket: give {source[:2]}://bucket/folder"):
+        resolve_model(source)
 
 
 def test_check_accepts_a_whole_local_model_and_finds_a_truncated_one(tmp_path: Path) -> None:

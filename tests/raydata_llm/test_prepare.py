@@ -189,3 +189,18 @@ def test_a_tokenizer_that_is_not_there_stops_the_block_even_so(tmp_path: Path) -
 def test_a_column_named_like_ours_stops_the_block_even_so(model: str) -> None:
     with pytest.raises(ValueError, match="rename it"):
         prepared(pa.table({"prompt": ["x"], "__raydata_llm_request": [b""]}), model, keep_going=True)
+
+
+def test_a_mistake_in_sampling_params_is_found_before_a_model_is_loaded(model: str) -> None:
+    def ask(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": "x", "sampling_params": row["given"]}
+
+    given = [{"max_token": 3}, {"temperature": -1.0}, {"min_tokens": 5}, None]
+    table = pa.table({"given": pa.array([pa.scalar(None)] * 4), "number": range(4)})
+    requests, _ = prepared(table, model, preprocess=lambda row: ask({"given": given[row["number"]]}), keep_going=True)
+    assert "max_token: did you mean max_tokens? (sampling_params)" in str(requests[0].error)
+    assert "temperature=-1.0 is not valid" in str(requests[1].error)
+    # The model's defaults may allow more tokens than a request without a model has.
+    assert requests[2].error is None and requests[3].error is None
+    with pytest.raises(RowError, match="did you mean max_tokens"):
+        prepared(table, model, preprocess=lambda row: ask({"given": given[0]}))

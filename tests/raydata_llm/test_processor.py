@@ -67,7 +67,7 @@ def test_the_example_of_vllms_documentation_runs(model: str, tmp_path: Path) -> 
 
 
 KINDS = {
-    "missing column": "KeyError: 'no such column' (preprocess)",
+    "missing column": "KeyError: 'no such column'; the row has ",
     "wrong type": "messages=3 is a int",
     "template": "no clowns",
     "too long": f"max_model_len={MAX_MODEL_LEN} allows fewer (engine)",

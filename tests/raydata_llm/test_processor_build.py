@@ -86,8 +86,14 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str, mo
 
 
 def test_only_an_engine_config_builds() -> None:
-    with pytest.raises(ValueError, match="config=ProcessorConfig is not valid: give an EngineProcessorConfig"):
+    with pytest.raises(ValueError, match=r"config=raydata_llm\.config\.ProcessorConfig is not valid: give an Engine"):
         build_llm_processor(ProcessorConfig())
+
+
+def test_a_model_that_gives_no_text_is_named_with_its_tasks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    with pytest.raises(ValueError, match=r"task_type='generate' does not fit the model in .*: set task_type to 'em"):
+        build_llm_processor(EngineProcessorConfig(model_source=str(tmp_path), engine_kwargs={"load_format": "dummy"}))
 
 
 def test_two_tokenizers_for_one_prompt_are_refused(model: str) -> None:

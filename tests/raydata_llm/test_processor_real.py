@@ -22,7 +22,7 @@ from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
 NUM_ROWS = 48
 BAD = {
-    5: ("missing column", "KeyError: 'question' (preprocess)"),
+    5: ("missing column", "KeyError: 'question'; the row has "),
     11: ("wrong type", "messages=17 is a int"),
     23: ("too long", "max_model_len"),
     31: ("clown", "no clowns"),

@@ -13,6 +13,7 @@ from raydata_llm.row_payload import (
     abbreviate,
     append_packed,
     check_column_names,
+    describe_failure,
     open_block,
     pack,
     row_error,
@@ -62,3 +63,13 @@ def test_an_error_names_the_row_in_few_words() -> None:
     message = str(row_error({"id": 3}, "KeyError: 'q' (preprocess)"))
     assert "KeyError: 'q' (preprocess)" in message and "{'id': 3}" in message
     assert "should_continue_on_error=True" in message
+
+
+def test_a_missing_column_is_told_with_those_that_are_there() -> None:
+    assert describe_failure(KeyError("question"), "preprocess", ["q", "id"]) == (
+        "KeyError: 'question'; the row has q, id (preprocess)"
+    )
+    assert describe_failure(KeyError("q"), "preprocess", ["q", "id"]) == "KeyError: 'q' (preprocess)"
+    assert describe_failure(KeyError(), "preprocess", ["q"]) == "KeyError:  (preprocess)"
+    many = describe_failure(KeyError("q"), "preprocess", [f"column_{number}" for number in range(1000)])
+    assert many.endswith("... (preprocess)") and len(many) < 500

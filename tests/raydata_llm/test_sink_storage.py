@@ -211,3 +211,9 @@ def test_credentials_are_cut_out_of_every_text(
         assert "canary" not in repr(storage) + storage._words(OSError("canary-key and canary-token"), "")
     assert "canary" not in caplog.text
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "canary-environment"
+
+
+@pytest.mark.parametrize("path", ["s3://", "s3:///folder"])
+def test_an_address_without_a_bucket_is_refused_before_a_store_is_asked(path: str) -> None:
+    with pytest.raises(ValueError, match=f"path='{path}' names no bucket: give s3://bucket/folder"):
+        Storage.open(path)

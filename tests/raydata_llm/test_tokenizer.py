@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -336,12 +337,12 @@ def test_arguments_of_a_tool_call_are_read_from_their_text(tokenizer: Any) -> No
 def test_content_comes_in_parts_where_that_is_asked_for(tokenizer: Any) -> None:
     template = "{% for m in messages %}{{ m.content | tojson if m.content else '' }};{% endfor %}"
     parts = [{"type": "text", "text": "one"}, "two"]
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}, {"role": "user"}]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]
     text = render_chat(tokenizer, messages, chat_template=template, chat_template_content_format="openai")
     assert text == (
-        '[{"type": "text", "text": "s"}];[{"type": "text", "text": "one"}, {"type": "text", "text": "two"}];;'
+        '[{"type": "text", "text": "s"}];[{"type": "text", "text": "one"}, {"type": "text", "text": "two"}];'
     )
-    assert render_chat(tokenizer, messages, chat_template=template) == '"s";"one\\ntwo";;'
+    assert render_chat(tokenizer, messages, chat_template=template) == '"s";"one\\ntwo";'
 
 
 @pytest.mark.parametrize(
@@ -355,7 +356,7 @@ def test_content_comes_in_parts_where_that_is_asked_for(tokenizer: Any) -> None:
         ([{"role": "user", "content": "q"}, {"content": "q"}], r"messages\[1\]=.* is not a dict with a role"),
         ([{"role": 3, "content": "q"}], r"messages\[0\]=.* is not a dict with a role"),
         ([{"role": "clown", "content": "q"}], "the chat template could not be applied: TemplateError: no clowns"),
-        ([{"role": "user", "content": 5}], "the chat template could not be applied: TypeError"),
+        ([{"role": "user", "content": 5}], r"messages\[0\]\['content'\]=5 is of type int: give text"),
     ],
 )
 def test_bad_messages_are_one_value_error(tokenizer: Any, messages: Any, complaint: str) -> None:
@@ -369,3 +370,34 @@ def test_a_tokenizer_without_template_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"chat_template=None.*give chat_template"):
         encode_chat(tokenizer, messages)
     assert encode_chat(tokenizer, messages, chat_template="{{ messages[0].content }}")[0] == "q"
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        ({"role": "user"}, "messages[1]={'role': 'user'} has no content: give text"),
+        ({"role": "user", "text": "hi"}, "messages[1]={'role': 'user', 'text': 'hi'} has no content"),
+        ({"role": "assistant", "content": None}, "has no content"),
+        ({"role": "user", "content": {"type": "text", "text": "hi"}}, "is of type dict: give text"),
+    ],
+)
+def test_a_message_that_says_nothing_is_named(tokenizer: Any, message: Any, complaint: str) -> None:
+    first = {"role": "system", "content": "s"}
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        render_chat(tokenizer, [first, message])
+
+
+def test_a_message_may_say_something_else_than_text(tokenizer: Any) -> None:
+    template = "{% for m in messages %}{{ m.content | tojson if m.content else '' }};{% endfor %}"
+    calls = [{"id": "1", "function": {"name": "f", "arguments": {}}}]
+    messages = [
+        {"role": "assistant", "reasoning_content": "hm"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": {"degrees": 5}},
+    ]
+    assert render_chat(tokenizer, messages, chat_template=template) == ';;{"degrees": 5};'
+
+
+def test_a_file_in_place_of_a_template_is_named_and_not_rendered(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"chat_template='/x/chat.jinja' is a file's name: give its text"):
+        render_chat(tokenizer, [{"role": "user", "content": "q"}], chat_template="/x/chat.jinja")
