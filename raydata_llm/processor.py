@@ -23,7 +23,14 @@ from raydata_llm.pooled_rows import pooling_task
 from raydata_llm.prepare import prepare
 from raydata_llm.prepare_plan import PreparePlan, RowFunction
 from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
-from raydata_llm.ray_operators import dispatcher_options, map_blocks, replica_options, task_options, with_own_context
+from raydata_llm.ray_operators import (
+    dispatcher_options,
+    map_blocks,
+    replica_options,
+    task_options,
+    tell_of_waiting_tasks,
+    with_own_context,
+)
 from raydata_llm.replica import EngineFactory, start_engine
 from raydata_llm.replica_gang import engine_factory
 from raydata_llm.replica_pool import Cluster, ReplicaPool
@@ -117,7 +124,10 @@ class Processor:
             refuse_ray_checkpoint(dataset)
             dataset = with_setting(dataset, PLAN_SETTING, self._prepare_plan.resume)
         dataset = with_own_context(dataset, preserve_order=self.config.preserve_order)
-        pool = ReplicaPool.plan(self.config, Cluster.current())
+        cluster = Cluster.current()
+        pool = ReplicaPool.plan(self.config, cluster)
+        for function, options in (("preprocess", self._prepare_options), ("postprocess", self._finish_options)):
+            tell_of_waiting_tasks(function, options, cluster)
         # Ray Data hands a small Parquet folder on as one block, which would keep one replica busy; and tiny blocks
         # would be as many tasks. Exact sizes also keep a block's rows the same in every run.
         dataset = dataset.repartition(target_num_rows_per_block=pool.block_rows, strict=True)

@@ -7,17 +7,20 @@ Nothing here changes a DataContext. Imports Ray only inside functions, which a d
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig
 from raydata_llm.engine.known_names import nearest
 from raydata_llm.redaction import hide_environment
-from raydata_llm.replica_pool import ReplicaPool
+from raydata_llm.replica_pool import Cluster, ReplicaPool
 from raydata_llm.stage_config import StageConfig
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+logger = logging.getLogger(__name__)
 
 # Times a block is sent again when the dispatcher's process or node is lost (replicas are its own business).
 _BLOCK_RETRIES = 4
@@ -64,6 +67,18 @@ def task_options(
         if option in _TASK_OPTIONS:
             options[option] = value
     return _given(options)
+
+
+def tell_of_waiting_tasks(function: str, options: Mapping[str, Any], cluster: Cluster) -> None:
+    """Warn of tasks that no node of the cluster can run: Ray says nothing, and waits for one that can."""
+    asked, most = options.get("num_cpus"), max(cluster.node_cpus, default=0)
+    if asked is not None and asked > most:
+        logger.warning(
+            "%s's tasks ask for num_cpus=%g and the largest node has %g: no row is read until a larger one joins",
+            function,
+            asked,
+            most,
+        )
 
 
 def replica_options(pool: ReplicaPool, config: EngineProcessorConfig) -> dict[str, Any]:

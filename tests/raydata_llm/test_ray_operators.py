@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raydata_llm import ChatTemplateStageConfig, EngineProcessorConfig, TokenizerStageConfig
-from raydata_llm.ray_operators import replica_options, task_options
+from raydata_llm.ray_operators import replica_options, task_options, tell_of_waiting_tasks
 from raydata_llm.replica_pool import Cluster, ReplicaPool
 
 
@@ -52,3 +52,12 @@ def test_the_users_options_of_a_function_come_before_the_stages_and_the_processo
     options = task_options("preprocess_map_kwargs", map_kwargs, stages, config(runtime_env={"env_vars": {"A": "1"}}))
     own = {"num_cpus": 2, "memory": 1e9, "max_retries": 8, "runtime_env": {"env_vars": {"A": "1"}}}
     assert options == own | expected
+
+
+def test_tasks_that_no_node_can_run_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = Cluster(num_gpus=0, node_cpus=[2, 8])
+    tell_of_waiting_tasks("preprocess", {"num_cpus": 8}, cluster)
+    tell_of_waiting_tasks("preprocess", {}, cluster)
+    assert not caplog.records
+    tell_of_waiting_tasks("postprocess", {"num_cpus": 64}, cluster)
+    assert "postprocess's tasks ask for num_cpus=64 and the largest node has 8" in caplog.text
