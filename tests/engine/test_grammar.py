@@ -140,3 +140,9 @@ def test_properties_are_written_in_the_order_of_each_schema(compiler: GrammarCom
 
     assert first_property("ab") == ["a"]
     assert first_property("ba") == ["b"]
+
+
+@pytest.mark.parametrize("enum", [[np.int64(3)], {3, 4}])
+def test_a_schema_that_is_no_json_is_refused_before_anything_is_queued(enum: Any) -> None:
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
+        StructuredOutputsParams(json={"enum": enum})
