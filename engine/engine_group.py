@@ -35,10 +35,15 @@ class EngineGroup:
         count: How many engines.
 
     Raises:
-        ValueError: as `Engine`'s; for more ranks than GPUs.
+        ValueError: as `Engine`'s; for more ranks than GPUs; for logits processors, which no other process has.
     """
 
     def __init__(self, config: EngineConfig, count: int, tokenizer: Any = None) -> None:
+        if config.logits_processors:
+            raise ValueError(
+                f"logits_processors are run by an engine in the caller's process, and data_parallel_size={count} has "
+                "its engines' work done in others: leave it at 1"
+            )
         check_gpus(config, count)
 
         def make(number: int) -> Engine:

@@ -1,4 +1,4 @@
-"""What a group of engines does when one of them dies."""
+"""What a group of engines refuses, and what it does when one of them dies."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def test_dead_engines_are_told_at_once(tiny_model: Callable[..., Path], monkeypa
         group.abort_all()
     assert time.monotonic() - began < 30
     group.shutdown()
+
+
+def test_logits_processors_are_refused(tiny_model: Callable[..., Path]) -> None:
+    config = EngineConfig(model=str(tiny_model("llama")), device="cpu", logits_processors=["a_module:Processor"])
+    with pytest.raises(ValueError, match="data_parallel_size=2"):
+        EngineGroup(config, 2)
