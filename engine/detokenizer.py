@@ -82,13 +82,14 @@ class StopStringWatch:
 
     def advance(self, token_ids: Sequence[int]) -> str | None:
         """Look at the output so far (it only grows) and return the stop string that appeared first, if any."""
-        fresh = self._decode_fresh(token_ids)
+        fresh, before = self._decode_fresh(token_ids), len(self._tail)
         window = self._tail + fresh
-        found = [(window.find(stop), stop) for stop in self._params.stop if stop in window]
-        # min_tokens: what was written before an end is allowed does not count later either.
-        early = len(token_ids) <= self._params.min_tokens
-        self._tail = "" if early else window[-(self._longest - 1) :] if self._longest > 1 else ""
-        return None if early or not found else min(found)[1]
+        self._tail = window[-(self._longest - 1) :] if self._longest > 1 else ""
+        # min_tokens: what was whole before an end is allowed does not count later either, what was begun does.
+        if len(token_ids) <= self._params.min_tokens:
+            return None
+        found = [(window.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._params.stop]
+        return min(((at, stop) for at, stop in found if at >= 0), default=(0, None))[1]
 
     def _decode_fresh(self, token_ids: Sequence[int]) -> str:
         context = decode(self._tokenizer, token_ids[self._context_start : self._decoded_end], self._params)

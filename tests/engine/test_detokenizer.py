@@ -69,6 +69,14 @@ def test_a_stop_string_before_min_tokens_does_not_count_later() -> None:
     assert write("x-y-x-", params) == ("x-y-", "x", 5)
 
 
+@pytest.mark.parametrize("stop", ["ab", ["ab", "wxyz"]])
+def test_a_stop_string_may_begin_before_min_tokens(stop: str | list[str]) -> None:
+    params = SamplingParams(stop=stop, min_tokens=4)
+    assert write("ab.ab.", params) == ("ab.", "ab", 5)
+    assert write(".ab.ab", params) == (".ab.", "ab", 6)
+    assert write("..ab..", params) == ("..ab..", None, 6)
+
+
 @settings(deadline=None)
 @given(text=st.text("ab🍵é ", min_size=1, max_size=20), stop=st.text("ab🍵é ", min_size=1, max_size=4))
 def test_the_first_occurrence_ends_the_row(text: str, stop: str) -> None:
