@@ -76,8 +76,8 @@ class StopStringWatch:
         self._tokenizer = tokenizer
         self._params = params
         self._longest = max(len(stop) for stop in params.stop)
-        self._context_start = 0
-        self._decoded_end = 0
+        self._context: list[int] = []
+        self._num_seen = 0
         self._tail = ""
 
     def advance(self, token_ids: Sequence[int]) -> str | None:
@@ -92,9 +92,13 @@ class StopStringWatch:
         return min(((at, stop) for at, stop in found if at >= 0), default=(0, None))[1]
 
     def _decode_fresh(self, token_ids: Sequence[int]) -> str:
-        context = decode(self._tokenizer, token_ids[self._context_start : self._decoded_end], self._params)
-        text = decode(self._tokenizer, token_ids[self._context_start :], self._params)
+        fresh = list(token_ids[self._num_seen :])
+        context = decode(self._tokenizer, self._context, self._params)
+        text = decode(self._tokenizer, [*self._context, *fresh], self._params)
+        if text == context:
+            # Special tokens, which are left out: kept, a thousand of them would be decoded with each one that follows.
+            self._num_seen = len(token_ids)
         if len(text) <= len(context) or text.endswith(_INCOMPLETE):
             return ""
-        self._context_start, self._decoded_end = self._decoded_end, len(token_ids)
+        self._context, self._num_seen = fresh, len(token_ids)
         return text[len(context) :]

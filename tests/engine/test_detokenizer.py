@@ -77,6 +77,23 @@ def test_a_stop_string_may_begin_before_min_tokens(stop: str | list[str]) -> Non
     assert write("..ab..", params) == ("..ab..", None, 6)
 
 
+def test_tokens_without_text_are_not_decoded_again_and_again() -> None:
+    class CountingTokenizer(ByteTokenizer):
+        num_decoded = 0
+
+        def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = False) -> str:
+            self.num_decoded += len(token_ids)
+            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    tokenizer, params = CountingTokenizer(), SamplingParams(stop="ab")
+    tokens = [*b"a", *[EOS] * 1000, *b"b"]
+    watch = StopStringWatch(tokenizer, params)
+    stops = [watch.advance(tokens[:count]) for count in range(1, len(tokens) + 1)]
+    assert stops == [None] * 1001 + ["ab"]
+    assert tokenizer.num_decoded < 4 * len(tokens)
+    assert output_text(tokenizer, tokens, params, "ab", "stop") == ""
+
+
 @settings(deadline=None)
 @given(text=st.text("ab🍵é ", min_size=1, max_size=20), stop=st.text("ab🍵é ", min_size=1, max_size=4))
 def test_the_first_occurrence_ends_the_row(text: str, stop: str) -> None:
