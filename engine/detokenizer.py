@@ -14,6 +14,8 @@ from raydata_llm.engine.sampling_params import SamplingParams
 
 # What a byte-level tokenizer writes for the bytes of a character that is not complete yet.
 _INCOMPLETE = "�"
+# Tokens of a character at most, one a byte; longer runs are bytes that are no text, and are looked at no further back.
+_MOST_HELD = 16
 
 
 class Tokenizer(Protocol):
@@ -58,11 +60,25 @@ def output_text(
     if not isinstance(stop_reason, str):
         return decode(tokenizer, token_ids[:-1], params)
     text = decode(tokenizer, token_ids, params)
-    # The last token completed the string, so the string ends in what that token added to the complete characters.
-    complete = decode(tokenizer, token_ids[:-1], params).rstrip(_INCOMPLETE)
-    start = text.find(stop_reason, max(0, len(complete) - len(stop_reason) + 1))
+    start = text.find(stop_reason, max(0, _num_complete(tokenizer, token_ids, params) - len(stop_reason) + 1))
+    if start < 0:
+        return text
     end = start + len(stop_reason) if params.include_stop_str_in_output else start
     return text[:end]
+
+
+def _num_complete(tokenizer: Tokenizer, token_ids: Sequence[int], params: SamplingParams) -> int:
+    """How much of the text had been looked at for stop strings before the last token: the string ends after it.
+
+    All that stood before the last token, unless that ended within a character: the watch held it back then, and a token
+    may hold more than a part of a character.
+    """
+    text = ""
+    for end in range(len(token_ids) - 1, max(-1, len(token_ids) - 1 - _MOST_HELD), -1):
+        text = decode(tokenizer, token_ids[:end], params)
+        if not text.endswith(_INCOMPLETE):
+            break
+    return len(text.rstrip(_INCOMPLETE))
 
 
 class StopStringWatch:
