@@ -130,10 +130,18 @@ class Guides:
         sequence.processors = [one for one in made if one is not None]
 
     def _encoded_bad_words(self, words: tuple[str, ...]) -> list[TokenIds]:
-        return bad_word_tokens(self._encoder("bad_words"), words)
+        sequences = bad_word_tokens(self._encoder("bad_words"), words)
+        # A tokenizer may have more tokens than its model, which writes none of these.
+        return [one for one in sequences if max(one) < self._vocab_size]
 
     def _encoded_markers(self) -> Markers:
-        return Markers.of(self._encoder("thinking_token_budget"), self._reasoning_config)
+        markers = Markers.of(self._encoder("thinking_token_budget"), self._reasoning_config)
+        if max(markers.end) >= self._vocab_size:
+            raise ValueError(
+                f"thinking_token_budget needs a model that can end its thinking: token {max(markers.end)} of the "
+                f"marker is outside its vocabulary of {self._vocab_size} tokens; set reasoning_config, or leave it out"
+            )
+        return markers
 
     def _encoder(self, name: str) -> TextEncoder:
         if self._tokenizer is None or not hasattr(self._tokenizer, "encode"):

@@ -238,3 +238,13 @@ def test_the_last_marker_of_a_prompt_says_whether_it_thinks(prompt: list[int], t
     words = np.full(33, -1, dtype=np.int32)
     guide.forbid(words)
     assert (np.count_nonzero(words) == 1) == thinks
+
+
+def test_tokens_that_the_model_does_not_have_are_never_written(model_path: str) -> None:
+    engine = Engine(EngineConfig(model=model_path, device="cpu"), NumberTokenizer())
+    free = greedy_tokens(engine)
+    assert greedy_tokens(engine, bad_words=["5000", f"{free[0]} 5000"]) == free
+    markers = {"reasoning_start_str": "5", "reasoning_end_str": "5000"}
+    engine = Engine(EngineConfig(model=model_path, device="cpu", reasoning_config=markers), NumberTokenizer())
+    with pytest.raises(ValueError, match="outside its vocabulary of 1031"):
+        greedy_tokens(engine, thinking_token_budget=1)
