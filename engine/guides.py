@@ -214,7 +214,7 @@ class Guides:
             for guide in sequence.guides:
                 guide.forbid(words[place])
             if sequence.processors:
-                # Made for these alone: a list of 4,000 tokens takes 40 us, in each step.
+                # Made for these alone: a list of 4,000 tokens takes 11 us, in each step.
                 prompt, written = sequence.prompt_token_ids.tolist(), table.output_token_ids(slots[place])
                 row = int(rows[place])
                 processors += [(row, partial(process, prompt, written)) for process in sequence.processors]
