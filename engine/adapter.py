@@ -62,6 +62,8 @@ def read_adapter(folder: Path, config: ModelConfig, *, max_rank: int) -> Adapter
     if not isinstance(rank, int) or not 1 <= rank <= max_rank:
         raise ValueError(f"the adapter {str(folder)!r} has rank {rank!r}, above max_lora_rank={max_rank}: raise that")
     alpha = settings.get("lora_alpha") or rank
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"the adapter {str(folder)!r} has lora_alpha={alpha!r}: give a number")
     scale = alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
     found = _by_place(folder, _tensors(folder), config)
     layers = []
@@ -89,14 +91,22 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / "adapter_model.safetensors"
-    if path.is_file():
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        raise ValueError(f"lora_path={str(folder)!r} has neither adapter_model.safetensors nor adapter_model.bin")
+    try:
+        return _read(path)
+    except Exception as error:  # of either library's own kinds, and no more than one request is to fail of it
+        cause = str(error).split("\n")[0]
+        raise ValueError(f"the adapter {str(folder)!r} is damaged: {path.name} cannot be read: {cause}") from error
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
-    path = folder / "adapter_model.bin"
-    if not path.is_file():
-        raise ValueError(f"lora_path={str(folder)!r} has neither adapter_model.safetensors nor adapter_model.bin")
     tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return tensors
 

@@ -28,14 +28,19 @@ def adapter_of(path: str, stamp: int, config: ModelConfig, max_rank: int) -> Ada
     return read_adapter(Path(path), config, max_rank=max_rank)
 
 
+def adapter_stamp(path: str) -> int:
+    """When a folder's adapter was written; 0 if there is none."""
+    settings = Path(path) / "adapter_config.json"
+    return settings.stat().st_mtime_ns if settings.is_file() else 0
+
+
 def load_adapter(path: str, config: ModelConfig, max_rank: int) -> Adapter:
     """Read a folder's adapter, once a process.
 
     Raises:
         ValueError: for what is no adapter of this model.
     """
-    settings = Path(path) / "adapter_config.json"
-    stamp = settings.stat().st_mtime_ns if settings.is_file() else 0
+    stamp = adapter_stamp(path)
     adapter = adapter_of(path, stamp, config, max_rank)
     _stamps[path] = stamp
     return adapter
@@ -43,7 +48,7 @@ def load_adapter(path: str, config: ModelConfig, max_rank: int) -> Adapter:
 
 def kept_adapter(path: str, config: ModelConfig, max_rank: int) -> Adapter:
     """As `load_adapter`; if the folder has vanished since a request with it was accepted, as it was read then."""
-    if path in _stamps and not (Path(path) / "adapter_config.json").is_file():
+    if path in _stamps and not adapter_stamp(path):
         return adapter_of(path, _stamps[path], config, max_rank)
     return load_adapter(path, config, max_rank)
 

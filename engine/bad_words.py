@@ -39,11 +39,16 @@ class BadWordsGuide:
     def __init__(self, sequences: Sequence[TokenIds]) -> None:
         self._always = tuple(one[0] for one in sequences if len(one) == 1)
         self._longer = [(list(one[:-1]), one[-1]) for one in sequences if len(one) > 1]
+        self._kept = max((len(before) for before, _ in self._longer), default=0)
+        # The output's end, as much of it as matters.
+        self._tail: list[int] = []
 
     def advance(self, token_id: int) -> None:
-        """Nothing: the output says all."""
+        """Take in a drawn token."""
+        if self._kept:
+            self._tail = [*self._tail, token_id][-self._kept :]
 
-    def forbid(self, words: npt.NDArray[np.int32], token_ids: list[int]) -> None:
+    def forbid(self, words: npt.NDArray[np.int32]) -> None:
         """Clear the bits of tokens that would complete a word."""
-        completing = (last for before, last in self._longer if token_ids[-len(before) :] == before)
+        completing = (last for before, last in self._longer if self._tail[-len(before) :] == before)
         clear_bits(words, (*self._always, *completing))

@@ -14,6 +14,8 @@ from raydata_llm.engine.sampling_params import SamplingParams
 
 # What a byte-level tokenizer writes for the bytes of a character that is not complete yet.
 _INCOMPLETE = "�"
+# Tokens of a character at most, one a byte; longer runs are bytes that are no text, and are looked at no further back.
+_MOST_HELD = 16
 
 
 class Tokenizer(Protocol):
@@ -58,11 +60,25 @@ def output_text(
     if not isinstance(stop_reason, str):
         return decode(tokenizer, token_ids[:-1], params)
     text = decode(tokenizer, token_ids, params)
-    # The last token completed the string, so the string ends in what that token added to the complete characters.
-    complete = decode(tokenizer, token_ids[:-1], params).rstrip(_INCOMPLETE)
-    start = text.find(stop_reason, max(0, len(complete) - len(stop_reason) + 1))
+    start = text.find(stop_reason, max(0, _num_complete(tokenizer, token_ids, params) - len(stop_reason) + 1))
+    if start < 0:
+        return text
     end = start + len(stop_reason) if params.include_stop_str_in_output else start
     return text[:end]
+
+
+def _num_complete(tokenizer: Tokenizer, token_ids: Sequence[int], params: SamplingParams) -> int:
+    """How much of the text had been looked at for stop strings before the last token: the string ends after it.
+
+    All that stood before the last token, unless that ended within a character: the watch held it back then, and a token
+    may hold more than a part of a character.
+    """
+    text = ""
+    for end in range(len(token_ids) - 1, max(-1, len(token_ids) - 1 - _MOST_HELD), -1):
+        text = decode(tokenizer, token_ids[:end], params)
+        if not text.endswith(_INCOMPLETE):
+            break
+    return len(text.rstrip(_INCOMPLETE))
 
 
 class StopStringWatch:
@@ -76,24 +92,29 @@ class StopStringWatch:
         self._tokenizer = tokenizer
         self._params = params
         self._longest = max(len(stop) for stop in params.stop)
-        self._context_start = 0
-        self._decoded_end = 0
+        self._context: list[int] = []
+        self._num_seen = 0
         self._tail = ""
 
     def advance(self, token_ids: Sequence[int]) -> str | None:
         """Look at the output so far (it only grows) and return the stop string that appeared first, if any."""
-        fresh = self._decode_fresh(token_ids)
+        fresh, before = self._decode_fresh(token_ids), len(self._tail)
         window = self._tail + fresh
-        found = [(window.find(stop), stop) for stop in self._params.stop if stop in window]
-        # min_tokens: what was written before an end is allowed does not count later either.
-        early = len(token_ids) <= self._params.min_tokens
-        self._tail = "" if early else window[-(self._longest - 1) :] if self._longest > 1 else ""
-        return None if early or not found else min(found)[1]
+        self._tail = window[-(self._longest - 1) :] if self._longest > 1 else ""
+        # min_tokens: what was whole before an end is allowed does not count later either, what was begun does.
+        if len(token_ids) <= self._params.min_tokens:
+            return None
+        found = [(window.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._params.stop]
+        return min(((at, stop) for at, stop in found if at >= 0), default=(0, None))[1]
 
     def _decode_fresh(self, token_ids: Sequence[int]) -> str:
-        context = decode(self._tokenizer, token_ids[self._context_start : self._decoded_end], self._params)
-        text = decode(self._tokenizer, token_ids[self._context_start :], self._params)
+        fresh = list(token_ids[self._num_seen :])
+        context = decode(self._tokenizer, self._context, self._params)
+        text = decode(self._tokenizer, [*self._context, *fresh], self._params)
+        if text == context:
+            # Special tokens, which are left out: kept, a thousand of them would be decoded with each one that follows.
+            self._num_seen = len(token_ids)
         if len(text) <= len(context) or text.endswith(_INCOMPLETE):
             return ""
-        self._context_start, self._decoded_end = self._decoded_end, len(token_ids)
+        self._context, self._num_seen = fresh, len(token_ids)
         return text[len(context) :]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from raydata_llm.engine.batch import ScheduledBatch
@@ -218,7 +220,7 @@ class Engine:
                 return self._guides.bitmask(batch, self._scheduler.table)
 
             has_guided = bool(self._scheduler.table.guided[batch.sample_slots].any())
-            with explained(f"launching a step of {batch.num_tokens} tokens", _STEP_REMEDY):
+            with self._distrusted_if_it_fails(batch, "launching"):
                 launched = self._live_worker().launch(batch, bitmask if has_guided else None)
             assert launched is not None, "a worker alone samples"
             self._in_flight.append((batch, launched))
@@ -285,13 +287,29 @@ class Engine:
     def _run_beams(self, batch: ScheduledBatch) -> SampledLogprobs | None:
         """Launch a beam search's step and read it."""
         self._idle_clock.step_launched()
-        with explained(f"running a step of {batch.num_tokens} tokens", _STEP_REMEDY):
+        with self._distrusted_if_it_fails(batch, "running"):
             launched = self._live_worker().launch(batch)
             assert launched is not None, "a worker alone samples"
             _, logprobs = launched.read()
         self._idle_clock.steps_read()
         self._count(batch)
         return logprobs
+
+    @contextmanager
+    def _distrusted_if_it_fails(self, batch: ScheduledBatch, doing: str) -> Iterator[None]:
+        """Name a device's error; whatever a step fails of, nobody is to find what it would have written.
+
+        Blocks can be shared, and adapters have slots, from when a step is scheduled. Requests that come after those
+        that failed were aborted would have found KV that was never computed.
+        """
+        try:
+            with explained(f"{doing} a step of {batch.num_tokens} tokens", _STEP_REMEDY):
+                yield
+        except BaseException:
+            self._scheduler.blocks.reset_prefix_cache()
+            self._scheduler.intake.adapters.distrust(adapter for _, adapter in batch.adapter_loads)
+            self._scheduler.note_released(batch.released)
+            raise
 
     def _count(self, batch: ScheduledBatch) -> None:
         self._num_steps += 1
@@ -407,7 +425,7 @@ class Engine:
     def _read_oldest(self, *, under_way: bool = False) -> None:
         """Read a step; `under_way`: the device has another one's forward pass to run."""
         batch, launched = self._in_flight.popleft()
-        with explained(f"running a step of {batch.num_tokens} tokens", _STEP_REMEDY):
+        with self._distrusted_if_it_fails(batch, "running"):
             token_ids, logprobs = launched.read()
         if not self._in_flight and not under_way:
             self._idle_clock.steps_read()

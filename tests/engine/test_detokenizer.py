@@ -69,6 +69,44 @@ def test_a_stop_string_before_min_tokens_does_not_count_later() -> None:
     assert write("x-y-x-", params) == ("x-y-", "x", 5)
 
 
+@pytest.mark.parametrize("stop", ["ab", ["ab", "wxyz"]])
+def test_a_stop_string_may_begin_before_min_tokens(stop: str | list[str]) -> None:
+    params = SamplingParams(stop=stop, min_tokens=4)
+    assert write("ab.ab.", params) == ("ab.", "ab", 5)
+    assert write(".ab.ab", params) == (".ab.", "ab", 6)
+    assert write("..ab..", params) == ("..ab..", None, 6)
+
+
+def test_tokens_without_text_are_not_decoded_again_and_again() -> None:
+    class CountingTokenizer(ByteTokenizer):
+        num_decoded = 0
+
+        def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = False) -> str:
+            self.num_decoded += len(token_ids)
+            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    tokenizer, params = CountingTokenizer(), SamplingParams(stop="ab")
+    tokens = [*b"a", *[EOS] * 1000, *b"b"]
+    watch = StopStringWatch(tokenizer, params)
+    stops = [watch.advance(tokens[:count]) for count in range(1, len(tokens) + 1)]
+    assert stops == [None] * 1001 + ["ab"]
+    assert tokenizer.num_decoded < 4 * len(tokens)
+    assert output_text(tokenizer, tokens, params, "ab", "stop") == ""
+
+
+@pytest.mark.parametrize(("keeps", "expected"), [(False, "so "), (True, "so END")])
+def test_a_stop_string_in_a_token_with_a_part_of_a_character(keeps: bool, expected: str) -> None:
+    class PieceTokenizer:
+        def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = False) -> str:
+            pieces = [b"so END\xc3", b"\xa9 on"]
+            return b"".join(pieces[token_id] for token_id in token_ids).decode(errors="replace")
+
+    params = SamplingParams(stop="END", include_stop_str_in_output=keeps)
+    watch = StopStringWatch(PieceTokenizer(), params)
+    assert [watch.advance([0]), watch.advance([0, 1])] == [None, "END"]
+    assert output_text(PieceTokenizer(), [0, 1], params, "END", "stop") == expected
+
+
 @settings(deadline=None)
 @given(text=st.text("ab🍵é ", min_size=1, max_size=20), stop=st.text("ab🍵é ", min_size=1, max_size=4))
 def test_the_first_occurrence_ends_the_row(text: str, stop: str) -> None:

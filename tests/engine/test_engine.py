@@ -384,3 +384,28 @@ def test_a_prompt_of_anything_but_token_ids_is_refused(engine: Engine, bad: Any)
     with pytest.raises(ValueError, match="give token ids, integers from 0 on"):
         engine.add_request(asked)
     assert not engine.has_unfinished()
+
+
+def test_what_a_failed_step_was_to_write_is_not_taken_for_written(
+    model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("the device has failed")
+
+    engine = Engine(EngineConfig(model=model_path, device="cpu", block_size=4, max_num_seqs=1))
+    prompt = list(range(3, 40))
+    expected = run(engine, [request(0, prompt)])
+    engine.reset_prefix_cache()
+    # It gives up a slot with penalties, which the step that fails was to tell the device.
+    engine.add_request(request(1, repetition_penalty=9.0))
+    engine.step()
+    engine.abort_all()
+    engine.add_request(request(2, prompt))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._worker, "launch", failing)
+        with pytest.raises(RuntimeError, match="has failed"):
+            engine.step()
+    engine.abort_all()
+    outputs = run(engine, [request(3, prompt)])
+    assert outputs[0].num_cached_tokens == 0
+    assert outputs[0].outputs == expected[0].outputs

@@ -127,3 +127,22 @@ def test_a_form_that_cannot_be_compiled_says_so_in_one_line(compiler: GrammarCom
     with pytest.raises(ValueError, match=f"structured_outputs: {next(iter(form))} cannot be compiled: ") as refused:
         compiler.compile(StructuredOutputsParams(**form), 1).result()
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_properties_are_written_in_the_order_of_each_schema(compiler: GrammarCompiler, tokenizer: Any) -> None:
+    def first_property(names: str) -> list[str]:
+        schema = {"type": "object", "properties": {name: {"type": "integer"} for name in names}, "required": ["a", "b"]}
+        guide = compiler.compile(StructuredOutputsParams(json=schema, disable_any_whitespace=True), 1).result()()
+        for token_id in tokenizer.encode('{"', add_special_tokens=False):
+            guide.advance(token_id)
+        token_ids = {name: tokenizer.encode(name, add_special_tokens=False)[0] for name in names}
+        return [name for name in names if guide.matcher.deep_copy().consume_token(token_ids[name])]
+
+    assert first_property("ab") == ["a"]
+    assert first_property("ba") == ["b"]
+
+
+@pytest.mark.parametrize("enum", [[np.int64(3)], {3, 4}])
+def test_a_schema_that_is_no_json_is_refused_before_anything_is_queued(enum: Any) -> None:
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
+        StructuredOutputsParams(json={"enum": enum})

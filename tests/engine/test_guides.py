@@ -17,6 +17,7 @@ from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import Request, RequestOutput
 from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.engine.thinking import Markers, ThinkingGuide
 from tests.engine.number_tokenizer import NumberTokenizer
 
 PROMPT = [5, 9, 300, 41, 8]
@@ -212,3 +213,38 @@ def test_bits() -> None:
     assert cleared == [0, 31, 32, 127]
     keep_only(words, 95)
     assert [token for token in range(128) if words[token // 32] >> (token % 32) & 1] == [95]
+
+
+def test_words_that_many_outputs_may_not_hold_are_encoded_once(model_path: str) -> None:
+    encoded: list[str] = []
+
+    class CountingTokenizer(NumberTokenizer):
+        def encode(self, text: str, /, *, add_special_tokens: bool) -> Any:
+            encoded.append(text)
+            return super().encode(text, add_special_tokens=add_special_tokens)
+
+    config = EngineConfig(model=model_path, device="cpu", reasoning_config=MARKERS)
+    engine = Engine(config, CountingTokenizer())
+    run(engine, [{"bad_words": ["17", "4 5"], "thinking_token_budget": 3, "n": 2, "temperature": 1.0}] * 3)
+    assert encoded == ["17", " 17", "4 5", " 4 5", "700", "701 702"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "thinks"),
+    [([1, 700, 4], True), ([700, 4, 701, 702], False), ([700, 701, 4], True), ([701, 702, 700], True), ([702], False)],
+)
+def test_the_last_marker_of_a_prompt_says_whether_it_thinks(prompt: list[int], thinks: bool) -> None:
+    guide = ThinkingGuide(Markers([700], [701, 702]), 0, np.array(prompt, dtype=np.int32))
+    words = np.full(33, -1, dtype=np.int32)
+    guide.forbid(words)
+    assert (np.count_nonzero(words) == 1) == thinks
+
+
+def test_tokens_that_the_model_does_not_have_are_never_written(model_path: str) -> None:
+    engine = Engine(EngineConfig(model=model_path, device="cpu"), NumberTokenizer())
+    free = greedy_tokens(engine)
+    assert greedy_tokens(engine, bad_words=["5000", f"{free[0]} 5000"]) == free
+    markers = {"reasoning_start_str": "5", "reasoning_end_str": "5000"}
+    engine = Engine(EngineConfig(model=model_path, device="cpu", reasoning_config=markers), NumberTokenizer())
+    with pytest.raises(ValueError, match="outside its vocabulary of 1031"):
+        greedy_tokens(engine, thinking_token_budget=1)

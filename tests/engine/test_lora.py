@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from raydata_llm.engine import adapter_slots
+from raydata_llm.engine.adapter import read_adapter
 from raydata_llm.engine.adapter_slots import AdapterSlots
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
@@ -197,3 +199,56 @@ def test_the_ranks_parts_of_an_adapter_make_the_whole(reference: Reference) -> N
         q = [rank.layers[layer]["self_attn.qkv_proj"] for rank in ranks]
         joined = torch.cat([one.b[1, : one.parts[0]] for one in q])
         assert torch.equal(joined, whole.layers[layer]["self_attn.qkv_proj"].b[1, : len(joined)])
+
+
+def test_an_adapter_that_a_failed_step_was_to_copy_is_copied_later(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("the device has failed")
+
+    engine = Engine(EngineConfig(model=str(reference.model), dtype="float32", device="cpu", max_model_len=64, **LORA))
+    request = Request(
+        request_id="a",
+        prompt_token_ids=np.array(reference.prompts[0], dtype=np.int32),
+        sampling_params=SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True),
+        lora_request=reference.adapters[3],
+    )
+    engine.add_request(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._worker, "launch", failing)
+        with pytest.raises(RuntimeError, match="has failed"):
+            engine.step()
+    engine.abort_all()
+    engine.add_request(request)
+    outputs = [output for _ in range(2 * MAX_TOKENS) if engine.has_unfinished() for output in engine.step()]
+    assert [output.outputs[0].token_ids for output in outputs] == [reference.written[3][0]]
+    engine.check_integrity()
+
+
+def test_an_adapter_is_read_once_however_many_requests_ask_for_it(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counting(folder: Path, *arguments: Any, **settings: Any) -> Any:
+        read.append(folder)
+        return read_adapter(folder, *arguments, **settings)
+
+    monkeypatch.setattr(adapter_slots, "read_adapter", counting)
+    engine = Engine(EngineConfig(model=str(reference.model), dtype="float32", device="cpu", max_model_len=64, **LORA))
+    there = reference.adapters[3]
+    assert there is not None
+    # More than are kept.
+    folders = [tmp_path / str(number) for number in range(40)]
+    for folder in folders:
+        shutil.copytree(there.lora_path, folder)
+    for number, folder in [*enumerate(folders)] * 2:
+        request = Request(
+            request_id="a",
+            prompt_token_ids=np.array(reference.prompts[0], dtype=np.int32),
+            sampling_params=SamplingParams(),
+            lora_request=LoRARequest(str(number), 1 + number, str(folder)),
+        )
+        engine.check_request(request)
+    assert read == folders

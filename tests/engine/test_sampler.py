@@ -61,7 +61,10 @@ def sequence_of(params: SamplingParams, key: int = 0) -> Sequence:
 
 def bitmask_of(words: list[list[int]]) -> Bitmask:
     allowed = np.full(-(-VOCAB // 32), -1, dtype=np.int32)
-    BadWordsGuide([tuple(word) for word in words]).forbid(allowed, OUTPUT)
+    guide = BadWordsGuide([tuple(word) for word in words])
+    for token_id in OUTPUT:
+        guide.advance(token_id)
+    guide.forbid(allowed)
     return Bitmask(np.array([0]), torch.from_numpy(allowed)[None])
 
 

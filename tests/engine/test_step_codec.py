@@ -257,3 +257,9 @@ def test_bitmasks_come_back() -> None:
     assert back is not None
     assert back.rows.tolist() == [0, 4, 9] and torch.equal(back.words, words)
     assert decode_bitmask(encode_bitmask(None)) is None
+
+
+def test_extra_args_of_any_kind_do_not_stop_a_step() -> None:
+    given = sequence(0, 0, 1, [3], {"extra_args": {"weights": np.ones(2)}, "temperature": 0.0})
+    step = BatchDecoder().decode(BatchEncoder().encode(empty_step(admitted=[(0, given)])))
+    assert step.admitted[0][1].request.sampling_params == SamplingParams(temperature=0.0)
