@@ -9,8 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from raydata_llm.engine.request import FinishReason
 from raydata_llm.engine.sampling_params import SamplingParams
+
+# An output as it grows; an array where it is the engine's own, which is not to be copied for each token.
+OutputTokens = Sequence[int] | npt.NDArray[np.int32]
 
 # What a byte-level tokenizer writes for the bytes of a character that is not complete yet.
 _INCOMPLETE = "�"
@@ -96,7 +102,7 @@ class StopStringWatch:
         self._num_seen = 0
         self._tail = ""
 
-    def advance(self, token_ids: Sequence[int]) -> str | None:
+    def advance(self, token_ids: OutputTokens) -> str | None:
         """Look at the output so far (it only grows) and return the stop string that appeared first, if any."""
         fresh, before = self._decode_fresh(token_ids), len(self._tail)
         window = self._tail + fresh
@@ -107,8 +113,8 @@ class StopStringWatch:
         found = [(window.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._params.stop]
         return min(((at, stop) for at, stop in found if at >= 0), default=(0, None))[1]
 
-    def _decode_fresh(self, token_ids: Sequence[int]) -> str:
-        fresh = list(token_ids[self._num_seen :])
+    def _decode_fresh(self, token_ids: OutputTokens) -> str:
+        fresh = [int(token) for token in token_ids[self._num_seen :]]
         context = decode(self._tokenizer, self._context, self._params)
         text = decode(self._tokenizer, [*self._context, *fresh], self._params)
         if text == context:

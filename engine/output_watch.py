@@ -5,10 +5,9 @@ Owns which watches a request has. Knows no scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from raydata_llm.engine.detokenizer import StopStringWatch, Tokenizer
+from raydata_llm.engine.detokenizer import OutputTokens, StopStringWatch, Tokenizer
 from raydata_llm.engine.repetition import RepetitionWatch
 from raydata_llm.engine.sampling_params import SamplingParams
 
@@ -16,7 +15,7 @@ from raydata_llm.engine.sampling_params import SamplingParams
 class OutputWatch(Protocol):
     """Follows one output."""
 
-    def advance(self, token_ids: Sequence[int]) -> str | None:
+    def advance(self, token_ids: OutputTokens) -> str | None:
         """Look at the output so far (it only grows) and return the stop reason, if there is one."""
         ...
 
@@ -25,7 +24,7 @@ class _Watches:
     def __init__(self, watches: list[OutputWatch]) -> None:
         self._watches = watches
 
-    def advance(self, token_ids: Sequence[int]) -> str | None:
+    def advance(self, token_ids: OutputTokens) -> str | None:
         reasons = [watch.advance(token_ids) for watch in self._watches]
         return next((reason for reason in reasons if reason is not None), None)
 

@@ -5,9 +5,12 @@ Owns what counts as a repetition, and the watch over one output. Knows no text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raydata_llm.engine.detokenizer import OutputTokens
 
 # The `stop_reason` of an output that was ended for it, vLLM's.
 REPETITION = "repetition_detected"
@@ -64,13 +67,13 @@ class RepetitionWatch:
         self._sizes = range(max(1, params.min_pattern_size), params.max_pattern_size + 1)
         self._count, self._min_tokens = params.min_count, min_tokens
 
-    def advance(self, token_ids: Sequence[int]) -> str | None:
+    def advance(self, token_ids: OutputTokens) -> str | None:
         """Look at the output so far, and return the stop reason if it repeats itself."""
         if len(token_ids) <= self._min_tokens:
             return None
         return REPETITION if any(self._repeats(token_ids, size) for size in self._sizes) else None
 
-    def _repeats(self, token_ids: Sequence[int], size: int) -> bool:
+    def _repeats(self, token_ids: OutputTokens, size: int) -> bool:
         end, span = len(token_ids), size * self._count
         return span <= end and all(
             token_ids[at] == token_ids[at - size] for at in range(end - 1, end - span + size - 1, -1)

@@ -314,7 +314,7 @@ class Scheduler:
 
     def _stop_string(self, slot: int) -> str | None:
         watch = self._sequence(slot).stop_watch
-        return watch.advance(self.table.output_token_ids(slot)) if watch else None
+        return watch.advance(self.table.outputs(slot)) if watch else None
 
     def _latest_admitted(self) -> int:
         slots = self.table.running()

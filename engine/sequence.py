@@ -241,9 +241,13 @@ class SequenceTable:
         self._free_slots.append(slot)
         return sequence
 
+    def outputs(self, slot: int) -> IntArray:
+        """The outputs read so far; a view, good until the slot changes hands."""
+        return self.token_ids[slot, self.num_prompt[slot] : self.num_known[slot]]
+
     def output_token_ids(self, slot: int) -> list[int]:
         """The outputs read so far."""
-        tokens: list[int] = self.token_ids[slot, self.num_prompt[slot] : self.num_known[slot]].tolist()
+        tokens: list[int] = self.outputs(slot).tolist()
         return tokens
 
     def _set_stop_ids(self, slot: int, stop_token_ids: tuple[int, ...]) -> None:

@@ -353,3 +353,26 @@ def test_a_burst_is_as_large_as_the_step_under_way_hides() -> None:
         sizes.append(len(batch.admitted))
     assert sizes == [64, 64, 64, 208], "with nothing under way there is nothing to wait for"
     assert len(scheduler.table.running()) == 400
+
+
+def test_a_watch_reads_the_output_where_it_lies() -> None:
+    scheduler = make_scheduler()
+    seen: list[tuple[bool, list[int]]] = []
+
+    class Watch:
+        def advance(self, token_ids: Any) -> str | None:
+            seen.append((np.shares_memory(token_ids, scheduler.table.token_ids), list(token_ids)))
+            return "end" if len(token_ids) == 3 else None
+
+    sequence = make_sequence(0, [5, 6], 8, ignore_eos=True)
+    sequence.stop_watch = Watch()
+    scheduler.add(sequence)
+    finished: list[FinishedSequence] = []
+    for token in (7, 8, 9):
+        batch = scheduler.schedule(0)
+        assert batch is not None
+        finished += scheduler.update(batch, np.array([token], dtype=np.int32))
+    assert seen == [(True, [7]), (True, [7, 8]), (True, [7, 8, 9])], "a copy for each token is quadratic"
+    assert [(one.output_token_ids, one.finish_reason, one.stop_reason) for one in finished] == [
+        ([7, 8, 9], "stop", "end")
+    ]
