@@ -22,6 +22,8 @@ from raydata_llm.engine.request import Request, RequestOutput
 if TYPE_CHECKING:
     from raydata_llm.engine.engine_stats import EngineStats
 
+# What the values of a request can raise, though it should be a ValueError: the others go on.
+_OF_A_REQUEST = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 AnyRequest = Request | PoolingRequest
 AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
 # The outputs are of the kind that the requests ask for.
@@ -152,9 +154,9 @@ class EngineThread:
         self._running[engine_id] = (request, deliver)
         try:
             self._engine.add_request(dataclasses.replace(request, request_id=engine_id))
-        except ValueError as error:
+        except _OF_A_REQUEST as error:
             del self._running[engine_id]
-            deliver(request.refused(f"ValueError: {error}"))
+            deliver(request.refused(f"{type(error).__name__}: {error}"))
 
     def _deliver(self, output: AnyOutput) -> None:
         request, deliver = self._running.pop(output.request_id)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,23 @@ def test_a_refused_request_is_an_output_and_the_others_finish(served: EngineThre
     outputs.wait_for(3)
     assert (outputs.all["bad"].error or "").startswith("ValueError: prompt_token_ids holds 9999")
     assert outputs.all["0"].error is None and outputs.all["1"].error is None
+
+
+def test_a_request_that_breaks_the_checks_is_an_output_too(served: EngineThread, engine: Engine) -> None:
+    original = engine.check_request
+
+    def breaking(request: Request) -> Any:
+        if len(request.prompt_token_ids) == 1:
+            raise TypeError("unhashable type: 'list'")
+        return original(request)
+
+    engine.check_request = breaking  # type: ignore[method-assign]
+    bad = Request(request_id="bad", prompt_token_ids=np.array([9], dtype=np.int32), sampling_params=SamplingParams())
+    outputs = Outputs()
+    served.submit([*requests(0, 1), bad], outputs.take)
+    outputs.wait_for(2)
+    assert outputs.all["bad"].error == "TypeError: unhashable type: 'list'"
+    assert outputs.all["0"].error is None and served.death is None
 
 
 def test_a_death_is_told_with_its_cause(engine: Engine) -> None:
