@@ -11,6 +11,7 @@ import functools
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.model_cache import fetch_model
 from raydata_llm.model_source import fetch_from_hub, is_remote, local_path
+from raydata_llm.redaction import redact
 
 
 def on_this_node(adapter: LoRARequest) -> LoRARequest:
@@ -35,4 +36,4 @@ def resolve_adapter(lora_path: str) -> str:
         folder = local_path(lora_path)
         return str(folder) if folder.exists() else fetch_from_hub(lora_path, weights=True, load_format="auto")
     except ValueError as error:
-        raise ValueError(f"lora_path={lora_path!r} cannot be read: {error}") from error
+        raise ValueError(f"lora_path={redact(lora_path)!r} cannot be read: {error}") from error

@@ -20,7 +20,8 @@ _TELLING_NAME = re.compile(
     re.I,
 )
 # Where addresses carry secrets: s3://key:secret@bucket, and query parameters such as secret_key= or X-Amz-Signature=.
-_USER_INFO = re.compile(r"(?<=://)[^/\s'\"@?]+@")
+# A key with a slash in it makes no address, and is in the message that says so; what follows a port is a path.
+_USER_INFO = re.compile(r"(?<=://)([^/\s'\"@?]+|[^/\s'\"@?:]+:(?!\d{1,5}/)[^\s'\"@?]+)@")
 _QUERY_SECRET = re.compile(
     r"(?P<name>[?&][\w.-]*(?:secret|token|passw|credential|key|signature|\bsig\b)[\w.-]*=)[^&\s'\"]+", re.I
 )

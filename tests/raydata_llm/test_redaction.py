@@ -25,6 +25,7 @@ CANARY = "canary-Secret-7731"
     [
         f"s3://AKIAEXAMPLE:{CANARY}@bucket/model",
         f"https://acc.blob.core.windows.net/c/x?sv=2024&sig={CANARY}",
+        f"Cannot parse URI: 's3://AKIAEXAMPLE:wJalr/{CANARY}/K7@bucket/model' due to syntax error",
         f"s3://bucket/x?access_key={CANARY}&region=eu-west-1",
         f"https://bucket.s3.amazonaws.com/x?X-Amz-Signature={CANARY}",
         f"gs://b?X-Goog-Credential={CANARY}",
@@ -50,6 +51,8 @@ def test_values_of_telling_variables_are_masked_wherever_they_stand(monkeypatch:
         "ValueError: the prompt has 300 tokens and max_model_len=200 leaves no room",
         "s3://bucket/folder?region=eu-west-1&endpoint_override=127.0.0.1:9000",
         "hf://org/model@main",
+        "http://localhost:9000/bucket/model@main",
+        "s3://bucket/a:b/c@d",
         "mail me@example.org",
     ],
 )
