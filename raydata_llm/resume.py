@@ -81,6 +81,9 @@ class ResumePlan:
                 raise ValueError(
                     f"resume: key_column={column!r} is not a column: the row has {', '.join(map(str, columns))}"
                 )
+            if columns[column] is None:
+                # Null tells no row from another: else of two such rows one might be skipped for the other's answer.
+                return _digest(row_digest({"without key": dict(row)}))
             return _digest(row_digest({"key": columns[column]}))
         token_ids = (
             b"" if request.prompt_token_ids is None else np.ascontiguousarray(request.prompt_token_ids).tobytes()
