@@ -58,6 +58,9 @@ class FileFormat:
         """The bytes of a file."""
         if self.name == "parquet":
             stream = pa.BufferOutputStream()
+            for index, field in enumerate(table.schema):
+                if pa.types.is_struct(field.type) and not field.type.num_fields:  # {} in all rows: Parquet has no word
+                    table = table.set_column(index, field.name, pa.nulls(table.num_rows))
             pq.write_table(table, stream, compression=self.compression or "none")
             return stream.getvalue()
         lines = "".join(_json_lines(table)).encode("utf-8", "surrogatepass")

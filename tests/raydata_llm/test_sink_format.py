@@ -86,6 +86,15 @@ def test_a_file_of_arrays_fits_beside_one_in_which_a_row_failed(tmp_path: Path) 
     assert mended.column("x").to_pylist() == [[1, 1], [1, 1], None]
 
 
+def test_structs_without_fields_are_written_and_fit_beside_others(tmp_path: Path) -> None:
+    empty, other = pa.table({"id": [1], "x": [{}]}), pa.table({"id": [2], "x": [{"a": 5}]})
+    (tmp_path / "x.parquet").write_bytes(PARQUET.encode(empty))
+    written = pq.read_table(tmp_path / "x.parquet")
+    assert written.to_pylist() == [{"id": 1, "x": None}]
+    schema = merge_schemas([empty.schema, other.schema])
+    assert conform(written, schema).schema == conform(other, schema).schema
+
+
 def test_values_that_ray_pickled_stay_beside_nulls() -> None:
     tables = [columns_to_arrow({"x": [datetime.date(2026, 1, 1), "x"]}), columns_to_arrow({"x": [None]})]
     assert concat_blocks(tables).column("x").to_pylist() == [datetime.date(2026, 1, 1), "x", None]
