@@ -324,6 +324,8 @@ def _alike(made: pa.ChunkedArray, own: pa.DataType) -> pa.ChunkedArray:
     families = (pat.is_integer, pat.is_boolean, _is_text, _is_bytes, pat.is_timestamp)
     related = pat.is_null(made.type) or any(family(made.type) and family(own) for family in families)
     try:
+        if pat.is_dictionary(own) and _is_text(own.value_type) and _is_text(made.type):
+            return made.dictionary_encode().cast(own)
         return made.cast(own) if related else made
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return made

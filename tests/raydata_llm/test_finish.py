@@ -272,6 +272,12 @@ def test_a_failed_row_is_null_where_good_rows_have_another_type_than_its_input(m
     assert table.column("answer").to_pylist()[0] is None and table.column("fails").to_pylist()[0] == "engine"
 
 
+def test_a_category_that_postprocess_changes_stays_a_category(model: str) -> None:
+    source = pa.table({"kind": pa.array(["b ", "a"]).cast(pa.dictionary(pa.int8(), pa.string()))})
+    table = answered(source, model, ask, lambda row: {"kind": row["kind"].strip()}, keep_going=True)
+    assert table.schema.field("kind") == source.schema.field("kind") and table.column("kind").to_pylist() == ["b", "a"]
+
+
 def test_a_column_has_one_type_whether_or_not_rows_of_its_block_failed(model: str) -> None:
     source = pa.table({"id": [1, 2, 3], "fails": ["engine", "nowhere", "nowhere"]})
     moment = datetime.datetime(2026, 11, 28, 12, 30)
