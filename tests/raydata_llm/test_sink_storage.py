@@ -175,6 +175,7 @@ def test_what_may_pass_is_told_from_what_will_not() -> None:
         "AWS Error SLOW_DOWN during PutObject",
         "AWS Error NETWORK_CONNECTION: curlCode: 56",
         "HTTP status 500",
+        "part upload for key 'EXPIRED/SIGNATURES/part' in bucket 'b': AWS Error SLOW_DOWN",
     ):
         assert may_pass(OSError(words)), words
     for lasting in (
