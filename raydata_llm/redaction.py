@@ -93,7 +93,13 @@ def hide_environment(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _redact_entry(name: object, entry: Any, secrets: Sequence[str]) -> Any:
-    # A number under such a name ("max_tokens", "seed") is none.
-    if isinstance(entry, str) and is_telling(name):
-        return MASK
-    return redact_tree(entry, secrets)
+    return _masked(entry) if is_telling(name) else redact_tree(entry, secrets)
+
+
+def _masked(entry: Any) -> Any:
+    if isinstance(entry, Mapping):
+        return {name: _masked(inner) for name, inner in entry.items()}
+    if isinstance(entry, (list, tuple)):
+        return [_masked(inner) for inner in entry]
+    # A number under such a name ("stop_token_ids", "seed") is none.
+    return MASK if isinstance(entry, (str, bytes)) else entry

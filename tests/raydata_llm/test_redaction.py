@@ -76,6 +76,12 @@ def test_nested_values_are_masked_by_name_and_by_content() -> None:
     }
 
 
+def test_what_lies_below_a_telling_name_is_masked_whole() -> None:
+    given = {"credentials": {"user": "me", "keys": [CANARY, 3]}, "api_key": CANARY.encode(), "stop_token_ids": [1, 2]}
+    shown = {"credentials": {"user": MASK, "keys": [MASK, 3]}, "api_key": MASK, "stop_token_ids": [1, 2]}
+    assert redact_tree(given) == shown
+
+
 def test_a_runtime_env_shows_names_alone() -> None:
     shown = mask_environment({"env_vars": {"AWS_SECRET_ACCESS_KEY": CANARY, "MODE": "x"}, "pip": ["a"]})
     assert shown == {"env_vars": {"AWS_SECRET_ACCESS_KEY": MASK, "MODE": MASK}, "pip": ["a"]}
