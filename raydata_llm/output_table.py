@@ -290,7 +290,7 @@ def _typed(name: str, values: Sequence[Any], kind: pa.DataType) -> pa.ChunkedArr
         return None
 
 
-def _made(name: str, values: Sequence[Any]) -> pa.ChunkedArray:
+def _made(name: str, values: list[Any]) -> pa.ChunkedArray:
     """The values as Ray Data types them, the same whether or not some are null."""
     present = [value for value in values if value is not None]
     if 0 < len(present) < len(values):
