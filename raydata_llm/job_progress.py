@@ -86,8 +86,10 @@ def _rows(progress: Progress) -> str:
     before = f", {count(skipped)} written before" if skipped else ""
     if not progress.total_rows:
         return f"{count(done)} rows{before}"
-    done = min(done, progress.total_rows - skipped)  # what a dead replica had answered, another did again
-    return f"{count(done)}/{count(progress.total_rows)} rows ({(done + skipped) / progress.total_rows:.0%}){before}"
+    # Ray Data's total is a guess at first.
+    total = max(progress.total_rows, progress.totals.rows_finished + skipped)
+    done = min(done, total - skipped)  # what a dead replica had answered, another did again
+    return f"{count(done)}/{count(total)} rows ({(done + skipped) / total:.0%}){before}"
 
 
 def _phases(progress: Progress, pool_size: int) -> Iterator[str]:

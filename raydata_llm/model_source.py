@@ -53,7 +53,8 @@ def resolve_model(model_source: str, *, weights: bool = True, load_format: str =
         raise ValueError(f"model_source={model_source!r} is not valid: {_KINDS}")
     weights = weights and load_format != "dummy"
     if is_remote(model_source):
-        return _check_folder(model_source, fetch_model(model_source, weights=weights, load_format=load_format))
+        fetched = fetch_model(model_source, weights=weights, load_format=load_format)
+        return _check_folder(redact(model_source), fetched)
     local = local_path(model_source)
     if local.exists():
         return _check_folder(model_source, str(local))
@@ -161,7 +162,7 @@ def _check_remote(uri: str, engine_config: EngineConfig, task: PoolingTask | Non
         try:
             _check_files(path, engine_config, load_format=engine_config.load_format, task=task)
         except ValueError as error:
-            raise ValueError(str(error).replace(path, uri)) from error
+            raise ValueError(str(error).replace(path, remote.uri)) from error
 
 
 def _outline(remote: RemoteModel, folder: Path, load_format: str) -> str:

@@ -191,12 +191,12 @@ class OutputRows:
         good = [value for value, error in zip(values, self.errors, strict=True) if error is None]
         if 0 < len(good) < len(values):
             # A failed row has the values of the dataset's columns, which may be of another type than good rows make.
-            kind = columns_to_arrow({name: good}).column(0).type
+            kind = _made(name, good).type
             values = [
                 value if error is None or _fits(value, kind) else None
                 for value, error in zip(values, self.errors, strict=True)
             ]
-        made = columns_to_arrow({name: values}).column(0)
+        made = _made(name, values)
         return made if own is None else _alike(made, own.type)
 
     def _of_type(self, name: str, kind: pa.DataType) -> pa.Array:
@@ -286,8 +286,20 @@ def _typed(name: str, values: Sequence[Any], kind: pa.DataType) -> pa.ChunkedArr
     try:
         plain = [None if value is None else _plain(name, value) for value in values]
         return pa.chunked_array([pa.array(plain, type=kind)])
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError, KeyError, AttributeError):
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, KeyError, AttributeError):
         return None
+
+
+def _made(name: str, values: list[Any]) -> pa.ChunkedArray:
+    """The values as Ray Data types them, the same whether or not some are null."""
+    present = [value for value in values if value is not None]
+    if 0 < len(present) < len(values):
+        # Ray Data pickles a column of times with a null in it, which other blocks' times cannot be written beside.
+        made = columns_to_arrow({name: present}).column(0)
+        if not isinstance(made.type, pa.BaseExtensionType):  # of those it reads no nulls
+            numbers = iter(range(len(present)))
+            return made.take(pa.array([None if value is None else next(numbers) for value in values], pa.int64()))
+    return columns_to_arrow({name: values}).column(0)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -312,6 +324,8 @@ def _alike(made: pa.ChunkedArray, own: pa.DataType) -> pa.ChunkedArray:
     families = (pat.is_integer, pat.is_boolean, _is_text, _is_bytes, pat.is_timestamp)
     related = pat.is_null(made.type) or any(family(made.type) and family(own) for family in families)
     try:
+        if pat.is_dictionary(own) and _is_text(own.value_type) and _is_text(made.type):
+            return made.dictionary_encode().cast(own)
         return made.cast(own) if related else made
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return made

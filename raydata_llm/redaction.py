@@ -20,7 +20,8 @@ _TELLING_NAME = re.compile(
     re.I,
 )
 # Where addresses carry secrets: s3://key:secret@bucket, and query parameters such as secret_key= or X-Amz-Signature=.
-_USER_INFO = re.compile(r"(?<=://)[^/\s'\"@?]+@")
+# A key with a slash in it makes no address, and is in the message that says so; what follows a port is a path.
+_USER_INFO = re.compile(r"(?<=://)([^/\s'\"@?]+|[^/\s'\"@?:]+:(?!\d{1,5}/)[^\s'\"@?]+)@")
 _QUERY_SECRET = re.compile(
     r"(?P<name>[?&][\w.-]*(?:secret|token|passw|credential|key|signature|\bsig\b)[\w.-]*=)[^&\s'\"]+", re.I
 )
@@ -92,7 +93,13 @@ def hide_environment(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _redact_entry(name: object, entry: Any, secrets: Sequence[str]) -> Any:
-    # A number under such a name ("max_tokens", "seed") is none.
-    if isinstance(entry, str) and is_telling(name):
-        return MASK
-    return redact_tree(entry, secrets)
+    return _masked(entry) if is_telling(name) else redact_tree(entry, secrets)
+
+
+def _masked(entry: Any) -> Any:
+    if isinstance(entry, Mapping):
+        return {name: _masked(inner) for name, inner in entry.items()}
+    if isinstance(entry, (list, tuple)):
+        return [_masked(inner) for inner in entry]
+    # A number under such a name ("stop_token_ids", "seed") is none.
+    return MASK if isinstance(entry, (str, bytes)) else entry

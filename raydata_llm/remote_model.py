@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
 
+from raydata_llm.redaction import redact
 from raydata_llm.store_address import check_bucket
 
 _METADATA_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
@@ -47,7 +48,7 @@ class RemoteFile:
 
 
 class RemoteModel:
-    """The files of a remote model.
+    """The files of a remote model; `uri` is its address without credentials.
 
     Args:
         uri: A folder, or a `.gguf` file.
@@ -57,14 +58,16 @@ class RemoteModel:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri = redact(uri)
         self._filesystem, path = _open_filesystem(uri)
         try:
             self.files = {name: self._remote_file(info) for name, info in self._list(path).items()}
         except OSError as error:
-            raise _store_error(uri, error) from error
+            raise _store_error(self.uri, error) from error
         if not self.files:
-            raise ValueError(f"model_source={uri!r} not found: there is no file at that place; check the folder's name")
+            raise ValueError(
+                f"model_source={self.uri!r} not found: there is no file at that place; check the folder's name"
+            )
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Read `length` bytes (fewer at the file's end) from position `start`."""
@@ -138,9 +141,9 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
         return filesystem, path
     except pyarrow.ArrowInvalid as error:
         if "Unrecognized filesystem" not in str(error):
-            raise ValueError(f"model_source={uri!r} is not a valid address: {error}") from error
+            raise ValueError(redact(f"model_source={uri!r} is not a valid address: {error}")) from None
     except OSError as error:
-        raise _store_error(uri, error) from error
+        raise _store_error(redact(uri), error) from error
     import fsspec
 
     try:
@@ -148,9 +151,9 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         scheme = uri.partition("://")[0]
         raise ValueError(
-            f"model_source={uri!r} cannot be read: {error}; use s3://, gs:// or abfs://, "
+            f"model_source={redact(uri)!r} cannot be read: {redact(str(error))}; use s3://, gs:// or abfs://, "
             f"or install fsspec's package for {scheme}://"
-        ) from error
+        ) from None
     return PyFileSystem(FSSpecHandler(filesystem)), path
 
 
@@ -162,7 +165,7 @@ def _with_limit(uri: str) -> str:
 
 
 def _store_error(uri: str, error: OSError) -> ValueError:
-    cause = str(error).partition(" (Request ID")[0]
+    cause = redact(str(error).partition(" (Request ID")[0])
     if "NO_SUCH_BUCKET" in cause:
         return ValueError(
             f"model_source={uri!r} not found: its bucket does not exist; check the bucket's name ({cause})"

@@ -26,12 +26,11 @@ def engine_factory(config: EngineProcessorConfig, pool: ReplicaPool) -> EngineFa
         return start_engine
     from raydata_llm.cluster.gang import GangPlan
 
-    options = {"runtime_env": config.runtime_env, "accelerator_type": config.accelerator_type}
     plan = GangPlan(
-        bundles=bundles,
+        bundles=[_of_type(bundle, config.accelerator_type) for bundle in bundles],
         strategy=config.placement_strategy,
         placement_timeout_s=config.placement_timeout_s,
-        actor_options={name: value for name, value in options.items() if value is not None},
+        actor_options={} if config.runtime_env is None else {"runtime_env": config.runtime_env},
     )
     return functools.partial(start_gang_engine, plan)
 
@@ -42,6 +41,13 @@ def rank_bundles(config: EngineProcessorConfig, pool: ReplicaPool, num_ranks: in
     if given is None:
         return [{"GPU": 1.0}] * num_ranks if pool.use_gpu else []
     return list(given) * num_ranks if len(given) == 1 else list(given)
+
+
+def _of_type(bundle: Mapping[str, float], accelerator_type: str | None) -> Mapping[str, float]:
+    """The bundle on GPUs of this type, if it takes one: an actor cannot ask for what its bundle does not hold."""
+    if accelerator_type is None or not bundle.get("GPU"):
+        return bundle
+    return {**bundle, f"accelerator_type:{accelerator_type}": 0.001}
 
 
 def start_gang_engine(

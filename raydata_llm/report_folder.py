@@ -5,6 +5,7 @@ Owns the choice of a file system for an address (pyarrow's own first, fsspec's a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def _open(folder: str, filesystem: Any) -> tuple[Any, str]:
     if filesystem is not None:
         return PyFileSystem(FSSpecHandler(filesystem)), filesystem._strip_protocol(folder)
     if "://" not in folder:
-        return LocalFileSystem(), folder.rstrip("/") or "/"
+        return LocalFileSystem(), os.path.expanduser(folder).rstrip("/") or "/"
     try:
         opened, path = FileSystem.from_uri(folder)
         return opened, path

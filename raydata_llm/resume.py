@@ -24,6 +24,8 @@ from raydata_llm.row_payload import RESUME_COLUMN, RowRequest
 
 # A dataset's context holds the processor's plan under this name, for the sink to find.
 PLAN_SETTING = "raydata_llm.resume_plan"
+# Another number where rows get other keys than they had: a folder of older keys is written anew.
+_KEYS = 2
 _TOKEN_BYTES = 8
 _CELL_BYTES = KEY_BYTES + _TOKEN_BYTES + 1
 _NO_TOKEN = b"-" * _TOKEN_BYTES
@@ -46,9 +48,8 @@ class ResumePlan:
     @property
     def space(self) -> str:
         """The key space: results of another model or version never mix with these."""
-        return _digest(json.dumps({**self.about, "key_column": self.config.key_column}, sort_keys=True).encode()).hex()[
-            :16
-        ]
+        about = {**self.about, "key_column": self.config.key_column, "keys": _KEYS}
+        return _digest(json.dumps(about, sort_keys=True).encode()).hex()[:16]
 
     def admit(
         self, table: pa.Table, requests: Sequence[RowRequest], rows: Sequence[Mapping[str, Any]], made: Sequence[Any]
@@ -81,6 +82,9 @@ class ResumePlan:
                 raise ValueError(
                     f"resume: key_column={column!r} is not a column: the row has {', '.join(map(str, columns))}"
                 )
+            if columns[column] is None:
+                # Null tells no row from another: else of two such rows one might be skipped for the other's answer.
+                return _digest(row_digest({"without key": dict(row)}))
             return _digest(row_digest({"key": columns[column]}))
         token_ids = (
             b"" if request.prompt_token_ids is None else np.ascontiguousarray(request.prompt_token_ids).tobytes()

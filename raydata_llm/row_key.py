@@ -18,10 +18,27 @@ import numpy as np
 def row_digest(row: Mapping[str, Any]) -> bytes:
     """A 16-byte digest of a row's values, equal for equal rows in any process."""
     try:
-        text = json.dumps(row, sort_keys=True, default=_plain).encode("utf-8", "surrogatepass")
-    except (TypeError, ValueError):  # keys of several types, or a value that holds itself
+        text = json.dumps(_alone(row), sort_keys=True, default=_plain).encode("utf-8", "surrogatepass")
+    except (TypeError, ValueError, RecursionError):  # keys of several types, or a value that holds itself
         text = str(_by_pickle(row)).encode()
     return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _alone(value: Any) -> Any:
+    """The value without what the rows beside it do to it.
+
+    Arrow fills in other rows' columns and fields with None, and makes floats of whole numbers beside which one is none;
+    which rows lie together differs from run to run.
+    """
+    kind = type(value)
+    if kind is dict:
+        return {name: _alone(entry) for name, entry in value.items() if entry is not None}
+    if kind is float:
+        return int(value) if value.is_integer() else value
+    # Of one type, as Arrow has them: long lists of token ids stay as they are.
+    if (kind is list or kind is tuple) and value and type(value[0]) not in (int, str):
+        return [_alone(entry) for entry in value]
+    return value
 
 
 def _plain(value: object) -> object:

@@ -34,6 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 # Stores whose client libraries raise errors of their own beside OSError.
 _STORE_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "obstore")
+_QUOTED = re.compile(r"(?<!\w)'[^']*'")
 _SECRET_NAMES = re.compile(r"secret|token|password|passwd|credential|account_key|sas|access_key|^key$", re.IGNORECASE)
 
 
@@ -85,7 +86,8 @@ def may_pass(error: BaseException) -> bool:
 
 def explain(error: BaseException) -> str | None:
     """What went wrong for good, with the remedy; None for what may pass."""
-    text, number = str(error), getattr(error, "errno", None)
+    # A folder may be called EXPIRED: what is quoted is a name.
+    text, number = _QUOTED.sub("", str(error)), getattr(error, "errno", None)
     if number in _FULL or "No space left on device" in text:
         return "the disk is full: make room, or write to another place, and run again"
     if any(word in text for word in _MISSING_BUCKET):

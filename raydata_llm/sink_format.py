@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+_TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "ray.data.arrow_variable_shaped_tensor")
 # Rows turned into Python values at once.
 _JSON_ROWS = 1024
 
@@ -57,6 +58,9 @@ class FileFormat:
         """The bytes of a file."""
         if self.name == "parquet":
             stream = pa.BufferOutputStream()
+            for index, field in enumerate(table.schema):
+                if pa.types.is_struct(field.type) and not field.type.num_fields:  # {} in all rows: Parquet has no word
+                    table = table.set_column(index, field.name, pa.nulls(table.num_rows))
             pq.write_table(table, stream, compression=self.compression or "none")
             return stream.getvalue()
         lines = "".join(_json_lines(table)).encode("utf-8", "surrogatepass")
@@ -74,6 +78,7 @@ def merge_schemas(schemas: Iterable[pa.Schema]) -> pa.Schema:
         plain = schema.remove_metadata()
         if merged.equals(plain):
             continue
+        merged, plain = _without_ray_types(merged, plain)
         try:
             merged = pa.unify_schemas([merged, plain], promote_options="permissive")
         except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -94,7 +99,7 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
             continue
         column = table.column(field.name)
         try:
-            columns.append(column if column.type.equals(field.type) else column.cast(field.type))
+            columns.append(column if column.type.equals(field.type) else _cast(column, field.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             raise ValueError(
                 f"column {field.name!r} is {column.type} in some rows and {field.type} in others, and does not "
@@ -106,7 +111,64 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def concat_blocks(tables: Sequence[pa.Table]) -> pa.Table:
     """All rows in one table, in order."""
     schema = merge_schemas(table.schema for table in tables)
-    return pa.concat_tables([conform(table, schema) for table in tables])
+    table = pa.concat_tables([conform(table, schema) for table in tables])
+    for index, field in enumerate(table.schema):
+        if _is_pickled(field.type):
+            table = table.set_column(index, field.name, _unpickled(table.column(index)))
+    return table
+
+
+def _without_ray_types(one: pa.Schema, other: pa.Schema) -> tuple[pa.Schema, pa.Schema]:
+    """Both, with plain types for columns that Ray Data has in types of its own and differently in the two.
+
+    It has arrays of several shapes in another type than those of one shape, and pickles them where a row has none, as
+    error rows have. Lists hold all of these, and nulls, for any reader.
+    """
+    for field in other:
+        index = one.get_field_index(field.name)
+        if index < 0 or one.field(index).type.equals(field.type):
+            continue
+        kinds = [_plain_type(one.field(index).type), _plain_type(field.type)]
+        typed = [kind for kind in kinds if not _is_pickled(kind) and not pa.types.is_null(kind)]
+        if typed:
+            # What was pickled is values of the other's type too, or cannot be written beside it anyway.
+            kinds = [typed[0] if _is_pickled(kind) else kind for kind in kinds]
+        one = one.set(index, one.field(index).with_type(kinds[0]))
+        other = other.set(other.get_field_index(field.name), field.with_type(kinds[1]))
+    return one, other
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if getattr(kind, "extension_name", "") not in _TENSORS:
+        return kind
+    plain = kind.value_type if hasattr(kind, "value_type") else kind.scalar_type
+    for _ in kind.shape:
+        plain = pa.list_(plain)
+    return plain
+
+
+def _is_pickled(kind: pa.DataType) -> bool:
+    return getattr(kind, "extension_name", "") == "ray.data.arrow_pickled_object"
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    if pa.types.is_null(column.type):
+        return pa.chunked_array([pa.nulls(len(column), kind)])
+    if not isinstance(column.type, pa.BaseExtensionType):
+        return column.cast(kind)
+    return pa.chunked_array([pa.array(_plain_values(column), kind)])
+
+
+def _unpickled(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values in a type that any reader knows, if there is one."""
+    try:
+        return pa.chunked_array([pa.array(_plain_values(column))])
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return column
+
+
+def _plain_values(column: pa.ChunkedArray) -> list[Any]:
+    return [value.tolist() if hasattr(value, "tolist") else value for value in column.to_pylist()]
 
 
 def _clash(one: pa.Schema, other: pa.Schema) -> str:

@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 from raydata_llm.redaction import redact
 from raydata_llm.sink_errors import Patience, explain, first_line, is_store_error, patiently, secrets_in
@@ -221,7 +222,7 @@ def _resolve(path: str, filesystem: Any) -> tuple[FileSystem, str]:
     if "://" not in path or path.startswith(("local://", "file://")):
         return LocalFileSystem(), os.path.abspath(os.path.expanduser(path.partition("://")[2] or path))
     try:
-        found, root = FileSystem.from_uri(path)
+        found, root = FileSystem.from_uri(_quoted(path))
         return found, root
     except pyarrow.ArrowInvalid as error:
         if "Unrecognized filesystem" not in str(error):
@@ -230,6 +231,17 @@ def _resolve(path: str, filesystem: Any) -> tuple[FileSystem, str]:
         cause = explain(error) or "check the network and the endpoint (for S3: AWS_ENDPOINT_URL, AWS_REGION)"
         raise ValueError(f"path={redact(path)!r} cannot be used: {cause} ({redact(first_line(error))})") from None
     return _open_with_fsspec(path)
+
+
+def _quoted(path: str) -> str:
+    """An address in which the folder's own characters mean themselves, as they do to Ray Data and to stores' tools.
+
+    pyarrow drops what follows a `#`, reads `%20` as a space and refuses spaces.
+    """
+    address, mark, options = path.partition("?")
+    scheme, _, rest = address.partition("://")
+    host, slash, folder = rest.partition("/")
+    return f"{scheme}://{host}{slash}{quote(folder, safe='/')}{mark}{options}"
 
 
 def _open_with_fsspec(path: str) -> tuple[FileSystem, str]:

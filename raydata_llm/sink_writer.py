@@ -126,9 +126,10 @@ class FileWriter:
     def _begin_file(self) -> None:
         if not self._pending or not (self._proven or self._prove()):
             return
+        # Where uploads are slow a signal mostly finds the driver here: the blocks still pend, for `stop` to write.
+        self._gather(self._at_once - 1)
         blocks, self._pending, self._pending_bytes = self._pending, [], 0
         self._learn(block.schema for block in blocks if block.schema is not None)
-        self._gather(self._at_once - 1)
         bounds = [block.bounds for block in blocks]
         task = _remote(_write, self._plan)
         refs = [block.ref for block in blocks]
@@ -167,6 +168,11 @@ class FileWriter:
             except Exception as error:
                 self._error = self._error or _cause(error)
 
+    def _has_room(self) -> bool:
+        import ray
+
+        return len(self._under_way) < self._at_once or bool(ray.wait(self._under_way, timeout=0)[0])
+
     def _mend(self, files: list[WrittenFile]) -> None:
         import ray
 
@@ -181,7 +187,9 @@ class FileWriter:
     def _watch_clock(self) -> None:
         while not self._stopped.wait(_CLOCK_SECONDS):
             with self._lock:
-                if self._pending and time.monotonic() - self._since >= self._limits.file_seconds:
+                is_due = self._pending and time.monotonic() - self._since >= self._limits.file_seconds
+                # Not to wait with the lock in hand: a signal would find the driver with a block that is not pending.
+                if is_due and self._has_room():
                     try:
                         self._begin_file()
                     except Exception as error:

@@ -13,7 +13,11 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raydata_llm import EngineProcessorConfig
 from raydata_llm.cluster.gang import Gang, GangPlan, RankPlacement, node_gpus
+from raydata_llm.replica_gang import engine_factory
+from raydata_llm.replica_pool import Cluster as ClusterView
+from raydata_llm.replica_pool import ReplicaPool
 from tests.raydata_llm.patience import wait_until
 
 TIMEOUT_S = 3.0
@@ -23,7 +27,8 @@ TIMEOUT_S = 3.0
 def cluster() -> Iterator[Cluster]:
     """A head, and a node with two GPUs in name."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
-    cluster.add_node(num_cpus=2, num_gpus=2, resources={"rank": 2}, object_store_memory=100 << 20)
+    marks = {"rank": 2, "accelerator_type:H100": 1}
+    cluster.add_node(num_cpus=2, num_gpus=2, resources=marks, object_store_memory=100 << 20)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
@@ -57,6 +62,28 @@ def test_ranks_that_cannot_be_placed_are_an_error_with_the_numbers_in_time(
     with pytest.raises(ValueError, match=error):
         placing(bundle, count, strategy).launch(("nowhere", 0), count)
     assert time.monotonic() - began < TIMEOUT_S + 30
+    assert_all_is_free()
+
+
+@pytest.mark.parametrize(("accelerator_type", "bundle"), [("H100", None), ("L4", None), ("L4", {"rank": 1})], ids=str)
+def test_ranks_are_placed_on_the_gpus_that_are_asked_for(
+    cluster: Cluster, accelerator_type: str, bundle: dict[str, float] | None
+) -> None:
+    config = EngineProcessorConfig(
+        model_source="m",
+        engine_kwargs={"tensor_parallel_size": 2},
+        accelerator_type=accelerator_type,
+        resources_per_bundle=bundle,
+        placement_timeout_s=TIMEOUT_S,
+    )
+    factory: Any = engine_factory(config, ReplicaPool.plan(config, ClusterView.current()))
+    gang = Gang(factory.args[0], serve_nothing)
+    if accelerator_type == "L4" and bundle is None:
+        with pytest.raises(ValueError, match=r"found no place in 3 s.*'accelerator_type:L4'.*accelerator_type:L4: 0"):
+            gang.launch(("nowhere", 0), 2)
+    else:
+        for handle in gang.launch(("nowhere", 0), 2):
+            handle.end()
     assert_all_is_free()
 
 

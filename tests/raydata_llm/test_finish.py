@@ -272,6 +272,25 @@ def test_a_failed_row_is_null_where_good_rows_have_another_type_than_its_input(m
     assert table.column("answer").to_pylist()[0] is None and table.column("fails").to_pylist()[0] == "engine"
 
 
+def test_a_category_that_postprocess_changes_stays_a_category(model: str) -> None:
+    source = pa.table({"kind": pa.array(["b ", "a"]).cast(pa.dictionary(pa.int8(), pa.string()))})
+    table = answered(source, model, ask, lambda row: {"kind": row["kind"].strip()}, keep_going=True)
+    assert table.schema.field("kind") == source.schema.field("kind") and table.column("kind").to_pylist() == ["b", "a"]
+
+
+def test_a_column_has_one_type_whether_or_not_rows_of_its_block_failed(model: str) -> None:
+    source = pa.table({"id": [1, 2, 3], "fails": ["engine", "nowhere", "nowhere"]})
+    moment = datetime.datetime(2026, 11, 28, 12, 30)
+
+    def make(row: dict[str, Any]) -> dict[str, Any]:
+        return {"at": moment, "maybe": None if row["id"] == 3 else moment, "request_id": 2**70}
+
+    table = answered(source, model, fail_some, make, keep_going=True)
+    assert table.schema == answered(source.slice(1, 1), model, fail_some, make, keep_going=True).schema
+    assert table.column("at").to_pylist() == [None, moment, moment]
+    assert table.column("maybe").to_pylist() == [None, moment, None]
+
+
 WANTED = pa.schema([("length", pa.int16()), ("answer", pa.large_string()), ("id", pa.int32()), ("more", pa.float32())])
 
 

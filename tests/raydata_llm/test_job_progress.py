@@ -64,6 +64,14 @@ def test_rows_that_were_written_before_are_not_left_to_do() -> None:
     assert "101/1,000 rows (60%), 499 written before | 10 rows/s" in line and "40s left" in line
 
 
+def test_rows_written_before_are_no_more_than_all() -> None:
+    stats = JobStats(lambda: 1.0)
+    stats.push(sample("a", rows_done=1))
+    stats.count_block((0, 0), 1, {})
+    stats.skip_rows((1, 0), 10)
+    assert "1/11 rows (100%), 10 written before" in progress_line(stats.progress(5), pool_size=1), "5 was a guess"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.42, "0.4s"), (12, "12s"), (59.7, "1m 00s"), (282, "4m 42s"), (11_100, "3h 05m"), (187_200, "2d 4h")],

@@ -107,6 +107,13 @@ def test_as_json_it_can_be_read_back() -> None:
     assert read["errors"]["ValueError (engine)"]["rows"] == report.failed_rows
 
 
+def test_a_report_goes_to_the_home_folder_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    finished_job(1).save("~/reports/")
+    assert len(list((tmp_path / "reports").iterdir())) == 2 and not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("where", ["", "file://"])
 def test_it_is_saved_as_a_page_and_as_json(tmp_path: Path, where: str) -> None:
     report = finished_job(1)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moto.server import ThreadedMotoServer
 from safetensors.numpy import save_file
 
 from raydata_llm import model_cache
+from raydata_llm.adapter_source import resolve_adapter
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.model_source import check_model, resolve_model
@@ -215,6 +217,19 @@ def test_a_missing_bucket_a_missing_folder_and_a_missing_file_are_told_apart(buc
         resolve_model("s3://models/nothing")
     with pytest.raises(ValueError, match=r"not found: there is no file at that place"):
         resolve_model("s3://models/nothing.gguf")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["s3://AKIA:{}@bucket/my model", "s3://AKIA:wJalr/{}@bucket/model", "nowhere://me:{}@bucket/model"],
+    ids=["a space", "a key with a slash", "an unknown store"],
+)
+def test_no_message_holds_the_key_of_an_address(source: str) -> None:
+    canary = "canary-Secret-7731"
+    for find in (resolve_model, resolve_adapter):
+        with pytest.raises(ValueError, match=r"\*\*\*@bucket") as caught:
+            find(source.format(canary))
+        assert canary not in "".join(traceback.format_exception(caught.value)), "in what it is chained to neither"
 
 
 def test_wrong_credentials_are_named_as_the_cause() -> None:

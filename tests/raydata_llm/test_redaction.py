@@ -25,6 +25,7 @@ CANARY = "canary-Secret-7731"
     [
         f"s3://AKIAEXAMPLE:{CANARY}@bucket/model",
         f"https://acc.blob.core.windows.net/c/x?sv=2024&sig={CANARY}",
+        f"Cannot parse URI: 's3://AKIAEXAMPLE:wJalr/{CANARY}/K7@bucket/model' due to syntax error",
         f"s3://bucket/x?access_key={CANARY}&region=eu-west-1",
         f"https://bucket.s3.amazonaws.com/x?X-Amz-Signature={CANARY}",
         f"gs://b?X-Goog-Credential={CANARY}",
@@ -50,6 +51,8 @@ def test_values_of_telling_variables_are_masked_wherever_they_stand(monkeypatch:
         "ValueError: the prompt has 300 tokens and max_model_len=200 leaves no room",
         "s3://bucket/folder?region=eu-west-1&endpoint_override=127.0.0.1:9000",
         "hf://org/model@main",
+        "http://localhost:9000/bucket/model@main",
+        "s3://bucket/a:b/c@d",
         "mail me@example.org",
     ],
 )
@@ -71,6 +74,12 @@ def test_nested_values_are_masked_by_name_and_by_content() -> None:
         "list": [f"s3://{MASK}@b"],
         "flag": True,
     }
+
+
+def test_what_lies_below_a_telling_name_is_masked_whole() -> None:
+    given = {"credentials": {"user": "me", "keys": [CANARY, 3]}, "api_key": CANARY.encode(), "stop_token_ids": [1, 2]}
+    shown = {"credentials": {"user": MASK, "keys": [MASK, 3]}, "api_key": MASK, "stop_token_ids": [1, 2]}
+    assert redact_tree(given) == shown
 
 
 def test_a_runtime_env_shows_names_alone() -> None:

@@ -76,6 +76,12 @@ def test_a_key_column_stands_for_the_row_alone() -> None:
         key({"other": 1}, [5], plan=plan)
 
 
+def test_rows_without_a_key_are_told_apart_as_they_came() -> None:
+    plan = ResumePlan(config=ResumeConfig("out", key_column="id"), about={})
+    first = key({"id": None, "text": "a"}, [5], plan=plan)
+    assert first == key({"id": None, "text": "a"}, [6], plan=plan) != key({"id": None, "text": "b"}, [5], plan=plan)
+
+
 def test_a_row_that_failed_before_its_key_was_made_stops_no_job() -> None:
     plan = ResumePlan(config=ResumeConfig("out", key_column="made"), about={})
     failed = [RowRequest(None, None, b"", "KeyError: 'question' (preprocess)") for _ in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -19,6 +20,12 @@ import ray
 from raydata_llm import EngineProcessorConfig, ResumeConfig, write_jsonl, write_parquet
 from raydata_llm.processor import Processor
 from raydata_llm.sink import _place
+from raydata_llm.sink_dataset import finished_blocks
+from raydata_llm.sink_format import FileFormat
+from raydata_llm.sink_limits import FileLimits
+from raydata_llm.sink_storage import Storage
+from raydata_llm.sink_task import WritePlan
+from raydata_llm.sink_writer import FileWriter
 from tests.raydata_llm.faulty_disks import DeadlyDisk
 from tests.raydata_llm.patience import wait_until
 from tests.raydata_llm.processor_fakes import ray_session, start_echo_engine, start_nothing
@@ -144,6 +151,28 @@ def test_a_signal_writes_what_is_finished_and_the_rest_comes_later(model: str, t
     summary = write_parquet(processor(model, ResumeConfig(str(out)))(ray.data.range(160)), out)
     assert (summary.rows, summary.skipped_rows) == (160 - len(finished), len(finished))
     assert ids_in(out) == list(range(160))
+
+
+def test_a_signal_while_an_upload_is_waited_for_loses_no_finished_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = WritePlan(
+        storage=Storage.open(tmp_path), letters=None, format=FileFormat(name="parquet", compression=None), token="0" * 8
+    )
+    wait = FileWriter._gather
+
+    def interrupted(writer: FileWriter, remaining: int) -> None:
+        monkeypatch.setattr(FileWriter, "_gather", wait)
+        raise KeyboardInterrupt
+
+    with FileWriter(plan, FileLimits(file_bytes=1, file_seconds=600.0, files_at_once=1)) as writer:
+        for number, block in enumerate(finished_blocks(ray.data.range(30, override_num_blocks=3))):
+            if number == 1:
+                monkeypatch.setattr(FileWriter, "_gather", interrupted)
+            with contextlib.suppress(KeyboardInterrupt):
+                writer.add(block)
+        writer.stop()
+    assert ids_in(tmp_path) == list(range(30))
 
 
 def test_another_version_replaces_the_results_at_the_end(model: str, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raydata_llm.ray_blocks import columns_to_arrow
 from raydata_llm.sink_format import FileFormat, concat_blocks, conform, merge_schemas
 
 PARQUET = FileFormat(name="parquet", compression="zstd")
@@ -43,6 +45,59 @@ def test_types_with_nothing_in_common_are_named() -> None:
         merged(pa.int64(), pa.string())
     with pytest.raises(ValueError, match="column 'x' is double in some rows and int64 in others, and does not convert"):
         conform(pa.table({"x": [0.5]}), pa.schema([("x", pa.int64())]))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ([[np.ones(3)], [np.ones(3), None]], pa.list_(pa.float64())),
+        ([[np.ones(3)], [np.ones(4)]], pa.list_(pa.float64())),
+        ([[np.ones((2, 1))], [np.ones((2, 1)), np.ones((1, 2))], [None]], pa.list_(pa.list_(pa.float64()))),
+        ([[np.ones(3, np.float32)], [[0.5]]], pa.list_(pa.float64())),
+        ([[7, None], [datetime.date(2026, 1, 1), "x"], ["y"]], None),
+    ],
+    ids=["failed row", "two lengths", "two shapes", "array and list", "hopeless"],
+)
+def test_arrays_are_lists_where_ray_has_several_types_for_them(
+    blocks: list[list[Any]], expected: pa.DataType | None, tmp_path: Path
+) -> None:
+    tables = [columns_to_arrow({"x": block}) for block in blocks]
+    if expected is None:
+        with pytest.raises(ValueError, match="let postprocess return one type"):
+            concat_blocks(tables)
+        return
+    for order in (tables, tables[::-1]):
+        table = concat_blocks(order)
+        assert table.schema.field("x").type == expected
+        (tmp_path / "x.parquet").write_bytes(PARQUET.encode(table))
+        back = pq.read_table(tmp_path / "x.parquet").column("x").to_pylist()
+        wanted = [value for each in order for value in each.column("x").to_pylist()]
+        assert back == [value.tolist() if isinstance(value, np.ndarray) else value for value in wanted]
+
+
+def test_a_file_of_arrays_fits_beside_one_in_which_a_row_failed(tmp_path: Path) -> None:
+    tables = [columns_to_arrow({"x": [np.ones(2), *others]}) for others in ([], [None])]
+    for number, table in enumerate(tables):
+        (tmp_path / f"{number}.parquet").write_bytes(PARQUET.encode(concat_blocks([table])))
+    written = [pq.read_table(tmp_path / f"{number}.parquet") for number in range(2)]
+    assert written[1].schema.field("x").type == pa.list_(pa.float64())
+    schema = merge_schemas(table.schema for table in written)
+    mended = pa.concat_tables([conform(table, schema) for table in written])
+    assert mended.column("x").to_pylist() == [[1, 1], [1, 1], None]
+
+
+def test_structs_without_fields_are_written_and_fit_beside_others(tmp_path: Path) -> None:
+    empty, other = pa.table({"id": [1], "x": [{}]}), pa.table({"id": [2], "x": [{"a": 5}]})
+    (tmp_path / "x.parquet").write_bytes(PARQUET.encode(empty))
+    written = pq.read_table(tmp_path / "x.parquet")
+    assert written.to_pylist() == [{"id": 1, "x": None}]
+    schema = merge_schemas([empty.schema, other.schema])
+    assert conform(written, schema).schema == conform(other, schema).schema
+
+
+def test_values_that_ray_pickled_stay_beside_nulls() -> None:
+    tables = [columns_to_arrow({"x": [datetime.date(2026, 1, 1), "x"]}), columns_to_arrow({"x": [None]})]
+    assert concat_blocks(tables).column("x").to_pylist() == [datetime.date(2026, 1, 1), "x", None]
 
 
 def test_a_folder_of_conformed_files_is_read_whichever_comes_first(tmp_path: Path) -> None:

@@ -46,6 +46,14 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return Storage.open(tmp_path / "made" / "on demand", filesystems[request.param])
 
 
+@pytest.mark.parametrize(
+    "folder", ["my answers", "run#2", "ts=12%3A30", "50%", "a+b&c=d", "größe/[1]", "x//y", "me@home:1"]
+)
+def test_a_folder_on_s3_is_the_one_that_is_named(s3: S3Stand, folder: str) -> None:
+    for address in (f"s3://{BUCKET}/{folder}", f"s3://{BUCKET}/{folder}/?region=us-east-1"):
+        assert Storage.open(address).root == f"{BUCKET}/{folder}"
+
+
 def check_files(storage: Storage) -> None:
     storage.check_writable()
     assert storage.sizes() == {}
@@ -167,6 +175,7 @@ def test_what_may_pass_is_told_from_what_will_not() -> None:
         "AWS Error SLOW_DOWN during PutObject",
         "AWS Error NETWORK_CONNECTION: curlCode: 56",
         "HTTP status 500",
+        "part upload for key 'EXPIRED/SIGNATURES/part' in bucket 'b': AWS Error SLOW_DOWN",
     ):
         assert may_pass(OSError(words)), words
     for lasting in (
