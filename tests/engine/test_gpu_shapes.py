@@ -43,7 +43,7 @@ def decode_ref(
     return prefill_ref(q, k_cache, v_cache, table, context, starts, scale, window, table_rows=table_rows, out=out)
 
 
-def prefill_ref(*arguments: Any, out: torch.Tensor | None, **settings: Any) -> torch.Tensor:
+def prefill_ref(*arguments: Any, out: torch.Tensor | None, longest: int | None = None, **settings: Any) -> torch.Tensor:
     attended = paged_attention_ref(*arguments, **settings)
     return attended if out is None else out.copy_(attended)
 
