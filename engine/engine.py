@@ -49,8 +49,8 @@ from raydata_llm.engine.shard import check_split
 from raydata_llm.engine.unfinished_request import UnfinishedRequest
 from raydata_llm.engine.worker import MOST_PENALTY_SEQS, Worker
 
-# Requests that wait are enough to choose from; while fewer do, so many more are worth the device's wait.
-_WAITING_WANTED, _FEW_WANTED = 256, 64
+# Requests that wait are enough to choose from; while fewer do, the next ones are worth the device's wait.
+_WAITING_WANTED = 256
 # With none at all, the device begins on so many.
 _FIRST_WANTED = 32
 # Tokens that a device computes while the host takes in a request (30 to 110 us of host time, for 2,112 tokens).
@@ -197,9 +197,10 @@ class Engine:
         """Requests that it would take before the next step: enough to choose from, too few to keep a device waiting."""
         if not self._unfinished:
             return _FIRST_WANTED
+        if self._scheduler.intake.num_waiting < _WAITING_WANTED:
+            return _WAITING_WANTED
         under_way = self._in_flight[-1][0].num_tokens if self._in_flight else 0
-        few = self._scheduler.intake.num_waiting < _WAITING_WANTED
-        return max(_FEW_WANTED if few else _FIRST_WANTED, under_way // _TOKENS_PER_REQUEST)
+        return max(_FIRST_WANTED, under_way // _TOKENS_PER_REQUEST)
 
     def step(self) -> list[RequestOutput]:
         """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests.

@@ -108,7 +108,7 @@ class Intake:
         return self.num_waiting > 0 and (self._is_due or self._num_released >= _BURST_SHARE * num_decodes)
 
     def admit(
-        self, lane: int, budget: int, chunks: list[Chunk], *, most: int, anything_scheduled: bool
+        self, lane: int, budget: int, chunks: list[Chunk], *, anything_scheduled: bool
     ) -> list[tuple[int, Sequence]]:
         """Admit waiting sequences while budget, slots and the simulated peak allow.
 
@@ -116,7 +116,6 @@ class Intake:
             lane: Whose step it is.
             budget: Tokens that the step has left.
             chunks: Those of the admitted are added.
-            most: Sequences; the next step goes on.
             anything_scheduled: Whether the step has other work; without chunked prefill, only a prompt that is alone in
                 its step may be cut.
 
@@ -128,8 +127,8 @@ class Intake:
         self._num_released = 0
         self._is_due = False
         self._bring_back()
-        most = min(most, self._free_slots_in(lane))
-        while budget > 0 and len(admitted) < most:
+        num_free = self._free_slots_in(lane)
+        while budget > 0 and len(admitted) < num_free:
             sequence = self._next()
             if sequence is None:
                 return admitted

@@ -32,8 +32,6 @@ from raydata_llm.engine.scheduler_limits import SchedulerLimits
 from raydata_llm.engine.sequence import FinishedSequence, IntArray, Sequence, SequenceTable
 
 _NO_INTS = np.zeros(0, dtype=np.int32)
-# Tokens that a device computes while the host admits a sequence, and sequences that are worth a device's wait.
-_TOKENS_PER_ADMISSION, _LEAST_BURST = 64, 64
 
 
 class Scheduler:
@@ -52,8 +50,6 @@ class Scheduler:
         self.lengths = LengthModel()
         self.intake = Intake(limits, self.table, blocks, self.lengths, row_target or RowTarget({}))
         self.num_preemptions = 0
-        # Tokens of the latest step.
-        self._num_launched = 0
         self._released: list[int] = []
         self._lane = 0
         self._num_plans = limits.num_lanes
@@ -97,9 +93,7 @@ class Scheduler:
         admitted: list[tuple[int, Sequence]] = []
         if self.intake.is_due(len(plan.slots)):
             anything_scheduled = bool(len(plan.slots) or chunks)
-            # Admissions take the host's time, in which the device has what is under way.
-            most = max(_LEAST_BURST, self._num_launched // _TOKENS_PER_ADMISSION) if num_in_flight else budget
-            admitted = self.intake.admit(self._lane, budget, chunks, most=most, anything_scheduled=anything_scheduled)
+            admitted = self.intake.admit(self._lane, budget, chunks, anything_scheduled=anything_scheduled)
         if not len(plan.slots) and not chunks:
             return None
         return self._launch(plan, chunks, grown, admitted)
@@ -243,7 +237,6 @@ class Scheduler:
         positions = table.num_tokens[sample_slots]
         table.num_tokens[sample_slots] += 1
         block_slots, block_columns, blocks = self._block_updates(grown, admitted)
-        self._num_launched = len(plan.slots) + int(counts.sum())
         return ScheduledBatch(
             decode_plan=plan,
             prefill_slots=slots,

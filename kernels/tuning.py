@@ -103,9 +103,10 @@ def _at_most(tiles: dict[int, Tile], head_bytes: int) -> Tile:
 
 # 228 KB of shared memory an SM.
 _HOPPER = Tuning(
-    # Rows of 64 to 128 keys after a shared prefix, as they come 1,024 at a time: 201 us instead of 211 (heads of 256
-    # bytes), 140 instead of 149 (128); rows of some hundred keys take the same in either.
+    # Rows of 64 to 128 keys after a shared prefix, as they come 1,024 at a time: 201 us instead of the next table's 211
+    # (heads of 256 bytes), 141 instead of 149 (128); rows of some hundred keys take the same in either.
     decode={
+        128: Tile(block_n=64, num_warps=4, num_stages=3),
         256: Tile(block_n=32, num_warps=2, num_stages=3),
         512: Tile(block_n=32, num_warps=4, num_stages=3),
         1024: Tile(block_n=16, num_warps=4, num_stages=3),

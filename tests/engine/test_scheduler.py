@@ -342,19 +342,6 @@ def test_tokens_past_an_end_seen_late_reach_no_output(steps_ahead: int) -> None:
         assert EOS not in ended.output_token_ids[:-1]
 
 
-def test_a_burst_is_as_large_as_the_step_under_way_hides() -> None:
-    scheduler = make_scheduler(4000, max_num_seqs=400, max_num_batched_tokens=10_000)
-    for seq_id in range(400):
-        scheduler.add(make_sequence(seq_id, [seq_id + 2] * 16, 8, ignore_eos=True))
-    sizes = []
-    for num_in_flight in (1, 1, 1, 0):
-        batch = scheduler.schedule(num_in_flight)
-        assert batch is not None
-        sizes.append(len(batch.admitted))
-    assert sizes == [64, 64, 64, 208], "with nothing under way there is nothing to wait for"
-    assert len(scheduler.table.running()) == 400
-
-
 def test_a_watch_reads_the_output_where_it_lies() -> None:
     scheduler = make_scheduler()
     seen: list[tuple[bool, list[int]]] = []
