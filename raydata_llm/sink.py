@@ -44,8 +44,9 @@ class WriteSummary:
     Args:
         path: The folder.
         files: Files written by this run.
-        rows: Rows in them.
-        error_rows: Error rows in files of their own, which are not among `rows`.
+        rows: Rows in them, but for those in files of error rows.
+        error_rows: Rows that failed: in files of their own where there is a `dead_letter_path` or a `resume`, else
+            among `rows`.
         skipped_rows: Rows that earlier runs had committed.
         size_bytes: Of the files.
     """
@@ -261,7 +262,7 @@ def _earlier_files(plan: WritePlan, entries: list[Entry]) -> list[WrittenFile]:
     def read(entry: Entry) -> WrittenFile:
         with ledger.open_file(entry.name) as source:
             schema = pq.read_schema(source).remove_metadata()
-        return WrittenFile(entry.name, 0, entry.size, 0, schema, entry.is_error)
+        return WrittenFile(entry.name, 0, 0, entry.size, 0, schema, entry.is_error)
 
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
         return list(pool.map(read, entries))
@@ -272,7 +273,7 @@ def _summary(plan: WritePlan, files: list[WrittenFile], *, skipped: int) -> Writ
         path=plan.storage.label,
         files=len(files),
         rows=sum(file.rows for file in files if not file.is_error),
-        error_rows=sum(file.rows for file in files if file.is_error),
+        error_rows=sum(file.num_failed for file in files),
         skipped_rows=skipped,
         size_bytes=sum(file.size for file in files),
     )

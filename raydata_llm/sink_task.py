@@ -24,10 +24,16 @@ from raydata_llm.sink_storage import Storage
 
 
 class WrittenFile(NamedTuple):
-    """A file that counts."""
+    """A file that counts.
+
+    Args:
+        num_failed: Of its rows.
+        is_error: It holds nothing but rows that failed.
+    """
 
     name: str
     rows: int
+    num_failed: int
     size: int
     block_bytes: int
     schema: pa.Schema | None
@@ -78,7 +84,8 @@ def write_file(
         # Blocks that were made before this run began (a materialised dataset): nobody asked for them yet.
         done = broker.claim(Claimant("write", number, 0), carried.keys) & ~carried.admitted
         table, carried = table.filter(pa.array(~done)), carried.keep(~done)
-    failed = _failed(table, carried) if plan.letters is not None else np.zeros(table.num_rows, np.bool_)
+    failed = _failed(table, carried)
+    apart = failed if plan.letters is not None else np.zeros_like(failed)
     table = table.drop_columns([name for name in RESERVED_COLUMNS if name in table.column_names])
     answers, letters = (file_name(plan.token, number, plan.format.suffix, errors=errors) for errors in (False, True))
     if plan.letters is not None:
@@ -86,10 +93,11 @@ def write_file(
         # again. In this order no row is in both at any moment.
         _withdraw(plan, letters)
     written = []
-    for name, chosen in ((answers, ~failed), (letters, failed)):
+    for name, chosen in ((answers, ~apart), (letters, apart)):
         if chosen.any():
             part = table if chosen.all() else table.filter(pa.array(chosen))
-            written.append(_write_part(plan, name, part, schema, None if carried is None else carried.keep(chosen)))
+            keys = None if carried is None else carried.keep(chosen)
+            written.append(_write_part(plan, name, part, schema, keys, num_failed=int(failed[chosen].sum())))
         elif name == answers:
             _withdraw(plan, name)
     return written
@@ -108,7 +116,13 @@ def rewrite_file(plan: WritePlan, file: WrittenFile, schema: pa.Schema) -> None:
 
 
 def _write_part(
-    plan: WritePlan, name: str, table: pa.Table, schema: pa.Schema | None, carried: Carried | None
+    plan: WritePlan,
+    name: str,
+    table: pa.Table,
+    schema: pa.Schema | None,
+    carried: Carried | None,
+    *,
+    num_failed: int,
 ) -> WrittenFile:
     if plan.format.has_schema:
         schema = merge_schemas([schema or table.schema, table.schema])
@@ -117,7 +131,7 @@ def _write_part(
         schema = None
     content = plan.format.encode(table)
     _put(plan, name, content, carried)
-    return WrittenFile(name, table.num_rows, content.size, table.nbytes, schema, is_error_file(name))
+    return WrittenFile(name, table.num_rows, num_failed, content.size, table.nbytes, schema, is_error_file(name))
 
 
 def _put(plan: WritePlan, name: str, content: pa.Buffer, carried: Carried | None) -> None:

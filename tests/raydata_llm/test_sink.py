@@ -83,6 +83,14 @@ def test_a_folder_that_holds_files_is_added_to_only_on_request(tmp_path: Path) -
     assert ids_in(tmp_path) == [0, 0, 1, 1, 2, 2]
 
 
+def test_error_rows_among_the_answers_are_counted_too(model: str, tmp_path: Path) -> None:
+    ds = ray.data.from_items([{"id": number, "bad": number % 5 == 0} for number in range(40)])
+    summary = write_parquet(processor(model, None)(ds), tmp_path / "out")
+    assert (summary.rows, summary.error_rows) == (40, 8)
+    errors = pq.read_table(tmp_path / "out")["__inference_error__"].to_pylist()
+    assert sum(map(bool, errors)) == 8
+
+
 def test_error_rows_go_to_their_own_folder(model: str, tmp_path: Path) -> None:
     ds = ray.data.from_items([{"id": number, "bad": number % 5 == 0} for number in range(40)])
     summary = write_jsonl(processor(model, None)(ds), tmp_path / "out", dead_letter_path=tmp_path / "letters")
