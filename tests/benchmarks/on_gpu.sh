@@ -52,10 +52,10 @@ for stage in "$@"; do
     gate) run bench --gate only ;;
     cells) run bench --runs 2 2 1 --commit "$commit" --out "$out/cells.json" ;;
     extras)
-        run bench_engine --model llama-3.2-1b --workload eos eos-told prefixes long --runs 1 --out "$out/extras.json"
-        run bench_engine --model llama-3.2-1b --workload decode --runs 2 --out "$out/drawn.json" \
+        run bench_engine --commit "$commit" --model llama-3.2-1b --workload eos eos-told prefixes long --runs 1 --out "$out/extras.json"
+        run bench_engine --commit "$commit" --model llama-3.2-1b --workload decode --runs 2 --out "$out/drawn.json" \
             --sampling-params '{"temperature": 0.8, "top_p": 0.95, "top_k": 50}'
-        run bench_engine --model llama-3.2-1b --workload decode classify --runs 2 --out "$out/no-looking.json" \
+        run bench_engine --commit "$commit" --model llama-3.2-1b --workload decode classify --runs 2 --out "$out/no-looking.json" \
             --engine-kwargs '{"disable_cascade_attn": true}'
         ;;
     features) run bench_features --runs 1 --out "$out/features.json" ;;
