@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from raydata_llm.kernels.integers import cdiv
+
 # Words of a program.
 _BLOCK = 256
 
@@ -46,7 +48,7 @@ def launch_apply_bitmask(logits: torch.Tensor, words: torch.Tensor, rows: torch.
     assert logits.stride(1) == 1 and words.is_contiguous(), (logits.stride(), words.stride())
     assert words.dtype == torch.int32 and rows.dtype == torch.int64, (words.dtype, rows.dtype)
     if len(rows):
-        _bitmask_kernel[(len(rows), triton.cdiv(vocab_size, 32 * _BLOCK))](
+        _bitmask_kernel[(len(rows), cdiv(vocab_size, 32 * _BLOCK))](
             logits,
             words,
             rows,

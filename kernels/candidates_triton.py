@@ -23,6 +23,7 @@ import triton.language as tl
 
 from raydata_llm.kernels.cut_triton import POINTS, cut, order_of, value_of, weigh
 from raydata_llm.kernels.draw_triton import Cut, gumbel, row_seed
+from raydata_llm.kernels.integers import cdiv, next_power_of_2
 
 # Room for a row's candidates. A top_k of 1000 gives some 1,400 of them.
 _ROOM = 2048
@@ -276,8 +277,8 @@ def launch_candidates(
         peak, floor and, for top_p alone, the weight of all.
     """
     num_rows, vocab_size = logits.shape
-    chunk = max(16, triton.next_power_of_2(triton.cdiv(vocab_size, _MAX_CHUNKS)))
-    num_chunks = triton.cdiv(vocab_size, chunk)
+    chunk = max(16, next_power_of_2(cdiv(vocab_size, _MAX_CHUNKS)))
+    num_chunks = cdiv(vocab_size, chunk)
     assert chunk <= _LIST_BLOCK, vocab_size
 
     def empty(dtype: torch.dtype, *width: int) -> torch.Tensor:
@@ -291,7 +292,7 @@ def launch_candidates(
     sizes = {"ROW_STRIDE": logits.stride(0), "VOCAB": vocab_size, "CHUNK": chunk, "NUM_CHUNKS": num_chunks}
     parameters = (temperature, top_k, top_p, min_p)
     block_chunks = _PASS_BLOCK // chunk
-    _peaks_kernel[(num_rows, triton.cdiv(num_chunks, block_chunks))](
+    _peaks_kernel[(num_rows, cdiv(num_chunks, block_chunks))](
         logits, *parameters, peaks, weights, **sizes, BLOCK_CHUNKS=block_chunks, num_warps=8
     )
     _candidates_kernel[(num_rows,)](
@@ -303,7 +304,7 @@ def launch_candidates(
         stats,
         *found,
         **sizes,
-        BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
+        BLOCK_CHUNKS=next_power_of_2(num_chunks),
         ROOM=_ROOM,
         ZERO_BITS=ZERO_BITS[logits.dtype],
         DRAW=keys is not None,

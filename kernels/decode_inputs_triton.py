@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from raydata_llm.kernels.decode_inputs import DecodeInputs
+from raydata_llm.kernels.integers import cdiv
 
 _BLOCK = 128
 
@@ -57,7 +58,7 @@ def launch_decode_inputs(
     tokens, positions, places = (torch.empty(num_rows, dtype=torch.int64, device=slots.device) for _ in range(3))
     context_lens = torch.empty(num_rows, dtype=torch.int32, device=slots.device)
     if num_rows:
-        _decode_inputs_kernel[(triton.cdiv(num_rows, _BLOCK),)](
+        _decode_inputs_kernel[(cdiv(num_rows, _BLOCK),)](
             slots,
             last_token,
             num_computed,

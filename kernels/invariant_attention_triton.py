@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 
 from raydata_llm.kernels import tuning
+from raydata_llm.kernels.integers import next_power_of_2
 from raydata_llm.kernels.invariant_linear_triton import aligned
 from raydata_llm.kernels.paged_prefill_triton import launch_paged_prefill_attention
 
@@ -34,10 +34,10 @@ def launch_invariant_attention(
     Args:
         tile: overrides the choice for the GPU.
     """
-    tile = tile or tuning.tuning_of(q.device).invariant_tile(triton.next_power_of_2(q.shape[2]), q.dtype)
+    tile = tile or tuning.tuning_of(q.device).invariant_tile(next_power_of_2(q.shape[2]), q.dtype)
     assert not tile.split_mask, "keys that all queries see would be taken by another loop"
     if query_starts is None:
-        query_starts = _one_each(triton.next_power_of_2(len(q)), q.device)[: len(q) + 1]
+        query_starts = _one_each(next_power_of_2(len(q)), q.device)[: len(q) + 1]
     return launch_paged_prefill_attention(
         aligned(q),
         k_cache,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from raydata_llm.kernels import tuning
+from raydata_llm.kernels.integers import cdiv
 
 _BAND = 8
 # What Triton takes a pointer to be a multiple of, or else compiles another kernel for.
@@ -83,7 +84,7 @@ def launch_invariant_linear(
     if not num_rows:
         return y
     tile = tile or tuning.tuning_of(x.device).linear_tile(out, x.dtype)
-    _linear_kernel[(triton.cdiv(num_rows, tile.block_m) * triton.cdiv(out, tile.block_n),)](
+    _linear_kernel[(cdiv(num_rows, tile.block_m) * cdiv(out, tile.block_n),)](
         aligned(x.contiguous()),
         weight,
         bias,

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from raydata_llm.kernels.integers import cdiv, next_power_of_2
 from raydata_llm.kernels.logprobs import HEAD, Records
 
 _BLOCK = 2048
@@ -116,7 +117,7 @@ def launch_logprob_records(
             PICKED=rows is not None,
             HEAD=HEAD,
             BLOCK=_BLOCK,
-            LANE_TOKENS=triton.next_power_of_2(triton.cdiv(vocab_size, _BLOCK)),
+            LANE_TOKENS=next_power_of_2(cdiv(vocab_size, _BLOCK)),
             num_warps=8,
         )
     return found

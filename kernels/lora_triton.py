@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from raydata_llm.kernels.integers import cdiv, next_power_of_2
 from raydata_llm.kernels.lora import TILE_ROWS, AdapterTiles
 
 _BLOCK_IN = 128
@@ -115,9 +116,9 @@ def launch_add_lora(
     num_tiles, ranks, width = len(tiles.slots), a.shape[1], x.shape[1]
     if not num_tiles:
         return
-    splits = min(_MAX_SPLITS, triton.cdiv(width, _BLOCK_IN))
-    split_width = triton.cdiv(triton.cdiv(width, splits), _BLOCK_IN) * _BLOCK_IN
-    ranks_padded = max(16, triton.next_power_of_2(ranks))
+    splits = min(_MAX_SPLITS, cdiv(width, _BLOCK_IN))
+    split_width = cdiv(cdiv(width, splits), _BLOCK_IN) * _BLOCK_IN
+    ranks_padded = max(16, next_power_of_2(ranks))
     inner = torch.empty((len(tiles.rows), splits, ranks_padded), dtype=torch.float32, device=x.device)
     ends = (*parts, 0, 0)
     where = (tiles.rows, tiles.slots, tiles.starts, tiles.ends)
@@ -137,7 +138,7 @@ def launch_add_lora(
         num_warps=4,
         num_stages=3,
     )
-    _expand_kernel[(num_tiles, triton.cdiv(y.shape[1], _BLOCK_OUT))](
+    _expand_kernel[(num_tiles, cdiv(y.shape[1], _BLOCK_OUT))](
         y,
         b,
         inner,
@@ -148,7 +149,7 @@ def launch_add_lora(
         SECOND_END=ends[0] + ends[1] if len(parts) > 2 else y.shape[1],
         PARTS=len(parts),
         RANK=b.shape[2],
-        RANK_PADDED=max(16, triton.next_power_of_2(b.shape[2])),
+        RANK_PADDED=max(16, next_power_of_2(b.shape[2])),
         RANKS_PADDED=ranks_padded,
         SPLITS=splits,
         TILE=TILE_ROWS,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from raydata_llm.kernels import tuning
+from raydata_llm.kernels.integers import next_power_of_2
 from raydata_llm.kernels.paged_attention import SharedPrefixes
 from raydata_llm.kernels.paged_keys_triton import key_rows, tile_blocks
 from raydata_llm.kernels.paged_prefill_triton import launch_shared_prefix_attention
@@ -179,7 +180,7 @@ def launch_paged_decode_attention(
     assert out.is_contiguous() and out.shape == q.shape
     if not num_rows:
         return out
-    block_d = max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
+    block_d = max(_MIN_DOT_ROWS, next_power_of_2(head_dim))
     choices = tuning.tuning_of(q.device)
     if num_splits is None:
         block_n = (tile or choices.decode_tile(block_d, q.dtype, is_split=True)).block_n
@@ -217,7 +218,7 @@ def launch_paged_decode_attention(
         INDIRECT=table_rows is not None,
         SHARED=shared is not None,
         SPLIT=num_splits > 1,
-        BLOCK_G=max(_MIN_DOT_ROWS, triton.next_power_of_2(heads // kv_heads)),
+        BLOCK_G=max(_MIN_DOT_ROWS, next_power_of_2(heads // kv_heads)),
         BLOCK_N=tile.block_n,
         BLOCK_D=block_d,
         num_warps=tile.num_warps,

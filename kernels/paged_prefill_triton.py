@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from raydata_llm.kernels import tuning
+from raydata_llm.kernels.integers import next_power_of_2
 from raydata_llm.kernels.paged_attention import SharedPrefixes
 from raydata_llm.kernels.paged_keys_triton import key_rows, tile_blocks
 
@@ -227,7 +228,7 @@ def launch_shared_prefix_attention(
 
 
 def _head_block(head_dim: int) -> int:
-    return int(max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim)))
+    return int(max(_MIN_DOT_ROWS, next_power_of_2(head_dim)))
 
 
 def _chosen_tile(q: torch.Tensor, longest: int | None) -> tuning.Tile:
@@ -258,7 +259,7 @@ def _launch(
     assert table_rows is None or len(table_rows) == num_rows
     if not num_tokens:
         return
-    block_m = max(tile.block_m, triton.next_power_of_2(group))
+    block_m = max(tile.block_m, next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(num_tiles * kv_heads,)](
         q,

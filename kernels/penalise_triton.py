@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from raydata_llm.kernels.integers import cdiv
+
 _BLOCK = 2048
 
 
@@ -61,7 +63,7 @@ def launch_penalise(
     assert logits.stride(1) == 1 and in_prompt.is_contiguous() and output_counts.is_contiguous()
     assert in_prompt.shape == output_counts.shape and in_prompt.shape[1] == vocab_size, in_prompt.shape
     if num_rows:
-        _penalise_kernel[(num_rows, triton.cdiv(vocab_size, _BLOCK))](
+        _penalise_kernel[(num_rows, cdiv(vocab_size, _BLOCK))](
             logits,
             in_prompt,
             output_counts,

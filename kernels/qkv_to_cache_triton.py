@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from raydata_llm.kernels.integers import cdiv, next_power_of_2
+
 # Elements of a program's tile: four warps of 16-byte loads.
 _TILE = 1024
 
@@ -112,14 +114,14 @@ def launch_qkv_to_cache(
     assert qkv.stride(1) == 1 and qkv.shape[1] == (heads + 2 * kv_heads) * head_dim, qkv.shape
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and v_cache.shape == k_cache.shape
     assert rope_table.is_contiguous() and rope_table.shape[1] == head_dim, rope_table.shape
-    assert len(positions) == len(slot_mapping) == tokens and (q_norm is None) == (k_norm is None)
-    q = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    assert positions.shape[0] == slot_mapping.shape[0] == tokens and (q_norm is None) == (k_norm is None)
+    q = qkv.new_empty((tokens, heads, head_dim))
     if not tokens:
         return q
-    block_half = triton.next_power_of_2(head_dim // 2)
+    block_half = next_power_of_2(head_dim // 2)
     block_heads = max(1, _TILE // block_half)
-    block_heads = min(block_heads, triton.next_power_of_2(heads + 2 * kv_heads))
-    _qkv_to_cache_kernel[(tokens, triton.cdiv(heads + 2 * kv_heads, block_heads))](
+    block_heads = min(block_heads, next_power_of_2(heads + 2 * kv_heads))
+    _qkv_to_cache_kernel[(tokens, cdiv(heads + 2 * kv_heads, block_heads))](
         qkv,
         positions,
         slot_mapping,

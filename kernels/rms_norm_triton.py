@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from raydata_llm.kernels.integers import next_power_of_2
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -42,7 +44,7 @@ def _rms_norm_kernel(
 
 def launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """As `rms_norm.rms_norm`."""
-    rows, out = _rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, out = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch(rows, rows, weight, eps, out, out, add=False)
     return out
 
@@ -52,13 +54,14 @@ def launch_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `rms_norm.add_rms_norm`."""
     assert x.shape == residual.shape and x.dtype == residual.dtype, (x.shape, residual.shape)
-    out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch(_rows(x), _rows(residual), weight, eps, out, total, add=True)
     return out, total
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -74,7 +77,7 @@ def _launch(
 ) -> None:
     rows, hidden = x.shape
     assert weight.shape == (hidden,), (weight.shape, hidden)
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     if rows:
         _rms_norm_kernel[(rows,)](
             x,

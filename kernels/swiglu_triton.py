@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from raydata_llm.kernels.integers import cdiv, next_power_of_2
+
 _BLOCK = 1024
 
 
@@ -34,11 +36,11 @@ def _swiglu_kernel(
 def launch_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """As `swiglu.swiglu`."""
     width = gate_up.shape[-1] // 2
-    rows = gate_up.reshape(-1, 2 * width)
+    rows = gate_up if gate_up.dim() == 2 else gate_up.reshape(-1, 2 * width)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
-    if len(rows):
-        block = min(_BLOCK, triton.next_power_of_2(width))
-        grid = (len(rows), triton.cdiv(width, block))
+    out = gate_up.new_empty((*gate_up.shape[:-1], width))
+    if rows.shape[0]:
+        block = min(_BLOCK, next_power_of_2(width))
+        grid = (rows.shape[0], cdiv(width, block))
         _swiglu_kernel[grid](rows, out, ROW_STRIDE=rows.stride(0), WIDTH=width, BLOCK=block, num_warps=4)
     return out

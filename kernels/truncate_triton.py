@@ -30,6 +30,7 @@ import triton.language as tl
 from raydata_llm.kernels.candidates_triton import PENDING, ZERO_BITS, launch_candidates
 from raydata_llm.kernels.cut_triton import cut
 from raydata_llm.kernels.draw_triton import Cut
+from raydata_llm.kernels.integers import cdiv
 
 # Of 2048, a program that searches takes most of an SM's registers.
 _BLOCK = 1024
@@ -130,7 +131,7 @@ def launch_truncate(
     pivot, tie_end, _ = launch_cut(logits, ones, top_k, top_p, min_p)
     out = torch.empty((num_rows, vocab_size), dtype=logits.dtype, device=logits.device)
     if num_rows:
-        _mask_kernel[(num_rows, triton.cdiv(vocab_size, _BLOCK))](
+        _mask_kernel[(num_rows, cdiv(vocab_size, _BLOCK))](
             logits, pivot, tie_end, out, ROW_STRIDE=logits.stride(0), VOCAB=vocab_size, BLOCK=_BLOCK, num_warps=8
         )
     return out

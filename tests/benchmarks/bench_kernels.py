@@ -95,6 +95,11 @@ class PagedRows:
         size = rows * length * shape.kv_heads * shape.head_dim
         self._memory = [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
 
+    def copy_of(self, num_bytes: int) -> Callable[[], Any]:
+        """A copy that reads and writes so many bytes, taken together."""
+        elements = num_bytes // 4
+        return partial(self._memory[0][:elements].copy_, self._memory[1][:elements])
+
     def cut(self, block_size: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """K cache, V cache and block table."""
         shape = (-1, self._shape.kv_heads, block_size, self._shape.head_dim)
@@ -140,6 +145,10 @@ def bench_decode(model: str, only_chosen: bool) -> Iterator[Record]:
         for block_size in (64,) if only_chosen else BLOCK_SIZES:
             yield one(rows, block_size, chosen)
         yield one(rows, 64, chosen, falling=True)
+        # A launch costs some microseconds whatever it moves: a copy of the same number of bytes pays them too.
+        moved = sum(mixed_lengths(rows)) * shape.kv_heads * shape.head_dim * 4
+        ms = milliseconds(memory.copy_of(moved))
+        yield {"op": "copy", "model": model, "case": f"bytes of {rows} rows", "ms": ms, "gb_s": moved / ms / 1e6}
     yield from _few_rows(model, memory)
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.bench_many [--model qwen3-0.6b] [--rows 20000] [--out FILE]
 
-Rows of `decode`'s lengths, dummy weights. Steps that only decode are compared by tenths of the run, at equal batch
-(the fullest that occurs in both) and context lengths alike, for rows start and end together.
+Rows of `decode`'s lengths, dummy weights. Steps that only decode are compared by tenths of the run, with steps of the
+second tenth that have as many rows and as much KV.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from raydata_llm import LLM, SamplingParams
 from tests.benchmarks.workloads import SHAPES, write_shape
 
 _PROMPT, _OUTPUT = 64, 512
+# Of a kind, that its median counts.
+_FEWEST_STEPS = 5
 
 
 def main() -> int:
@@ -58,15 +61,13 @@ def measure(model: str, num_rows: int) -> dict[str, Any]:
     wall = time.perf_counter() - began
     assert [len(output.outputs[0].token_ids) for output in outputs] == [_OUTPUT] * num_rows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    means = step_means(steps)
     return {
         "model": model,
         "rows": num_rows,
         "wall_s": round(wall, 2),
         "out_tok_s": round(num_rows * _OUTPUT / wall),
         "steps": len(steps),
-        "decode_step_ms_by_tenth": means,
-        "ninth_over_second": round(means[8] / means[1], 4),
+        "decode_step_over_second_tenth": step_ratios(steps),
         "host_kb_per_row": round((peak - before) / num_rows / 1000, 2),
         "host_rss_before_gb": round(before / 1e9, 2),
         "host_rss_peak_gb": round(peak / 1e9, 2),
@@ -78,9 +79,19 @@ def _resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def clock_steps(engine: Any) -> list[tuple[float, int, int]]:
-    """(end, decode rows, all tokens) of each step from now on."""
-    steps: list[tuple[float, int, int]] = []
+@dataclass(frozen=True)
+class Step:
+    """A step of the engine: when it ended, and what it was about."""
+
+    end: float
+    decode_rows: int
+    tokens: int
+    kv_usage: float
+
+
+def clock_steps(engine: Any) -> list[Step]:
+    """The engine's steps from now on."""
+    steps: list[Step] = []
     step = engine.step
 
     def clocked() -> Any:
@@ -88,22 +99,34 @@ def clock_steps(engine: Any) -> list[tuple[float, int, int]]:
         finished = step()
         after = engine.stats()
         rows = after.num_decode_rows - before.num_decode_rows
-        steps.append((time.perf_counter(), rows, after.num_computed_tokens - before.num_computed_tokens))
+        tokens = after.num_computed_tokens - before.num_computed_tokens
+        steps.append(Step(time.perf_counter(), rows, tokens, after.kv_usage))
         return finished
 
     engine.step = clocked
     return steps
 
 
-def step_means(steps: list[tuple[float, int, int]]) -> list[float]:
-    """Mean milliseconds of the fullest pure decode steps, for each tenth of the run."""
-    fullest = max(rows for _, rows, tokens in steps if rows == tokens)
-    tenth_s = (steps[-1][0] - steps[0][0]) / 10 + 1e-9
-    spent: dict[int, list[float]] = defaultdict(list)
-    for (before, *_), (end, rows, tokens) in itertools.pairwise(steps):
-        if rows == tokens == fullest:
-            spent[int((end - steps[0][0]) / tenth_s)].append((end - before) * 1e3)
-    return [round(float(np.mean(spent[tenth])), 3) if spent[tenth] else float("nan") for tenth in range(10)]
+def step_ratios(steps: list[Step]) -> list[float]:
+    """For each tenth of the run: the time of its pure decode steps over that of the second tenth's like them.
+
+    Like each other are steps of as many rows (within 16) that hold as much of the KV cache (within 2 %). A kind of step
+    counts by how often both tenths have it, with its median time; NaN where they have none in common.
+    """
+    tenth_s = (steps[-1].end - steps[0].end) / 10 + 1e-9
+    spent: list[dict[tuple[int, int], list[float]]] = [defaultdict(list) for _ in range(10)]
+    for before, step in itertools.pairwise(steps):
+        if step.decode_rows == step.tokens:
+            kind = step.decode_rows // 16, int(step.kv_usage * 50)
+            spent[int((step.end - steps[0].end) / tenth_s)][kind].append(step.end - before.end)
+    return [round(_ratio(kinds, spent[1]), 4) for kinds in spent]
+
+
+def _ratio(kinds: dict[tuple[int, int], list[float]], reference: dict[tuple[int, int], list[float]]) -> float:
+    common = [kind for kind in kinds if len(kinds[kind]) >= _FEWEST_STEPS and len(reference[kind]) >= _FEWEST_STEPS]
+    weights = [min(len(kinds[kind]), len(reference[kind])) for kind in common]
+    ratios = [float(np.median(kinds[kind]) / np.median(reference[kind])) for kind in common]
+    return float(np.average(ratios, weights=weights)) if common else float("nan")
 
 
 if __name__ == "__main__":
