@@ -62,7 +62,7 @@ def main() -> int:
 def pass_gate(gpu: str) -> str:
     """What the tests said; exits where they are red."""
     # Tests with a real model share the GPU's memory between few; the kernels' are small.
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", "8", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     sources = _sources()
     return "; ".join(
         passed_tests(f"{gpu} {sources}", marker, *options)
@@ -75,7 +75,7 @@ def passed_tests(state: str, marker: str, *options: str) -> str:
     stamp = STAMPS / hashlib.sha256(f"{state} {marker}".encode()).hexdigest()[:16]
     if stamp.exists():
         return stamp.read_text()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, *options, "-rf"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, *options, "-rfE"]
     ran = subprocess.run(
         [*command, "tests/kernels", "tests/engine"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -71,7 +71,7 @@ def engine_of(model: Path, **settings: Any) -> Engine:
             load_format="dummy",
             dtype="bfloat16",
             max_model_len=512,
-            kv_cache_memory_bytes=4 << 30,
+            kv_cache_memory_bytes=2 << 30,
             batch_invariant=True,
             **settings,
         )

@@ -25,7 +25,8 @@ from raydata_llm.kernels.rms_norm import rms_norm_ref
 from raydata_llm.kernels.swiglu import swiglu_ref
 from tests.benchmarks.workloads import SHAPES, write_shape
 
-pytestmark = pytest.mark.gpu
+# One after the other also where a GPU's tests share it: the largest shape in float32 takes 32 GB.
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("shapes")]
 
 PROMPT_LENGTHS = (3, 64, 65, 127, 200, 333, 90, 250)
 NUM_TOKENS = 4

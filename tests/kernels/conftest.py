@@ -29,8 +29,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device to launch on. Memory that a launcher allocates comes as NaN, so that what no program writes shows."""
     pytest.importorskip("triton")
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: _poison_(empty(*args, **kwargs)))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
     yield torch.device(request.param)
 
 
@@ -75,3 +75,7 @@ def _make_rows(
 
 def _poison_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**30))
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *args, **kwargs: _poison_(allocate(*args, **kwargs))
