@@ -12,10 +12,14 @@ import argparse
 import itertools
 import json
 import resource
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ from raydata_llm import LLM, SamplingParams
 from tests.benchmarks.workloads import SHAPES, write_shape
 
 _PROMPT, _OUTPUT = 64, 512
+# What may change a step's time and is not the engine's.
+_GPU_STATES = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 # Of a kind, that its median counts.
 _FEWEST_STEPS = 5
 
@@ -56,9 +62,10 @@ def measure(model: str, num_rows: int) -> dict[str, Any]:
     llm.reset_prefix_cache()
     steps = clock_steps(llm._live_engine())
     before = _resident_bytes()
-    began = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    wall = time.perf_counter() - began
+    with gpu_states() as states:
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        wall = time.perf_counter() - began
     assert [len(output.outputs[0].token_ids) for output in outputs] == [_OUTPUT] * num_rows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -68,10 +75,42 @@ def measure(model: str, num_rows: int) -> dict[str, Any]:
         "out_tok_s": round(num_rows * _OUTPUT / wall),
         "steps": len(steps),
         "decode_step_over_second_tenth": step_ratios(steps),
+        "gpu_by_tenth": {name: _by_tenth(states, began, wall, name) for name in _GPU_STATES},
         "host_kb_per_row": round((peak - before) / num_rows / 1000, 2),
         "host_rss_before_gb": round(before / 1e9, 2),
         "host_rss_peak_gb": round(peak / 1e9, 2),
     }
+
+
+@contextmanager
+def gpu_states() -> Iterator[list[dict[str, float]]]:
+    """The GPU's clocks, power and temperature once a second, with the time, as nvidia-smi tells them."""
+    states: list[dict[str, float]] = []
+    query = f"--query-gpu={','.join(_GPU_STATES)}"
+    with subprocess.Popen(
+        ["nvidia-smi", "--id=0", query, "--format=csv,noheader,nounits", "--loop=1"], stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def read() -> None:
+            for line in process.stdout or ():
+                values = map(float, line.split(","))
+                states.append({"time": time.perf_counter(), **dict(zip(_GPU_STATES, values, strict=True))})
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            yield states
+        finally:
+            process.kill()
+            reader.join()
+
+
+def _by_tenth(states: list[dict[str, float]], began: float, wall: float, name: str) -> list[float]:
+    tenths: list[list[float]] = [[] for _ in range(10)]
+    for state in states:
+        if began <= state["time"] < began + wall:
+            tenths[int((state["time"] - began) / wall * 10)].append(state[name])
+    return [round(float(np.mean(tenth)), 1) if tenth else float("nan") for tenth in tenths]
 
 
 def _resident_bytes() -> int:
@@ -87,6 +126,11 @@ class Step:
     decode_rows: int
     tokens: int
     kv_usage: float
+
+    @property
+    def kind(self) -> tuple[int, int] | None:
+        """Of a pure decode step, by rows and KV; None of one with prompts in it."""
+        return (self.decode_rows // 16, int(self.kv_usage * 50)) if self.decode_rows == self.tokens else None
 
 
 def clock_steps(engine: Any) -> list[Step]:
@@ -111,14 +155,14 @@ def step_ratios(steps: list[Step]) -> list[float]:
     """For each tenth of the run: the time of its pure decode steps over that of the second tenth's like them.
 
     Like each other are steps of as many rows (within 16) that hold as much of the KV cache (within 2 %). A kind of step
-    counts by how often both tenths have it, with its median time; NaN where they have none in common.
+    counts by how often both tenths have it, with its median time; NaN where they have none in common. As the engine
+    waits for a step while the next one is under way, a step counts only after one of its own kind.
     """
     tenth_s = (steps[-1].end - steps[0].end) / 10 + 1e-9
     spent: list[dict[tuple[int, int], list[float]]] = [defaultdict(list) for _ in range(10)]
     for before, step in itertools.pairwise(steps):
-        if step.decode_rows == step.tokens:
-            kind = step.decode_rows // 16, int(step.kv_usage * 50)
-            spent[int((step.end - steps[0].end) / tenth_s)][kind].append(step.end - before.end)
+        if step.kind is not None and step.kind == before.kind:
+            spent[int((step.end - steps[0].end) / tenth_s)][step.kind].append(step.end - before.end)
     return [round(_ratio(kinds, spent[1]), 4) for kinds in spent]
 
 
