@@ -25,7 +25,9 @@ from raydata_llm.prepare_plan import PreparePlan, RowFunction
 from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
 from raydata_llm.ray_operators import (
     dispatcher_options,
+    for_cluster,
     map_blocks,
+    regroup,
     replica_options,
     task_options,
     tell_of_waiting_tasks,
@@ -130,14 +132,16 @@ class Processor:
             tell_of_waiting_tasks(function, options, cluster)
         # Ray Data hands a small Parquet folder on as one block, which would keep one replica busy; and tiny blocks
         # would be as many tasks. Exact sizes also keep a block's rows the same in every run.
-        dataset = dataset.repartition(target_num_rows_per_block=pool.block_rows, strict=True)
         rows = pool.block_rows
+        dataset = regroup(dataset, rows, cluster)
         self._job = job = self._start_job(pool)
         prepare_kwargs = {"plan": self._prepare_plan, "stats_sender": job.link}
-        dataset = map_blocks(dataset, prepare, rows, fn_kwargs=prepare_kwargs, **self._prepare_options)
+        prepare_options = for_cluster(self._prepare_options, cluster)
+        dataset = map_blocks(dataset, prepare, rows, fn_kwargs=prepare_kwargs, **prepare_options)
         dataset = map_blocks(dataset, Dispatcher, rows, **self._dispatcher_options(pool, job))
         finish_kwargs = {"plan": self._finish_plan, "stats_sender": job.link}
-        return job.watch(map_blocks(dataset, finish, rows, fn_kwargs=finish_kwargs, **self._finish_options))
+        finish_options = for_cluster(self._finish_options, cluster)
+        return job.watch(map_blocks(dataset, finish, rows, fn_kwargs=finish_kwargs, **finish_options))
 
     def report(self) -> JobReport:
         """What the latest run did, how fast and why not faster; of a run under way, so far.

@@ -29,6 +29,9 @@ _BLOCK_RETRIES = 4
 # with a row that crashes the process; losses of nodes hit a task of seconds rarely more than once.
 _TASK_RETRIES = 8
 
+# From so many on, each of the operators that take CPUs has one.
+_CPUS_FOR_ALL = 3
+
 # Arguments of the user's function, bound to it elsewhere.
 _BINDABLE = ("fn_args", "fn_kwargs")
 _TASK_OPTIONS = (
@@ -149,6 +152,28 @@ def with_own_context(dataset: Dataset, *, preserve_order: bool) -> Dataset:
     if hasattr(own.context, "execution_no_progress_timeout_s"):
         own.context.execution_no_progress_timeout_s = -1
     return own
+
+
+def regroup(dataset: Dataset, block_rows: int, cluster: Cluster) -> Dataset:
+    """Blocks of exactly so many rows each, but for the last."""
+    from ray.data import TaskPoolStrategy
+
+    regrouped = dataset.repartition(target_num_rows_per_block=block_rows, strict=True)
+    operator = regrouped._logical_plan.dag
+    # Ray Data keeps a CPU for reading and one for this as long as they have anything to do: with two CPUs in all, no
+    # row would be prepared before all are read. Such tasks, which put rows together, do with none; few at a time, or
+    # Ray would start a process for each.
+    if hasattr(operator, "ray_remote_args") and hasattr(operator, "compute"):
+        few = TaskPoolStrategy(size=max(1, int(cluster.num_cpus) // 4))
+        object.__setattr__(operator, "ray_remote_args", {"num_cpus": 0})
+        object.__setattr__(operator, "compute", few)
+    return regrouped
+
+
+def for_cluster(options: Mapping[str, Any], cluster: Cluster) -> dict[str, Any]:
+    """An operator's options, with the CPUs of a task where nobody asked for any."""
+    # Reading, `preprocess` and `postprocess` each need a CPU kept, or one of them waits for another to end.
+    return dict(options) if cluster.num_cpus >= _CPUS_FOR_ALL else {"num_cpus": 0.5, **options}
 
 
 def map_blocks(dataset: Dataset, function: Any, block_rows: int, **options: Any) -> Dataset:

@@ -42,6 +42,11 @@ class Cluster:
     num_gpus: float
     node_cpus: Sequence[float]
 
+    @property
+    def num_cpus(self) -> float:
+        """All CPUs."""
+        return sum(self.node_cpus)
+
     @classmethod
     def current(cls) -> Cluster:
         """The cluster that Ray is connected to (it is started if there is none)."""
