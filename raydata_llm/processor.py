@@ -24,8 +24,8 @@ from raydata_llm.prepare import prepare
 from raydata_llm.prepare_plan import PreparePlan, RowFunction
 from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
 from raydata_llm.ray_operators import (
+    cpus_of_tasks,
     dispatcher_options,
-    for_cluster,
     map_blocks,
     regroup,
     replica_options,
@@ -132,15 +132,14 @@ class Processor:
             tell_of_waiting_tasks(function, options, cluster)
         # Ray Data hands a small Parquet folder on as one block, which would keep one replica busy; and tiny blocks
         # would be as many tasks. Exact sizes also keep a block's rows the same in every run.
-        rows = pool.block_rows
+        rows, cpus = pool.block_rows, cpus_of_tasks(dataset, cluster)
         dataset = regroup(dataset, rows, cluster)
         self._job = job = self._start_job(pool)
         prepare_kwargs = {"plan": self._prepare_plan, "stats_sender": job.link}
-        prepare_options = for_cluster(self._prepare_options, cluster)
-        dataset = map_blocks(dataset, prepare, rows, fn_kwargs=prepare_kwargs, **prepare_options)
+        dataset = map_blocks(dataset, prepare, rows, fn_kwargs=prepare_kwargs, **cpus | self._prepare_options)
         dataset = map_blocks(dataset, Dispatcher, rows, **self._dispatcher_options(pool, job))
         finish_kwargs = {"plan": self._finish_plan, "stats_sender": job.link}
-        finish_options = for_cluster(self._finish_options, cluster)
+        finish_options = cpus | self._finish_options
         return job.watch(map_blocks(dataset, finish, rows, fn_kwargs=finish_kwargs, **finish_options))
 
     def report(self) -> JobReport:

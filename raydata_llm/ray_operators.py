@@ -30,7 +30,9 @@ _BLOCK_RETRIES = 4
 _TASK_RETRIES = 8
 
 # From so many on, each of the operators that take CPUs has one.
-_CPUS_FOR_ALL = 3
+_CPUS_FOR_ALL = 4
+# What a CPU reads in two seconds or so.
+_FEW_BLOCKS, _FEW_BYTES = 64, 64 << 20
 
 # Arguments of the user's function, bound to it elsewhere.
 _BINDABLE = ("fn_args", "fn_kwargs")
@@ -161,19 +163,32 @@ def regroup(dataset: Dataset, block_rows: int, cluster: Cluster) -> Dataset:
     regrouped = dataset.repartition(target_num_rows_per_block=block_rows, strict=True)
     operator = regrouped._logical_plan.dag
     # Ray Data keeps a CPU for reading and one for this as long as they have anything to do: with two CPUs in all, no
-    # row would be prepared before all are read. Such tasks, which put rows together, do with none; few at a time, or
-    # Ray would start a process for each.
+    # row would be prepared before all are read. Tasks that put rows together do with next to none (not with none where
+    # there are enough: nodes without CPUs are to be left alone); few at a time, or Ray would start a process for each.
     if hasattr(operator, "ray_remote_args") and hasattr(operator, "compute"):
         few = TaskPoolStrategy(size=max(1, int(cluster.num_cpus) // 4))
-        object.__setattr__(operator, "ray_remote_args", {"num_cpus": 0})
+        num_cpus = 0.01 if cluster.num_cpus >= _CPUS_FOR_ALL else 0
+        object.__setattr__(operator, "ray_remote_args", {"num_cpus": num_cpus})
         object.__setattr__(operator, "compute", few)
     return regrouped
 
 
-def for_cluster(options: Mapping[str, Any], cluster: Cluster) -> dict[str, Any]:
-    """An operator's options, with the CPUs of a task where nobody asked for any."""
-    # Reading, `preprocess` and `postprocess` each need a CPU kept, or one of them waits for another to end.
-    return dict(options) if cluster.num_cpus >= _CPUS_FOR_ALL else {"num_cpus": 0.5, **options}
+def cpus_of_tasks(dataset: Dataset, cluster: Cluster) -> dict[str, Any]:
+    """What a task of `preprocess` or `postprocess` takes where nobody asked for more or less."""
+    # With fewer CPUs than operators `postprocess` would get one when all is read, which may take hours; answers wait.
+    # Tasks of half a CPU are more processes to start, half a second in all: not worth it where reading ends at once.
+    if cluster.num_cpus >= _CPUS_FOR_ALL or _is_read_at_once(dataset):
+        return {}
+    return {"num_cpus": 0.5}
+
+
+def _is_read_at_once(dataset: Dataset) -> bool:
+    """Whether Ray Data knows, without reading, of few blocks with little in them."""
+    operator = dataset._logical_plan.dag
+    if operator.input_dependencies or not hasattr(operator, "infer_metadata"):
+        return False
+    num_blocks, size = operator.estimated_num_outputs(), operator.infer_metadata().size_bytes
+    return num_blocks is not None and size is not None and num_blocks <= _FEW_BLOCKS and size <= _FEW_BYTES
 
 
 def map_blocks(dataset: Dataset, function: Any, block_rows: int, **options: Any) -> Dataset:

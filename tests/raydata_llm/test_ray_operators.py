@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import ray
 
 from raydata_llm import ChatTemplateStageConfig, EngineProcessorConfig, TokenizerStageConfig
-from raydata_llm.ray_operators import replica_options, task_options, tell_of_waiting_tasks
+from raydata_llm.ray_operators import cpus_of_tasks, regroup, replica_options, task_options, tell_of_waiting_tasks
 from raydata_llm.replica_pool import Cluster, ReplicaPool
+from tests.raydata_llm.processor_fakes import ray_session
 
 
 def config(**fields: Any) -> EngineProcessorConfig:
@@ -61,3 +64,27 @@ def test_tasks_that_no_node_can_run_are_told(caplog: pytest.LogCaptureFixture) -
     assert not caplog.records
     tell_of_waiting_tasks("postprocess", {"num_cpus": 64}, cluster)
     assert "postprocess's tasks ask for num_cpus=64 and the largest node has 8" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+@pytest.mark.usefixtures("session")
+@pytest.mark.parametrize(("cpus", "of_putting_together", "at_once"), [(2, 0, 1), (16, 0.01, 4)])
+def test_putting_rows_together_takes_no_cpu_that_others_need(
+    cpus: float, of_putting_together: float, at_once: int
+) -> None:
+    operator: Any = regroup(ray.data.range(10), 4, Cluster(num_gpus=0, node_cpus=[cpus]))._logical_plan.dag
+    assert operator.ray_remote_args == {"num_cpus": of_putting_together} and operator.compute.size == at_once
+
+
+@pytest.mark.usefixtures("session")
+def test_on_few_cpus_postprocess_has_one_to_itself_where_reading_may_take_long() -> None:
+    few, many = Cluster(num_gpus=0, node_cpus=[2]), Cluster(num_gpus=0, node_cpus=[4, 8])
+    soon, long = ray.data.range(1000, override_num_blocks=8), ray.data.range(1000, override_num_blocks=500)
+    mapped = soon.map(lambda row: row)
+    assert cpus_of_tasks(soon, few) == cpus_of_tasks(long, many) == {}
+    assert cpus_of_tasks(long, few) == cpus_of_tasks(mapped, few) == {"num_cpus": 0.5}
