@@ -22,7 +22,7 @@ import ray
 from ray.data import Dataset
 from ray.experimental.tqdm_ray import safe_print
 
-from raydata_llm import __version__, executor_loop
+from raydata_llm import __version__, ray_loop
 from raydata_llm.config import EngineProcessorConfig
 from raydata_llm.job_link import JobLink
 from raydata_llm.job_progress import progress_line
@@ -187,7 +187,7 @@ class JobRun:
             return
         self._shown = bool(execution._data_context.enable_progress_bars)
         self._dispatchers = dispatchers(execution)
-        executor_loop.begin_run()
+        ray_loop.begin_run()
         self._looks_often = True
         threading.Thread(target=self._watch, name="job-watch", daemon=True).start()
 
@@ -221,7 +221,7 @@ class JobRun:
         self._dispatchers.clear()
         if self._looks_often:
             self._looks_often = False
-            executor_loop.end_run()
+            ray_loop.end_run()
         if self._actor is None or self._report is not None:
             return
         self._stop.set()

@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray.data._internal.execution import streaming_executor_state
 
-from raydata_llm import EngineProcessorConfig, executor_loop
+from raydata_llm import EngineProcessorConfig, ray_loop
 from raydata_llm.processor import Processor
 from tests.raydata_llm.patience import wait_until
 from tests.raydata_llm.processor_fakes import ray_session
@@ -24,20 +24,20 @@ def wait_s() -> float:
 def test_the_wait_is_short_until_the_last_of_several_runs_ends() -> None:
     before = wait_s()
     assert before > 0.02
-    executor_loop.begin_run()
-    executor_loop.begin_run()
+    ray_loop.begin_run()
+    ray_loop.begin_run()
     assert wait_s() == 0.02
-    executor_loop.end_run()
+    ray_loop.end_run()
     assert wait_s() == 0.02
-    executor_loop.end_run()
+    ray_loop.end_run()
     assert wait_s() == before
 
 
 def test_a_wait_that_is_shorter_already_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", 0.001)
-    executor_loop.begin_run()
+    ray_loop.begin_run()
     assert wait_s() == 0.001
-    executor_loop.end_run()
+    ray_loop.end_run()
     assert wait_s() == 0.001
 
 
