@@ -4,7 +4,7 @@
 #     OUT=folder bash tests/benchmarks/on_gpu.sh STAGE...
 #
 # Stage (about so many seconds on one H100; of features to job and extras by reckoning)   what
-#   gate (350)      the correctness gate; its verdict is kept for the sources as they are
+#   gate (350, 500 on a slow host)  the correctness gate; its verdict is kept for the sources as they are
 #   cells (320)     the twelve cells of `make bench`, the largest model's once and others' twice; after `gate`, in one JSON file
 #   extras (100)    1b shape: eos, the same with lengths told, 32 prefixes, long prompts; drawn tokens; no looking for prefixes
 #   features (70)   what log-probabilities, penalties, JSON schemas and adapters cost

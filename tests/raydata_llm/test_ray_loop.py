@@ -49,9 +49,17 @@ def session() -> Iterator[None]:
 
 @pytest.mark.usefixtures("session")
 @pytest.mark.parametrize("ending", ["read to the end", "dropped half way", "failed"])
-def test_a_run_gives_the_wait_back_however_it_ends(ending: str, tmp_path: Path) -> None:
-    before = wait_s()
+def test_a_run_gives_the_wait_back_however_it_ends(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, begin_run, while_running = wait_s(), ray_loop.begin_run, []
     fails = ending == "failed"
+
+    def begin_and_note() -> None:
+        begin_run()
+        while_running.append(wait_s())
+
+    monkeypatch.setattr(ray_loop, "begin_run", begin_and_note)
 
     def answer(row: dict[str, object]) -> dict[str, object]:
         if fails and row["id"] == 299:
@@ -72,4 +80,5 @@ def test_a_run_gives_the_wait_back_however_it_ends(ending: str, tmp_path: Path) 
         next(rows)
         assert ending == "dropped half way" or len(list(rows)) == 299
     del rows
-    wait_until(lambda: wait_s() == before)
+    assert while_running == [0.02]
+    assert wait_until(lambda: wait_s() == before)
