@@ -1,9 +1,10 @@
 """One `LLM.generate` over many rows: does a step get slower, and what does a row cost the host's memory.
 
-    python -m tests.benchmarks.bench_many [--model qwen3-0.6b] [--rows 20000] [--out FILE]
+    python -m tests.benchmarks.bench_many [--model qwen3-0.6b] [--rows 20000] [--max-num-seqs 1024] [--out FILE]
 
 Rows of `decode`'s lengths, dummy weights. Steps that only decode are compared by tenths of the run, with steps of the
-second tenth that have as many rows and as much KV.
+second tenth that have the same number of rows and as much KV. So `--max-num-seqs` rows at once should fit memory: where
+they don't, how many the engine runs changes with how many are left (`engine/row_target.py`).
 """
 
 from __future__ import annotations
@@ -41,21 +42,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="qwen3-0.6b")
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--max-num-seqs", type=int, default=1024, help="rows at once")
     parser.add_argument("--out", help="file for the JSON object")
     args = parser.parse_args()
-    result = measure(args.model, args.rows)
+    result = measure(args.model, args.rows, args.max_num_seqs)
     print(json.dumps(result, indent=1))
     if args.out:
         Path(args.out).write_text(json.dumps([result], indent=1) + "\n")
     return 0
 
 
-def measure(model: str, num_rows: int) -> dict[str, Any]:
+def measure(model: str, num_rows: int, max_num_seqs: int) -> dict[str, Any]:
     """Generate once, with a clock on each step of the engine."""
     rng = np.random.default_rng(7)
     with tempfile.TemporaryDirectory() as folder:
         path = str(write_shape(model, Path(folder)))
-        llm = LLM(path, load_format="dummy", skip_tokenizer_init=True)
+        llm = LLM(path, load_format="dummy", skip_tokenizer_init=True, max_num_seqs=max_num_seqs)
     prompts = rng.integers(100, 20000, size=(num_rows, _PROMPT)).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=_OUTPUT, ignore_eos=True)
     llm.generate(prompts[:64], SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True), use_tqdm=False)
@@ -71,10 +73,12 @@ def measure(model: str, num_rows: int) -> dict[str, Any]:
     return {
         "model": model,
         "rows": num_rows,
+        "max_num_seqs": max_num_seqs,
         "wall_s": round(wall, 2),
         "out_tok_s": round(num_rows * _OUTPUT / wall),
         "steps": len(steps),
         "decode_step_over_second_tenth": step_ratios(steps),
+        "decode_rows_by_tenth": [float(np.median([step.decode_rows for step in tenth])) for tenth in tenths(steps)],
         "gpu_by_tenth": {name: _by_tenth(states, began, wall, name) for name in _GPU_STATES},
         "host_kb_per_row": round((peak - before) / num_rows / 1000, 2),
         "host_rss_before_gb": round(before / 1e9, 2),
@@ -130,7 +134,7 @@ class Step:
     @property
     def kind(self) -> tuple[int, int] | None:
         """Of a pure decode step, by rows and KV; None of one with prompts in it."""
-        return (self.decode_rows // 16, int(self.kv_usage * 50)) if self.decode_rows == self.tokens else None
+        return (self.decode_rows, int(self.kv_usage * 50)) if self.decode_rows == self.tokens else None
 
 
 def clock_steps(engine: Any) -> list[Step]:
@@ -151,18 +155,29 @@ def clock_steps(engine: Any) -> list[Step]:
     return steps
 
 
+def tenths(steps: list[Step]) -> list[list[Step]]:
+    """The steps by when they ended, in tenths of the time from the first to the last."""
+    tenth_s = (steps[-1].end - steps[0].end) / 10 + 1e-9
+    parts: list[list[Step]] = [[] for _ in range(10)]
+    for step in steps:
+        parts[int((step.end - steps[0].end) / tenth_s)].append(step)
+    return parts
+
+
 def step_ratios(steps: list[Step]) -> list[float]:
     """For each tenth of the run: the time of its pure decode steps over that of the second tenth's like them.
 
-    Like each other are steps of as many rows (within 16) that hold as much of the KV cache (within 2 %). A kind of step
+    Like each other are steps of the same number of rows that hold as much of the KV cache (within 2 %). A kind of step
     counts by how often both tenths have it, with its median time; NaN where they have none in common. As the engine
     waits for a step while the next one is under way, a step counts only after one of its own kind.
     """
-    tenth_s = (steps[-1].end - steps[0].end) / 10 + 1e-9
-    spent: list[dict[tuple[int, int], list[float]]] = [defaultdict(list) for _ in range(10)]
-    for before, step in itertools.pairwise(steps):
-        if step.kind is not None and step.kind == before.kind:
-            spent[int((step.end - steps[0].end) / tenth_s)][step.kind].append(step.end - before.end)
+    spent: list[dict[tuple[int, int], list[float]]] = []
+    for tenth in tenths(steps):
+        kinds = defaultdict(list)
+        for before, step in itertools.pairwise(tenth):
+            if step.kind is not None and step.kind == before.kind:
+                kinds[step.kind].append(step.end - before.end)
+        spent.append(kinds)
     return [round(_ratio(kinds, spent[1]), 4) for kinds in spent]
 
 

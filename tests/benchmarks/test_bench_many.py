@@ -32,3 +32,11 @@ def test_tenths_without_steps_in_common_have_no_ratio() -> None:
     steps = [Step(float(number), 64 if number < 50 else 128, 64 if number < 50 else 128, 0.5) for number in range(100)]
     ratios = step_ratios(steps)
     assert ratios[1] == 1.0 and math.isnan(ratios[8])
+
+
+def test_steps_of_a_few_rows_more_are_of_another_kind() -> None:
+    """They may be padded to a larger graph, which takes a step up."""
+    times = np.cumsum([0.016 if number < 500 else 0.0155 for number in range(1000)])
+    steps = [Step(now, rows, rows, 0.9) for number, now in enumerate(times) for rows in [1003 if number < 500 else 992]]
+    ratios = step_ratios(steps)
+    assert ratios[1] == 1.0 and math.isnan(ratios[8]), ratios
