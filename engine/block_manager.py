@@ -20,6 +20,9 @@ from raydata_llm.engine.prefix_cache import ROOT, PrefixCache
 BlockArray = npt.NDArray[np.int32]
 TRASH_BLOCK = 0
 
+# Free blocks are put in order once this share of them has come back.
+_SORTED_AFTER = 0.25
+
 
 class BlockManager:
     """A pool of `num_blocks` blocks, block 0 being the trash block that is never handed out."""
@@ -29,9 +32,11 @@ class BlockManager:
             raise ValueError(f"num_blocks={num_blocks} is not valid: give 2 or more (one is the trash block)")
         self.num_blocks = num_blocks
         self._references = np.zeros(num_blocks, dtype=np.int32)
-        # A stack with the lowest numbers on top, so that a fresh engine fills memory from its start.
+        # A stack with the lowest numbers on top. Rows that start a block in the same step get neighbours then, which
+        # attention reads faster than blocks in any order.
         self._free = np.arange(num_blocks - 1, 0, -1, dtype=np.int32)
         self._num_free = num_blocks - 1
+        self._num_unsorted = 0
         self._cache = PrefixCache(num_blocks)
         self._evictable: OrderedDict[int, None] = OrderedDict()
 
@@ -54,6 +59,9 @@ class BlockManager:
         """Take `count` blocks, each with one reference; the caller has checked `num_available`."""
         assert count <= self.num_available, f"{count} blocks asked, {self.num_available} available"
         self._evict(count - self._num_free)
+        if self._num_unsorted > self._num_free * _SORTED_AFTER:
+            self._free[: self._num_free] = np.sort(self._free[: self._num_free])[::-1]
+            self._num_unsorted = 0
         self._num_free -= count
         blocks = self._free[self._num_free : self._num_free + count][::-1].copy()
         self._references[blocks] = 1
@@ -107,6 +115,7 @@ class BlockManager:
     def _push_free(self, blocks: BlockArray) -> None:
         self._free[self._num_free : self._num_free + len(blocks)] = blocks
         self._num_free += len(blocks)
+        self._num_unsorted += len(blocks)
 
     def check_integrity(self, held: Iterable[BlockArray]) -> None:
         """Assert the invariant, given the blocks of every live sequence."""

@@ -110,3 +110,14 @@ def test_freeing_twice_is_caught() -> None:
 def test_a_pool_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="num_blocks=1 is not valid"):
         BlockManager(1)
+
+
+def test_rows_that_start_a_block_together_get_neighbours_again_once_others_have_ended() -> None:
+    manager = BlockManager(1 + 40 * 5)
+    # Each of 40 rows starts a block in the same step as the others, five times.
+    rounds = [manager.allocate(40) for _ in range(5)]
+    assert all((np.diff(blocks) == 1).all() for blocks in rounds)
+    for row in np.random.default_rng(0).permutation(40):
+        manager.free(np.array([blocks[row] for blocks in rounds]))
+    rounds = [manager.allocate(40) for _ in range(5)]
+    assert all((np.diff(blocks) == 1).all() for blocks in rounds), rounds
