@@ -3,8 +3,7 @@
     python -m tests.benchmarks.bench_many [--model qwen3-0.6b] [--rows 20000] [--max-num-seqs 1024] [--out FILE]
 
 Rows of `decode`'s lengths, dummy weights. Steps that only decode are compared by tenths of the run, with steps of the
-second tenth that have the same number of rows and as much KV. So `--max-num-seqs` rows at once should fit memory: where
-they don't, how many the engine runs changes with how many are left (`engine/row_target.py`).
+second tenth that have as many rows, of the same lengths.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ _PROMPT, _OUTPUT = 64, 512
 _GPU_STATES = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 # Of a kind, that its median counts.
 _FEWEST_STEPS = 5
+Kind = tuple[int, int, int]
 
 
 def main() -> int:
@@ -131,11 +131,6 @@ class Step:
     tokens: int
     kv_usage: float
 
-    @property
-    def kind(self) -> tuple[int, int] | None:
-        """Of a pure decode step, by rows and KV; None of one with prompts in it."""
-        return (self.decode_rows, int(self.kv_usage * 50)) if self.decode_rows == self.tokens else None
-
 
 def clock_steps(engine: Any) -> list[Step]:
     """The engine's steps from now on."""
@@ -167,24 +162,40 @@ def tenths(steps: list[Step]) -> list[list[Step]]:
 def step_ratios(steps: list[Step]) -> list[float]:
     """For each tenth of the run: the time of its pure decode steps over that of the second tenth's like them.
 
-    Like each other are steps of the same number of rows that hold as much of the KV cache (within 2 %). A kind of step
-    counts by how often both tenths have it, with its median time; NaN where they have none in common. As the engine
-    waits for a step while the next one is under way, a step counts only after one of its own kind.
+    Like each other are steps of the same kind (`_kinds`). A kind counts by how often both tenths have it, with its
+    median time; NaN where they have none in common.
     """
-    spent: list[dict[tuple[int, int], list[float]]] = []
+    kinds = dict(zip(steps, _kinds(steps), strict=True))
+    spent: list[dict[Kind, list[float]]] = []
     for tenth in tenths(steps):
-        kinds = defaultdict(list)
+        times = defaultdict(list)
         for before, step in itertools.pairwise(tenth):
-            if step.kind is not None and step.kind == before.kind:
-                kinds[step.kind].append(step.end - before.end)
-        spent.append(kinds)
-    return [round(_ratio(kinds, spent[1]), 4) for kinds in spent]
+            kind = kinds[step]
+            if kind is not None:
+                times[kind].append(step.end - before.end)
+        spent.append(times)
+    return [round(_ratio(times, spent[1]), 4) for times in spent]
 
 
-def _ratio(kinds: dict[tuple[int, int], list[float]], reference: dict[tuple[int, int], list[float]]) -> float:
-    common = [kind for kind in kinds if len(kinds[kind]) >= _FEWEST_STEPS and len(reference[kind]) >= _FEWEST_STEPS]
-    weights = [min(len(kinds[kind]), len(reference[kind])) for kind in common]
-    ratios = [float(np.median(kinds[kind]) / np.median(reference[kind])) for kind in common]
+def _kinds(steps: list[Step]) -> list[Kind | None]:
+    """Of pure decode steps: rows (by 32, as graphs are), KV held (by 5 %), and how many such steps came before.
+
+    KV is held in blocks: rows of one length hold as much of it for 64 steps, which take longer and longer. None of
+    steps with prompts, and of those right after, as the engine waits for a step while the next one is under way.
+    """
+    kinds: list[Kind | None] = []
+    age = 0
+    for step in steps:
+        age = age + 1 if step.decode_rows == step.tokens else 0
+        kind = round(step.decode_rows / 32), round(step.kv_usage * 20), age // 8
+        kinds.append(kind if age > 2 else None)
+    return kinds
+
+
+def _ratio(times: dict[Kind, list[float]], reference: dict[Kind, list[float]]) -> float:
+    common = [kind for kind in times if len(times[kind]) >= _FEWEST_STEPS and len(reference[kind]) >= _FEWEST_STEPS]
+    weights = [min(len(times[kind]), len(reference[kind])) for kind in common]
+    ratios = [float(np.median(times[kind]) / np.median(reference[kind])) for kind in common]
     return float(np.average(ratios, weights=weights)) if common else float("nan")
 
 
