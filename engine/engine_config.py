@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from raydata_llm.engine.known_names import nearest
 from raydata_llm.engine.pooler_config import PoolerConfig
-from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.engine.sampling_params import SAMPLING_REMEDIES, SamplingParams
 
 NO_CPU_INVARIANCE = (
     "batch_invariant=True needs a GPU: on a CPU the order of a product's sums is the BLAS library's choice, by the "
@@ -190,7 +190,8 @@ class EngineConfig:
         for name in engine_kwargs:
             if name not in FIELD_NAMES or name == "model":
                 asked = f"engine_kwargs[{name!r}]={engine_kwargs[name]!r}"
-                raise ValueError(f"{asked} is not a setting of the engine: {nearest(name, FIELD_NAMES - {'model'})}")
+                hint = nearest(name, FIELD_NAMES - {"model"}, SAMPLING_REMEDIES)
+                raise ValueError(f"{asked} is not a setting of the engine: {hint}")
         return cls(model=model, **engine_kwargs)
 
 

@@ -275,6 +275,10 @@ class SamplingParams:
 
 
 _FIELD_NAMES = {field.name for field in fields(SamplingParams)}
+# What to say where one of them is given beside the parameters.
+SAMPLING_REMEDIES = {
+    name: f"it is a sampling parameter: give sampling_params={{{name!r}: ...}}" for name in _FIELD_NAMES
+}
 _OPTIONAL_INTEGERS = (
     "stream_interval",
     "seed",

@@ -19,7 +19,7 @@ from raydata_llm.engine.known_names import named_arguments
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.pooling_model import choose_runner
 from raydata_llm.engine.request import LoRARequest, RequestOutput
-from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.engine.sampling_params import SAMPLING_REMEDIES, SamplingParams
 from raydata_llm.generation import Generation
 from raydata_llm.llm_beam import BeamMethods
 from raydata_llm.llm_metrics import Metric, list_metrics
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from raydata_llm.engine.engine import Engine
     from raydata_llm.engine.engine_group import EngineGroup
     from raydata_llm.engine.pooling_engine import PoolingEngine
+
+_ELSEWHERE = {**SAMPLING_REMEDIES, "prompt_token_ids": "give prompts=[{'prompt_token_ids': [...]}]"}
 
 
 class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
@@ -105,7 +107,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         self._occurrences: Counter[bytes] = Counter()
         self._texts = Texts(self._tokenizer)
 
-    @named_arguments
+    @functools.partial(named_arguments, elsewhere=_ELSEWHERE)
     def generate(
         self,
         prompts: Any,
@@ -158,7 +160,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         pair_adapters(asked, lora_request)
         return asked, functools.partial(self._texts.encode, tokenization, self._live_engine().max_model_len)
 
-    @named_arguments
+    @functools.partial(named_arguments, elsewhere=_ELSEWHERE)
     def chat(
         self,
         messages: Any,

@@ -13,6 +13,7 @@ from typing import Any
 
 from raydata_llm.engine.engine_config import FIELD_NAMES
 from raydata_llm.engine.known_names import nearest
+from raydata_llm.engine.sampling_params import SAMPLING_REMEDIES
 from raydata_llm.redaction import shown
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def split_llm_settings(engine_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept, left_out = _engine_settings(engine_kwargs)
     for name in kept.keys() - FIELD_NAMES:
-        hint = nearest(name, FIELD_NAMES | _LLM_ARGUMENTS)
+        hint = nearest(name, FIELD_NAMES | _LLM_ARGUMENTS, SAMPLING_REMEDIES)
         if name == "engine_kwargs":
             hint = "give its entries one by one, as LLM(model, max_model_len=4096)"
         raise ValueError(f"{name}={shown(name, kept[name])} is not an argument of LLM: {hint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from raydata_llm import (
     build_llm_processor,
     write_parquet,
 )
+from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.known_names import nearest
 
 
@@ -46,7 +48,19 @@ def test_the_nearest_name_is_told_or_all() -> None:
         (StructuredOutputsParams, {"jsn": {}}, "did you mean json"),
         (EngineProcessorConfig, {"model": "m"}, "model='m' is not a setting: did you mean model_source"),
         (LLM.generate, {"sampling_param": {}}, "not an argument of LLM.generate: did you mean sampling_params"),
-        (LLM.chat, {"max_tokens": 5}, "max_tokens=5 is not an argument of LLM.chat: known are"),
+        (
+            LLM.chat,
+            {"max_tokens": 5},
+            r"max_tokens=5 is not an argument of LLM.chat: .* give sampling_params={'max_tokens'",
+        ),
+        (LLM.chat, {"answers": 5}, "answers=5 is not an argument of LLM.chat: known are"),
+        (LLM.generate, {"prompt_token_ids": [[1]]}, r"give prompts=\[{'prompt_token_ids': \[...\]}\]"),
+        (functools.partial(LLM, "m"), {"temperature": 0}, "temperature=0 is not an argument of LLM: it is a sampling"),
+        (
+            functools.partial(EngineConfig.from_mapping, "m"),
+            {"engine_kwargs": {"top_p": 0.5}},
+            r"engine_kwargs\['top_p'\]=0.5 is not a setting of the engine: it is a sampling parameter",
+        ),
         (ResumeConfig, {"key": "id"}, "not an argument of ResumeConfig: did you mean key_column"),
         (write_parquet, {"mod": "append"}, "not an argument of write_parquet: did you mean mode"),
         (build_llm_processor, {"preproces": len}, "not an argument of build_llm_processor: did you mean preprocess"),
