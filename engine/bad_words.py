@@ -18,14 +18,15 @@ TokenIds = tuple[int, ...]
 
 
 def bad_word_tokens(tokenizer: TextEncoder, words: Sequence[str]) -> list[TokenIds]:
-    """The token sequences that write the words.
+    """The token sequences that write the words, with and without a space before them; white space alone is as given.
 
     Raises:
         ValueError: for a word that has no tokens.
     """
     found: dict[TokenIds, None] = {}
     for word in words:
-        for text in (word, " " + word.lstrip()):
+        bare = word.lstrip()
+        for text in (bare, " " + bare) if bare else (word,):
             token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
             if not token_ids:
                 raise ValueError(f"bad_words={word!r} is not valid: the tokenizer makes no token of it")
