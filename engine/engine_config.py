@@ -68,7 +68,9 @@ class EngineConfig:
         logprobs_mode: Of outputs: "raw_logprobs" are the model's own, "processed_logprobs" those that tokens are drawn
             by, after penalties, bans, temperature and cuts.
         reasoning_config: `reasoning_start_str` and `reasoning_end_str`, between which a model thinks, for
-            `thinking_token_budget`; what is left out is "<think>" and "</think>".
+            `thinking_token_budget` and `reasoning_parser`; what is left out is "<think>" and "</think>".
+        reasoning_parser: That of a model that thinks, such as "qwen3": outputs follow their `structured_outputs` from
+            the end of their thinking on. "" has them follow it from the start, as beams always do.
         enable_prompt_embeds: Take prompts as embeddings, [tokens, hidden_size], instead of token ids.
         logits_processors: Classes, or "module:Class", as `logits_processor.py` describes.
         tensor_parallel_size: GPUs that split each layer.
@@ -112,6 +114,7 @@ class EngineConfig:
     enable_prompt_embeds: bool = False
     logprobs_mode: str = "raw_logprobs"
     reasoning_config: Mapping[str, str] = field(default_factory=dict)
+    reasoning_parser: str = ""
     logits_processors: Sequence[str | type[Any]] = ()
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -139,6 +142,8 @@ class EngineConfig:
         if self.enable_prompt_embeds and self.runner == "pooling":
             raise ValueError(NO_POOLED_EMBEDS)
         _check_reasoning(self.reasoning_config)
+        if not isinstance(self.reasoning_parser, str):
+            raise ValueError(f"reasoning_parser={self.reasoning_parser!r} is not valid: give a name such as 'qwen3'")
         _check_generation(self.override_generation_config)
         if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
             raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")

@@ -32,7 +32,7 @@ from raydata_llm.engine.logits_processor import LogitsProcessor, RequestProcesso
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.sequence import Sequence, SequenceTable
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
-from raydata_llm.engine.thinking import Markers, ThinkingGuide
+from raydata_llm.engine.thinking import Markers, ThinkingEnd, ThinkingGuide
 
 # How long a step waits for a grammar when there is nothing else to do.
 _WAIT_SECONDS = 0.05
@@ -97,7 +97,7 @@ class Guides:
         device_type: str,
     ) -> None:
         self._tokenizer = tokenizer
-        self._reasoning_config = config.reasoning_config
+        self._reasoning_config, self._reasoning_parser = config.reasoning_config, config.reasoning_parser
         self._processors = load_logits_processors(config.logits_processors, vocab_size, torch.device(device_type))
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
@@ -107,7 +107,7 @@ class Guides:
         self._waiting: list[_Waiting] = []
         # Most rows ask alike, and 50 words take the thread that feeds the device 1 ms or more.
         self._bad_words = lru_cache(maxsize=_KEPT)(self._encoded_bad_words)
-        self._markers = lru_cache(maxsize=1)(self._encoded_markers)
+        self._markers = lru_cache(maxsize=2)(self._encoded_markers)
 
     @property
     def any_waiting(self) -> bool:
@@ -125,7 +125,9 @@ class Guides:
             sequence.guides.append(BadWordsGuide(self._bad_words(tuple(params.bad_words))))
         if params.thinking_token_budget is not None:
             budget, prompt = params.thinking_token_budget, sequence.prompt_token_ids
-            sequence.guides.append(ThinkingGuide(self._markers(), budget, prompt))
+            sequence.guides.append(ThinkingGuide(self._markers("thinking_token_budget"), budget, prompt))
+        if params.structured_outputs is not None and self._reasoning_parser:
+            sequence.thinking = ThinkingEnd(self._markers("reasoning_parser"), sequence.prompt_token_ids)
         made = (_request_processor(processor, params) for processor in self._processors)
         sequence.processors = [one for one in made if one is not None]
 
@@ -134,11 +136,11 @@ class Guides:
         # A tokenizer may have more tokens than its model, which writes none of these.
         return [one for one in sequences if max(one) < self._vocab_size]
 
-    def _encoded_markers(self) -> Markers:
-        markers = Markers.of(self._encoder("thinking_token_budget"), self._reasoning_config)
+    def _encoded_markers(self, name: str) -> Markers:
+        markers = Markers.of(self._encoder(name), self._reasoning_config, self._reasoning_parser)
         if max(markers.end) >= self._vocab_size:
             raise ValueError(
-                f"thinking_token_budget needs a model that can end its thinking: token {max(markers.end)} of the "
+                f"{name} needs a model that can end its thinking: token {max(markers.end)} of the "
                 f"marker is outside its vocabulary of {self._vocab_size} tokens; set reasoning_config, or leave it out"
             )
         return markers

@@ -117,6 +117,7 @@ class Scheduler:
         self._advance_guides(slots[guided], tokens[guided])
         looked_at = ended | table.watched[slots]
         looked_at[guided] |= table.grammars.advance(slots[guided], tokens[guided])
+        self._follow_thinking(slots[guided], tokens[guided])
         for row in np.flatnonzero(looked_at).tolist():
             slot = int(slots[row])
             sequence = self._sequence(slot)
@@ -300,6 +301,15 @@ class Scheduler:
         for row in np.flatnonzero(self.table.guided_singly[slots]).tolist():
             for guide in self._sequence(int(slots[row])).guides:
                 guide.advance(int(tokens[row]))
+
+    def _follow_thinking(self, slots: IntArray, tokens: IntArray) -> None:
+        """Begin the grammars of these slots whose thinking ends with a token."""
+        for row in np.flatnonzero(self.table.thinks[slots]).tolist():
+            thinking = self._sequence(int(slots[row])).thinking
+            assert thinking is not None, "a slot thinks without markers"
+            thinking.advance(int(tokens[row]))
+            if thinking.is_over:
+                self.table.begin_grammar(int(slots[row]))
 
     def _stop_token(self, slot: int, token: int) -> int | None:
         """The token as a stop reason; None where it is the model's own end of sequence."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from raydata_llm.engine.output_watch import OutputWatch
     from raydata_llm.engine.position_logprobs import PositionLogprobs
     from raydata_llm.engine.prompt_scores import PromptScores
+    from raydata_llm.engine.thinking import ThinkingEnd
 
 IntArray = npt.NDArray[np.int32]
 NO_SEQUENCE = -1
@@ -54,6 +55,7 @@ class Sequence:
         prompt_embeds: These, after truncation; of a rank they come with the steps that compute them.
         token_bytes: `token_ids` as the prefix cache compares them, made at the first admission attempt.
         grammar: Where it stands in the grammar that its output must follow.
+        thinking: What its output writes before it follows the grammar; None where it follows from the start.
         guides: What else says which tokens may follow its outputs.
         processors: Users' own functions of its logits.
         error: Why it cannot go on, as `Type: message`.
@@ -78,6 +80,7 @@ class Sequence:
     prompt_logprobs: PositionLogprobs[dict[int, Logprob] | None] | None = None
     prompt_scores: PromptScores | None = None
     grammar: GrammarGuide | None = None
+    thinking: ThinkingEnd | None = None
     guides: list[Guide] = field(default_factory=list)
     processors: list[RequestProcessor] = field(default_factory=list)
     error: str | None = None
@@ -112,6 +115,11 @@ class Sequence:
     def is_guided(self) -> bool:
         """Whether the host settles what each of its draws may be."""
         return bool(self.grammar or self.guides or self.processors)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether its grammar waits for the end of its thinking."""
+        return self.grammar is not None and self.thinking is not None and not self.thinking.is_over
 
     @property
     def may_stop(self) -> bool:
@@ -166,6 +174,8 @@ class SequenceTable:
         self.guided = np.zeros(num_slots, dtype=bool)
         # Guided by more than a grammar: looked at one by one.
         self.guided_singly = np.zeros(num_slots, dtype=bool)
+        # Those whose grammar waits for the end of their thinking.
+        self.thinks = np.zeros(num_slots, dtype=bool)
         self.grammars = GrammarSlots(num_slots)
         self.token_ids = _sparse_zeros(num_slots, max_model_len)
         self.block_table = np.full((num_slots, max_blocks), TRASH_BLOCK, dtype=np.int32)
@@ -226,11 +236,17 @@ class SequenceTable:
         self.watched[slot] = sequence.stop_watch is not None
         self.guided[slot] = sequence.is_guided
         self.guided_singly[slot] = bool(sequence.guides or sequence.processors)
-        self.grammars.occupy(slot, sequence.grammar)
+        self.begin_grammar(slot)
         self.token_ids[slot, :known] = sequence.token_ids
         self.block_table[slot, : len(blocks)] = blocks
         self._set_stop_ids(slot, sequence.stop_token_ids)
         return slot
+
+    def begin_grammar(self, slot: int) -> None:
+        """Have the slot's sequence follow its grammar, unless it still thinks."""
+        sequence = self.sequence(slot)
+        self.thinks[slot] = sequence.thinks
+        self.grammars.occupy(slot, None if sequence.thinks else sequence.grammar)
 
     def vacate(self, slot: int) -> Sequence:
         """Empty a slot; launched steps that still name its sequence are told apart by `seq_id`."""

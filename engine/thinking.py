@@ -1,7 +1,7 @@
-"""The thinking budget: an output that has thought for so many tokens is made to write the end of its thinking.
+"""Thinking: an output's budget of it, and its end, from which on the output follows its form.
 
 Owns how the markers of thinking are found, in prompt and output. Thinking may begin in the prompt (templates open it);
-only tokens of the output count. Knows no device.
+only tokens of the output count. An output that has spent its budget is made to write the end. Knows no device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ import numpy.typing as npt
 from raydata_llm.engine.bits import keep_only
 from raydata_llm.engine.detokenizer import TextEncoder
 
-_DEFAULT_START, _DEFAULT_END = "<think>", "</think>"
+_DEFAULT = ("<think>", "</think>")
+# By the names of vLLM's parsers: what models think between.
+_MARKERS = {
+    **dict.fromkeys(("deepseek_r1", "deepseek_v3", "holo2", "nemotron_v3", "qwen3"), _DEFAULT),
+    "mistral": ("[THINK]", "[/THINK]"),
+    "seed_oss": ("<seed:think>", "</seed:think>"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,20 @@ class Markers:
     end: list[int]
 
     @classmethod
-    def of(cls, tokenizer: TextEncoder, reasoning_config: Mapping[str, str]) -> Markers:
-        """From the engine's `reasoning_config`; what it leaves out is `<think>` and `</think>`."""
-        texts = (
-            reasoning_config.get("reasoning_start_str") or _DEFAULT_START,
-            reasoning_config.get("reasoning_end_str") or _DEFAULT_END,
-        )
+    def of(cls, tokenizer: TextEncoder, reasoning_config: Mapping[str, str], parser: str = "") -> Markers:
+        """From the engine's `reasoning_config`; what it leaves out is the parser's, or `<think>` and `</think>`.
+
+        Raises:
+            ValueError: for a parser that is not known, or texts without tokens.
+        """
+        parser = parser or reasoning_config.get("reasoning_parser", "")
+        given = tuple(reasoning_config.get(f"reasoning_{name}_str") for name in ("start", "end"))
+        if parser and parser not in _MARKERS and None in given:
+            raise ValueError(
+                f"reasoning_parser={parser!r} is not known: give one of {', '.join(sorted(_MARKERS))}, or "
+                'reasoning_config={"reasoning_start_str": ..., "reasoning_end_str": ...}'
+            )
+        texts = [one or other for one, other in zip(given, _MARKERS.get(parser, _DEFAULT), strict=True)]
         start, end = (list(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
         if not start or not end:
             raise ValueError(f"reasoning_config={dict(reasoning_config)!r} is not valid: its texts have no tokens")
@@ -75,6 +89,24 @@ class ThinkingGuide:
             self._thinks, self._num_forced = False, 0
         elif not self._thinks and self._tail[-len(start) :] == start:
             self._thinks, self._num_thought = True, 0
+
+
+class ThinkingEnd:
+    """Waits for the end of one output's thinking.
+
+    Args:
+        prompt: The prompt's tokens; thinking that ended there is not waited for.
+    """
+
+    def __init__(self, markers: Markers, prompt: npt.NDArray[np.int32]) -> None:
+        self._end = markers.end
+        self._tail: list[int] = []
+        self.is_over = _last(prompt, markers.end) > _last(prompt, markers.start)
+
+    def advance(self, token_id: int) -> None:
+        """Take in a drawn token."""
+        self._tail = [*self._tail, token_id][-len(self._end) :]
+        self.is_over = self.is_over or self._tail == self._end
 
 
 def _last(tokens: npt.NDArray[np.int32], marker: list[int]) -> int:

@@ -73,7 +73,7 @@ _LEFT_OUT_FOR = {
         guided_decoding_backend guided_decoding_disable_additional_properties
         guided_decoding_disable_any_whitespace guided_decoding_disable_fallback
         intial_incremental_detokenization_offset logits_processor_pattern max_logprobs
-        reasoning_parser reasoning_parser_plugin renderer_num_workers structured_outputs_config
+        reasoning_parser_plugin renderer_num_workers structured_outputs_config
         tokenizer_pool_extra_config tokenizer_pool_size tokenizer_pool_type
         tokens_only
     """,
@@ -208,7 +208,22 @@ def _known_values(given: Mapping[str, Any]) -> dict[str, Any]:
         del kept["quantization"]
     if "override_pooler_config" in kept:
         kept.setdefault("pooler_config", kept.pop("override_pooler_config"))
+    if isinstance(kept.get("structured_outputs_config"), Mapping):
+        _take_reasoning(kept)
     return kept
+
+
+def _take_reasoning(kept: dict[str, Any]) -> None:
+    """Take from `structured_outputs_config` what it says of thinking: whose it is, and whether it is free of forms."""
+    forms = dict(kept.pop("structured_outputs_config"))
+    parser, is_bound = forms.pop("reasoning_parser", None), forms.pop("enable_in_reasoning", False)
+    parser = kept.pop("reasoning_parser", None) or parser
+    if parser and is_bound:
+        kept["reasoning_config"] = {"reasoning_parser": parser, **kept.get("reasoning_config", {})}
+    elif parser:
+        kept["reasoning_parser"] = parser
+    if forms:
+        kept["structured_outputs_config"] = forms
 
 
 def _take_experimental(fields: dict[str, Any]) -> list[str]:

@@ -136,6 +136,7 @@ ENGINE_KWARGS: list[tuple[str, Any, Any]] = [
     ("max_loras", 4, 4),
     ("guided_decoding_backend", "xgrammar", ...),
     ("structured_outputs_config", {"backend": "auto"}, ...),
+    ("reasoning_parser", "qwen3", "qwen3"),
     ("pooler_config", {"pooling_type": "CLS"}, {"pooling_type": "CLS"}),
     ("limit_mm_per_prompt", {"image": 1}, ...),
     ("disable_log_stats", True, ...),
@@ -160,6 +161,25 @@ def test_a_setting_of_vllm_is_taken(name: str, value: Any, arrives: Any, caplog:
         config = config_of(engine_kwargs={name: value})
     assert config.engine_kwargs == ({} if arrives in (None, ...) else {name: arrives})
     assert [name in message for message in caplog.messages] == ([True] if arrives is ... else [])
+
+
+@pytest.mark.parametrize(
+    ("given", "arrives"),
+    [
+        ({"structured_outputs_config": {"reasoning_parser": "qwen3"}}, {"reasoning_parser": "qwen3"}),
+        (
+            {"structured_outputs_config": {"reasoning_parser": "qwen3"}, "reasoning_parser": "mistral"},
+            {"reasoning_parser": "mistral"},
+        ),
+        (
+            {"structured_outputs_config": {"reasoning_parser": "qwen3", "enable_in_reasoning": True}},
+            {"reasoning_config": {"reasoning_parser": "qwen3"}},
+        ),
+        ({"structured_outputs_config": {"enable_in_reasoning": False}}, {}),
+    ],
+)
+def test_what_vllm_says_of_thinking_is_taken(given: dict[str, Any], arrives: dict[str, Any]) -> None:
+    assert config_of(engine_kwargs=given).engine_kwargs == arrives
 
 
 def test_the_poolers_older_name_is_taken() -> None:
