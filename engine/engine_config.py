@@ -14,6 +14,8 @@ from raydata_llm.engine.known_names import nearest
 from raydata_llm.engine.pooler_config import PoolerConfig
 from raydata_llm.engine.sampling_params import SAMPLING_REMEDIES, SamplingParams
 
+# How JSON is written, of `StructuredOutputsParams`.
+JSON_STYLES = ("disable_any_whitespace", "disable_additional_properties")
 NO_CPU_INVARIANCE = (
     "batch_invariant=True needs a GPU: on a CPU the order of a product's sums is the BLAS library's choice, by the "
     "number of rows; leave batch_invariant at False, or run on a GPU with device='cuda'"
@@ -71,6 +73,7 @@ class EngineConfig:
             `thinking_token_budget` and `reasoning_parser`; what is left out is "<think>" and "</think>".
         reasoning_parser: That of a model that thinks, such as "qwen3": outputs follow their `structured_outputs` from
             the end of their thinking on. "" has them follow it from the start, as beams always do.
+        structured_outputs_config: `disable_any_whitespace`, `disable_additional_properties`, for all rows.
         enable_prompt_embeds: Take prompts as embeddings, [tokens, hidden_size], instead of token ids.
         logits_processors: Classes, or "module:Class", as `logits_processor.py` describes.
         tensor_parallel_size: GPUs that split each layer.
@@ -115,6 +118,7 @@ class EngineConfig:
     logprobs_mode: str = "raw_logprobs"
     reasoning_config: Mapping[str, str] = field(default_factory=dict)
     reasoning_parser: str = ""
+    structured_outputs_config: Mapping[str, bool] = field(default_factory=dict)
     logits_processors: Sequence[str | type[Any]] = ()
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -142,6 +146,7 @@ class EngineConfig:
         if self.enable_prompt_embeds and self.runner == "pooling":
             raise ValueError(NO_POOLED_EMBEDS)
         _check_reasoning(self.reasoning_config)
+        _check_forms(self.structured_outputs_config)
         if not isinstance(self.reasoning_parser, str):
             raise ValueError(f"reasoning_parser={self.reasoning_parser!r} is not valid: give a name such as 'qwen3'")
         _check_generation(self.override_generation_config)
@@ -255,6 +260,12 @@ def _check_reasoning(config: Any) -> None:
     if not named or not all(isinstance(value, str) for value in config.values()):
         remedy = 'give {"reasoning_start_str": ..., "reasoning_end_str": ...}'
         raise ValueError(f"reasoning_config={config!r} is not valid: {remedy}")
+
+
+def _check_forms(config: Any) -> None:
+    named = isinstance(config, Mapping) and set(config) <= set(JSON_STYLES)
+    if not named or not all(isinstance(value, bool) for value in config.values()):
+        raise ValueError(f"structured_outputs_config={config!r} is not valid: give True or False for {JSON_STYLES}")
 
 
 def _check_generation(config: Any) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -103,6 +103,9 @@ class Guides:
         self._eos_token_ids = eos_token_ids
         self._pinned = device_type == "cuda"
         self._words = torch.empty((0, 0), dtype=torch.int32)
+        self._json_style: dict[str, Any] = {
+            name: True for name, wanted in config.structured_outputs_config.items() if wanted
+        }
         self._compiler: GrammarCompiler | None = None
         self._waiting: list[_Waiting] = []
         # Most rows ask alike, and 50 words take the thread that feeds the device 1 ms or more.
@@ -171,6 +174,8 @@ class Guides:
     def _compile(self, params: StructuredOutputsParams, num_outputs: int) -> Future[Callable[[], GrammarGuide]]:
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_token_ids)
+        if self._json_style:
+            params = replace(params, **self._json_style)
         return self._compiler.compile(params, num_outputs)
 
     def release(self, *, may_wait: bool) -> list[Sequence]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from raydata_llm.engine.engine_config import FIELD_NAMES
+from raydata_llm.engine.engine_config import FIELD_NAMES, JSON_STYLES
 from raydata_llm.engine.known_names import nearest
 from raydata_llm.engine.sampling_params import SAMPLING_REMEDIES
 from raydata_llm.redaction import shown
@@ -70,10 +70,9 @@ _LEFT_OUT_FOR = {
         show_hidden_metrics_for_version
     """,
     "text, and the backend of grammars": """
-        guided_decoding_backend guided_decoding_disable_additional_properties
-        guided_decoding_disable_any_whitespace guided_decoding_disable_fallback
+        guided_decoding_backend guided_decoding_disable_fallback
         intial_incremental_detokenization_offset logits_processor_pattern max_logprobs
-        reasoning_parser_plugin renderer_num_workers structured_outputs_config
+        reasoning_parser_plugin renderer_num_workers
         tokenizer_pool_extra_config tokenizer_pool_size tokenizer_pool_type
         tokens_only
     """,
@@ -194,7 +193,10 @@ def split_llm_settings(engine_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _engine_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    kept, left_out = _split(_known_values(given), _LEFT_OUT, _OFF)
+    known = _known_values(given)
+    of_forms = _take_forms(known)
+    kept, left_out = _split(known, _LEFT_OUT, _OFF)
+    left_out += of_forms
     if kept.get("load_format") in _LOADERS:
         left_out.append(f"load_format={kept['load_format']}")
         kept["load_format"] = "auto"
@@ -208,22 +210,26 @@ def _known_values(given: Mapping[str, Any]) -> dict[str, Any]:
         del kept["quantization"]
     if "override_pooler_config" in kept:
         kept.setdefault("pooler_config", kept.pop("override_pooler_config"))
-    if isinstance(kept.get("structured_outputs_config"), Mapping):
-        _take_reasoning(kept)
     return kept
 
 
-def _take_reasoning(kept: dict[str, Any]) -> None:
-    """Take from `structured_outputs_config` what it says of thinking: whose it is, and whether it is free of forms."""
-    forms = dict(kept.pop("structured_outputs_config"))
+def _take_forms(kept: dict[str, Any]) -> list[str]:
+    """Take what vLLM's settings, and their older names, say of thinking and of JSON; gives the names of the rest."""
+    given = kept.pop("structured_outputs_config", {})
+    if not isinstance(given, Mapping):
+        raise ValueError(f"structured_outputs_config={given!r} is not valid: give a dict")
+    forms = dict(given)
+    older = {name: kept.pop(f"guided_decoding_{name}", False) for name in JSON_STYLES}
     parser, is_bound = forms.pop("reasoning_parser", None), forms.pop("enable_in_reasoning", False)
     parser = kept.pop("reasoning_parser", None) or parser
     if parser and is_bound:
         kept["reasoning_config"] = {"reasoning_parser": parser, **kept.get("reasoning_config", {})}
     elif parser:
         kept["reasoning_parser"] = parser
-    if forms:
-        kept["structured_outputs_config"] = forms
+    style = {name: True for name in JSON_STYLES if forms.pop(name, False) or older[name]}
+    if style:
+        kept["structured_outputs_config"] = style
+    return [f"structured_outputs_config[{name!r}]" for name in sorted(forms)]
 
 
 def _take_experimental(fields: dict[str, Any]) -> list[str]:

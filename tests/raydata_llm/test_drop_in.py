@@ -175,10 +175,18 @@ def test_a_setting_of_vllm_is_taken(name: str, value: Any, arrives: Any, caplog:
             {"structured_outputs_config": {"reasoning_parser": "qwen3", "enable_in_reasoning": True}},
             {"reasoning_config": {"reasoning_parser": "qwen3"}},
         ),
-        ({"structured_outputs_config": {"enable_in_reasoning": False}}, {}),
+        ({"structured_outputs_config": {"enable_in_reasoning": False, "disable_any_whitespace": False}}, {}),
+        (
+            {"structured_outputs_config": {"disable_any_whitespace": True, "backend": "xgrammar"}},
+            {"structured_outputs_config": {"disable_any_whitespace": True}},
+        ),
+        (
+            {"guided_decoding_disable_additional_properties": True},
+            {"structured_outputs_config": {"disable_additional_properties": True}},
+        ),
     ],
 )
-def test_what_vllm_says_of_thinking_is_taken(given: dict[str, Any], arrives: dict[str, Any]) -> None:
+def test_what_vllm_says_of_forms_is_taken(given: dict[str, Any], arrives: dict[str, Any]) -> None:
     assert config_of(engine_kwargs=given).engine_kwargs == arrives
 
 

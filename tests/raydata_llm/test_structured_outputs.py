@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 
 from raydata_llm import LLM, SamplingParams, StructuredOutputsParams
+from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.grammar import GrammarCompiler
 from raydata_llm.engine.request import RequestOutput
 from raydata_llm.tokenizer import load_tokenizer
@@ -246,3 +247,18 @@ def test_a_tokenizer_is_needed(model_folder: Path) -> None:
     with LLM(str(model_folder), skip_tokenizer_init=True, **SETTINGS) as llm:
         [result] = llm.generate([[5, 6]], params(choice=["ab"]), use_tqdm=False)
     assert result.error is not None and "tokenizer" in result.error
+
+
+def test_how_json_is_written_can_be_said_for_all_rows(model_folder: Path) -> None:
+    style = {"disable_any_whitespace": True, "disable_additional_properties": True}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}, "b": {"enum": [1, 22]}},
+        "required": ["a", "b"],
+    }
+    asked = [params(max_tokens=100, json=schema)] * 20
+    with LLM(str(model_folder), structured_outputs_config=style, **SETTINGS) as compact:
+        texts = texts_that_ended(compact.generate(["hello"] * 20, asked, use_tqdm=False))
+    assert texts and all(re.fullmatch(r'\{"a":(true|false),"b":(1|22)\}', text) for text in texts), texts
+    with pytest.raises(ValueError, match=r"structured_outputs_config=.* is not valid"):
+        EngineConfig(model="m", structured_outputs_config={"backend": True})
