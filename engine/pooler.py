@@ -20,11 +20,20 @@ from raydata_llm.engine.packed_rows import PackedRows
 from raydata_llm.engine.pooler_config import PoolingType
 from raydata_llm.engine.pooling_model import Activation, PoolingModel
 from raydata_llm.engine.pooling_params import EMBED_TASKS, TOKEN_TASKS, PoolingParams
+from raydata_llm.engine.sentence_modules import LayerActivation, SentenceLayer
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
     "identity": lambda logits: logits,
+}
+_LAYER_ACTIVATIONS: dict[LayerActivation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
 }
 
 
@@ -49,10 +58,17 @@ class Pooler:
     Args:
         model: What it is.
         parameters: The head's, of `model.head_shapes()`.
+        layers: The parameters of each of `model.layers`.
     """
 
-    def __init__(self, model: PoolingModel, parameters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: PoolingModel,
+        parameters: Mapping[str, torch.Tensor],
+        layers: Mapping[SentenceLayer, Mapping[str, torch.Tensor]],
+    ) -> None:
         self._model = model
+        self._layers = layers
         self._parameters = {name: parameters[name].float() for name in model.head_shapes()}
 
     def pool(self, hidden: torch.Tensor, rows: PackedRows, params: Sequence[PoolingParams]) -> list[PooledGroup]:
@@ -78,6 +94,9 @@ class Pooler:
             states, lens = self._token_states(hidden, rows, indexes, params.step_tag_id)
         else:
             states = self._pooled(hidden, rows, indexes)
+        if params.task == "embed":
+            for layer in self._model.layers:
+                states = _apply_layer(layer, self._layers.get(layer, {}), states)
         if params.task in EMBED_TASKS:
             values = _embedding(states, params)
         else:
@@ -128,6 +147,20 @@ def pooled_states(hidden: torch.Tensor, rows: PackedRows, pooling: PoolingType) 
         return sums.index_add_(0, rows.row_of, hidden.float()) / lens[:, None]
     places = rows.starts[:-1] if pooling == "cls" else [end - 1 for end in rows.starts[1:]]
     return hidden[torch.tensor(places, device=hidden.device)].float()
+
+
+def _apply_layer(layer: SentenceLayer, parameters: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """One of sentence-transformers' modules; float32 [R, in_features] to [R, out_features]."""
+    if layer.kind == "normalize":
+        return F.normalize(states, dim=-1)
+    if layer.kind == "layer_norm":
+        return F.layer_norm(states, (layer.in_features,), parameters["norm.weight"], parameters["norm.bias"])
+    linear = F.linear(states, parameters["linear.weight"], parameters.get("linear.bias"))
+    values = _LAYER_ACTIVATIONS[layer.activation](linear)
+    if not layer.residual:
+        return values
+    projection = parameters.get("residual.weight")
+    return values + (states if projection is None else F.linear(states, projection))
 
 
 def _embedding(states: torch.Tensor, params: PoolingParams) -> torch.Tensor:

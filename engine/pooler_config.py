@@ -89,7 +89,6 @@ class PoolerConfig:
         return "step" in (str(self.tok_pooling_type).lower(), str(self.pooling_type).lower())
 
     @property
-    def normalizes(self) -> bool:
-        """Whether embeddings have length 1 where a request does not say."""
-        given = self.use_activation if self.normalize is None else self.normalize
-        return given is None or given
+    def normalizes(self) -> bool | None:
+        """Whether embeddings have length 1 where a request does not say; None leaves it to the model."""
+        return self.use_activation if self.normalize is None else self.normalize

@@ -35,6 +35,7 @@ from raydata_llm.engine.pooler import PooledGroup, Pooler
 from raydata_llm.engine.pooling_model import EMBEDDING, LM_HEAD, PoolingModel
 from raydata_llm.engine.pooling_params import EMBED_TASKS, TOKEN_TASKS, PoolingParams, PoolingTask
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, PoolingRequestOutput
+from raydata_llm.engine.sentence_modules import SentenceLayer
 from raydata_llm.engine.weights import load_weights
 
 RawOutput = PoolingRequestOutput[PoolingOutput]
@@ -170,7 +171,7 @@ class PoolingEngine:
     def _load(
         self, parameters: dict[str, torch.Tensor], files: ModelFiles, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._pooler = Pooler(self.model, _take_head(self.model, parameters, files))
+        self._pooler = Pooler(self.model, _take_head(self.model, parameters, files), self._load_layers(files, device))
         backbone = self.model.backbone
         if isinstance(backbone, EncoderConfig):
             if device.type == "cpu":
@@ -181,6 +182,15 @@ class PoolingEngine:
         weights = ((name, parameters.pop(name)) for name in list(parameters))
         decoder = Decoder(backbone, weights, max_model_len=self.max_model_len, dtype=dtype, device=device)
         self._backbone = DecoderBackbone(decoder, max_tokens=self._max_tokens, max_rows=self.max_num_seqs)
+
+    def _load_layers(self, files: ModelFiles, device: torch.device) -> dict[SentenceLayer, dict[str, torch.Tensor]]:
+        """Parameters of sentence-transformers' layers, in float32; on the CPU copied out of their files."""
+        load_format, seed = self.config.load_format, self.config.seed
+        layers = {}
+        for layer, own in self.model.layer_files(files, load_format):
+            weights = load_weights(own, layer, dtype=torch.float32, device=device, load_format=load_format, seed=seed)
+            layers[layer] = {name: tensor.clone() for name, tensor in weights}
+        return layers
 
     def _next_batch(self) -> list[PoolingRequest]:
         """The longest prompts that wait, as many as the budget of tokens holds."""
@@ -258,7 +268,7 @@ class PoolingEngine:
     def _check_dimensions(self, dimensions: int | None) -> None:
         if dimensions is None:
             return
-        allowed, size = self.model.matryoshka_dimensions, self.model.backbone.hidden_size
+        allowed, size = self.model.matryoshka_dimensions, self.model.embedding_size
         if allowed is None:
             raise ValueError(
                 f"dimensions={dimensions} is not valid: the model's config does not say that embeddings may be cut; "

@@ -22,23 +22,17 @@ from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.pooler_config import PoolerConfig, PoolingType
 from raydata_llm.engine.pooling_params import PoolingTask
+from raydata_llm.engine.sentence_modules import SentenceLayer, SentenceModules, layer_weight_file
 from raydata_llm.engine.token_head import TokenHead
 
 Head = Literal["none", "bert", "roberta", "distilbert", "linear", "score", "reward"]
 Activation = Literal["softmax", "sigmoid", "identity"]
 
-_POOLING_MODES: dict[str, PoolingType] = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
-}
-_OTHER_MODES = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 # Reward models: labels, whether these go through an activation where nobody says, and the token that ends a step.
 _REWARD_MODELS: dict[str, tuple[int, bool, int | None]] = {
     "Qwen2ForRewardModel": (1, False, None),
     "Qwen2ForProcessRewardModel": (2, True, 151651),
 }
-_MODULES = ("Transformer", "Pooling", "Normalize")
 # Of checkpoints that hold more than is asked for: other heads, and buffers.
 _ENCODER_EXTRAS: tuple[str, ...] = (
     "cls.",
@@ -67,7 +61,10 @@ class PoolingModel:
             on every token's state; "reward": linear, ReLU, linear on every token's state.
         num_labels: Of the head; 0 without one.
         activations: What classify and score put over the logits.
-        normalize: Whether embeddings are scaled to length 1 where a request does not say.
+        normalize: Whether embeddings are scaled to length 1 where a request does not say: by the settings, else as
+            sentence-transformers' files say, else yes.
+        layers: What sentence-transformers' files apply to the pooled state of an embedding, in order.
+        embedding_size: Values of an embedding.
         activates: Whether classes go through their activation where a request does not say.
         step_tag_id, returned_token_ids: As `PoolingParams` has them, where a request does not say.
         matryoshka_dimensions: What `dimensions` may be; () for anything, None where it may not be given.
@@ -84,6 +81,8 @@ class PoolingModel:
     num_labels: int
     activations: Mapping[PoolingTask, Activation]
     normalize: bool
+    layers: tuple[SentenceLayer, ...]
+    embedding_size: int
     matryoshka_dimensions: tuple[int, ...] | None
     max_seq_length: int | None
     activates: bool = True
@@ -112,14 +111,22 @@ class PoolingModel:
         folder = files.path if files.kind == "folder" else None
         pooler = PoolerConfig.from_mapping(config.pooler_config)
         default: PoolingType = "cls" if isinstance(backbone, EncoderConfig) else "last"
+        modules = None if folder is None else SentenceModules.read(folder, pooling=pooler.kind)
+        layers = modules.layers if modules is not None and head == "none" else ()
+        if modules is not None and pooler.normalizes is None:
+            normalize = modules.normalizes
+        else:
+            normalize = pooler.normalizes is not False
         return cls(
             architecture=architecture,
             backbone=backbone,
-            pooling=pooler.kind or _sentence_pooling(folder) or default,
+            pooling=pooler.kind or (modules.pooling if modules is not None else None) or default,
             head=head,
             num_labels=0 if head == "none" else _num_labels(hf_config),
             activations=_activations(hf_config),
-            normalize=pooler.normalizes,
+            normalize=normalize,
+            layers=layers,
+            embedding_size=modules.embedding_size(backbone.hidden_size) if layers and modules else backbone.hidden_size,
             activates=activates if pooler.use_activation is None else pooler.use_activation,
             step_tag_id=step_tag_id if pooler.step_tag_id is None else pooler.step_tag_id,
             returned_token_ids=None if pooler.returned_token_ids is None else tuple(pooler.returned_token_ids),
@@ -140,6 +147,24 @@ class PoolingModel:
         if self.head == "score":
             return ("classify", "score", "token_classify") if self.num_labels == 1 else ("classify", "token_classify")
         return ("classify", "score") if self.num_labels == 1 else ("classify",)
+
+    def layer_files(self, files: ModelFiles, load_format: str) -> list[tuple[SentenceLayer, ModelFiles]]:
+        """The layers that have parameters, each with its own weight file.
+
+        Args:
+            files: The model's.
+            load_format: `EngineConfig`'s; "dummy" needs no files.
+
+        Raises:
+            ValueError: when a weight file is not there.
+        """
+        found = []
+        for layer in self.layers:
+            if layer.parameter_shapes():
+                weights = () if load_format == "dummy" else (layer_weight_file(files.path, layer, load_format),)
+                own = dataclasses.replace(files, path=files.path / layer.folder, hf_config={}, weight_files=weights)
+                found.append((layer, own))
+        return found
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -304,39 +329,9 @@ def _matryoshka(hf_config: Mapping[str, Any]) -> tuple[int, ...] | None:
     return () if hf_config.get("is_matryoshka") else None
 
 
-def _sentence_pooling(folder: Path | None) -> PoolingType | None:
-    """What sentence-transformers' files say; None without such files."""
-    modules = _read_list(folder, "modules.json")
-    for module in modules:
-        kind = str(module.get("type")).rpartition(".")[2]
-        if kind not in _MODULES:
-            known = ", ".join(_MODULES)
-            raise ValueError(f"modules.json of the model has a {kind}: only models of {known} are run; choose another")
-    at = next((module["path"] for module in modules if str(module.get("type")).endswith("Pooling")), None)
-    if folder is None or at is None or not (folder / at / "config.json").is_file():
-        return None
-    config = json.loads((folder / at / "config.json").read_text())
-    named = str(config.get("pooling_mode") or "")
-    kinds = [kind for mode, kind in _POOLING_MODES.items() if config.get(mode)]
-    kinds += [kind for mode, kind in _POOLING_MODES.items() if named and mode.split("_")[2].startswith(named)]
-    if len(kinds) != 1 or any(config.get(mode) for mode in _OTHER_MODES):
-        raise ValueError(
-            f"{at}/config.json of the model asks for {config}: one of cls, mean and last token is run; set "
-            "pooler_config={'pooling_type': ...} with a model without this file"
-        )
-    return kinds[0]
-
-
 def _max_seq_length(folder: Path | None) -> int | None:
     path = None if folder is None else folder / "sentence_bert_config.json"
     if path is None or not path.is_file():
         return None
     length = json.loads(path.read_text()).get("max_seq_length")
     return length if isinstance(length, int) and length > 0 else None
-
-
-def _read_list(folder: Path | None, name: str) -> list[Mapping[str, Any]]:
-    if folder is None or not (folder / name).is_file():
-        return []
-    content = json.loads((folder / name).read_text())
-    return [module for module in content if isinstance(module, Mapping)] if isinstance(content, list) else []

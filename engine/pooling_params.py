@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from raydata_llm.engine.known_names import named_fields, nearest
@@ -21,8 +21,8 @@ EMBED_TASKS: tuple[PoolingTask, ...] = ("embed", "token_embed")
 # Of vLLM's fields.
 _REFUSED = {
     "late_chunking_params": "ask for task='token_embed' with normalize=False, and take the means of its rows",
-    "extra_kwargs": "there are no plugins that would read them",
 }
+_PAIR_LIMITS = ("max_tokens_per_query", "max_tokens_per_doc")
 
 
 @named_fields(_REFUSED)
@@ -40,6 +40,8 @@ class PoolingParams:
         step_tag_id: Of results for each token, those alone whose token is this (the end of a step, for reward models).
         returned_token_ids: Of each token's classes, these alone, before the activation.
         skip_reading_prefix_cache: Prompts are always computed whole; taken and not used.
+        extra_kwargs: For scores of pairs: {"max_tokens_per_doc": 512} cuts the second text to so many tokens before the
+            two are put together, "max_tokens_per_query" the first one.
         task: "embed", "classify", "score", "token_embed" or "token_classify"; None: what the method is for.
 
     Raises:
@@ -55,6 +57,7 @@ class PoolingParams:
     step_tag_id: int | None = None
     returned_token_ids: Sequence[int] | None = None
     skip_reading_prefix_cache: bool | None = None
+    extra_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
     task: PoolingTask | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +67,7 @@ class PoolingParams:
             raise ValueError("truncate_prompt_tokens=0 is not valid: use -1, or 1 or more")
         object.__setattr__(self, "returned_token_ids", returned_ids("returned_token_ids", self.returned_token_ids))
         object.__setattr__(self, "skip_reading_prefix_cache", None)
+        object.__setattr__(self, "extra_kwargs", _pair_limits(self.extra_kwargs, self.task))
         for name in ("normalize", "use_activation", *_OLDER):
             if getattr(self, name) not in (None, True, False):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not valid: give True, False or None")
@@ -140,6 +144,21 @@ def returned_ids(name: str, value: Any) -> tuple[int, ...] | None:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ValueError(f"{name}={value!r} is not valid: give a list of whole numbers")
     return tuple(_integer(name, one, 0) or 0 for one in value) or None
+
+
+def _pair_limits(given: Any, task: str | None) -> dict[str, int] | None:
+    """`extra_kwargs`, checked; None values and an empty dict count as absent."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"extra_kwargs={reprlib.repr(given)} is a {type(given).__name__}: give a dict")
+    limits = {name: _integer(f"extra_kwargs[{name!r}]", value, 1) for name, value in (given or {}).items()}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    for name in limits:
+        if name not in _PAIR_LIMITS:
+            known = " and ".join(_PAIR_LIMITS)
+            raise ValueError(f"extra_kwargs[{name!r}] is not known: {known} are; there are no plugins that read others")
+        if task not in (None, "score"):
+            raise ValueError(f"extra_kwargs[{name!r}] does not fit task={task!r}, which has no pairs: leave it out")
+    return {name: limit for name, limit in limits.items() if limit is not None} or None
 
 
 def _integer(name: str, value: Any, least: int) -> int | None:

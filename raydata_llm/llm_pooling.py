@@ -5,12 +5,13 @@ Owns their arguments and the making of each method's kind of result. What happen
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raydata_llm.engine.pooling_params import EMBED_TASKS, PoolingTask, as_task
+from raydata_llm.engine.pooling_params import EMBED_TASKS, PoolingParams, PoolingTask, as_task
 from raydata_llm.engine.pooling_request import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -27,6 +28,7 @@ from raydata_llm.pooling_prompts import (
     PooledPrompt,
     PoolingParamsLike,
     Tokenization,
+    cut_pair,
     encode_prompts,
     pair_pooling_params,
     pair_texts,
@@ -202,6 +204,10 @@ class PoolingMethods(ABC):
     def _cosines(
         self, pairs: list[tuple[Any, Any]], params: Any, use_tqdm: UseTqdm, tokenization_kwargs: Any
     ) -> list[ScoringRequestOutput]:
+        asked = PoolingParams.from_mapping(params)
+        if asked.extra_kwargs is not None:
+            pairs = [cut_pair(_two_texts(pair), self.get_tokenizer(), asked) for pair in pairs]
+            params = dataclasses.replace(asked, extra_kwargs=None)
         texts: list[Any] = []
         places: dict[Any, int] = {}
 
@@ -257,6 +263,14 @@ def _as(kind: Callable[..., _Request], read: Callable[[PoolingOutput], _Output],
     """A pooled result as a method's own kind."""
     outputs = None if output.outputs is None else read(output.outputs)
     return kind(output.request_id, outputs, output.prompt_token_ids, error=output.error, prompt=output.prompt)
+
+
+def _two_texts(pair: tuple[Any, Any]) -> tuple[str, str]:
+    for name, text in zip(("data_1", "data_2"), pair, strict=True):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise ValueError(f"{name} has a {kind}, which extra_kwargs of pooling_params cannot cut: give text")
+    return pair
 
 
 def _cosine(first: RawOutput, second: RawOutput) -> ScoringRequestOutput:

@@ -152,6 +152,8 @@ def _check_pooling(files: ModelFiles, engine_config: EngineConfig, task: Pooling
             "choose another task_type or model"
         )
     files.check_weights(model, model.parameter_name)
+    for layer, own in model.layer_files(files, engine_config.load_format):
+        own.check_weights(layer)
     model.max_model_len(engine_config)
 
 

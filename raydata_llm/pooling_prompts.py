@@ -13,7 +13,7 @@ from typing import Any
 
 from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
 from raydata_llm.prompts import Prompt, list_prompts
-from raydata_llm.tokenizer import encode_whole, render_chat
+from raydata_llm.tokenizer import cut_text, encode_whole, render_chat
 
 PoolingParamsLike = PoolingParams | Mapping[str, Any]
 
@@ -147,6 +147,16 @@ def read_pair(prompt: PooledPrompt) -> None:
     prompt.text, prompt.pair = texts
 
 
+def cut_pair(texts: tuple[str, str], tokenizer: Any, params: PoolingParams) -> tuple[str, str]:
+    """Cut the texts of a pair to the tokens that `extra_kwargs` allows each; what is kept stays as written."""
+    limits = params.extra_kwargs or {}
+    query, document = texts
+    return (
+        cut_text(tokenizer, query, limits.get("max_tokens_per_query")),
+        cut_text(tokenizer, document, limits.get("max_tokens_per_doc")),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairForm:
     """How a model reads the two texts of a pair.
@@ -160,11 +170,13 @@ class PairForm:
     chat_template: str | None = None
 
     def apply(self, prompt: PooledPrompt, tokenizer: Any) -> None:
-        """Make one text of a prompt's pair where that is the form.
+        """Cut the texts of a prompt's pair where its parameters say so, and make one of them where that is the form.
 
         Raises:
             ValueError: for a template that cannot be applied.
         """
+        assert prompt.text is not None and prompt.pair is not None and prompt.pooling is not None
+        prompt.text, prompt.pair = cut_pair((prompt.text, prompt.pair), tokenizer, prompt.pooling)
         if self.chat_template is not None:
             roles = {"query": prompt.text, "document": prompt.pair}
             messages = [{"role": role, "content": text} for role, text in roles.items()]

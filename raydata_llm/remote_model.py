@@ -19,9 +19,8 @@ from raydata_llm.store_address import check_bucket
 
 _METADATA_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _TEMPLATE_FOLDER = "additional_chat_templates"
-# Sentence-transformers' word on how a model pools.
-_POOLING_FOLDER = "1_Pooling"
-_FOLDERS = (_TEMPLATE_FOLDER, _POOLING_FOLDER)
+# Of sentence-transformers' modules, such as 1_Pooling and 2_Dense.
+_MODULE_FOLDER = re.compile(r"[1-9]\d*_\w+")
 _CREDENTIAL_ERRORS = (
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY",
@@ -85,12 +84,14 @@ class RemoteModel:
         if path.endswith(".gguf"):
             info = self._filesystem.get_file_info(path)
             return {PurePosixPath(path).name: info} if info.type == FileType.File else {}
-        found = {}
-        for folder in ("", *(f"{name}/" for name in _FOLDERS)):
-            selector = FileSelector(f"{path.rstrip('/')}/{folder}".rstrip("/"), allow_not_found=bool(folder))
+        found, folders = {}, [""]
+        for folder in folders:
+            selector = FileSelector(f"{path.rstrip('/')}/{folder}".rstrip("/"))
             for info in self._filesystem.get_file_info(selector):
                 if info.type == FileType.File:
                     found[folder + info.base_name] = info
+                elif not folder and _is_read(info.base_name):
+                    folders.append(f"{info.base_name}/")
         return found
 
     def _remote_file(self, info: Any) -> RemoteFile:
@@ -104,14 +105,29 @@ def wanted_files(names: Iterable[str], *, weights: bool, load_format: str = "aut
     """Choose from a model folder's files what the engine reads.
 
     Left out are notes and pictures, weights in a second format (`.bin` beside `.safetensors`), Mistral's
-    `consolidated` copy, and subfolders such as `original/`; a GGUF file counts only when it is named itself.
+    `consolidated` copy, and subfolders such as `original/` that are not sentence-transformers' modules; a GGUF file
+    counts only when it is named itself.
     """
     names = sorted(names)
     if len(names) == 1 and names[0].endswith(".gguf"):
         return names
-    plain = [name for name in names if "/" not in name or name.partition("/")[0] in _FOLDERS]
-    chosen = [name for name in plain if name.endswith(_METADATA_SUFFIXES)]
-    return chosen + weight_files(plain, load_format) if weights else chosen
+    folders = {name.partition("/")[0] for name in names if name.count("/") == 1}
+    read = [folder for folder in sorted(folders) if _is_read(folder)]
+    chosen = [name for name in names if ("/" not in name or name.partition("/")[0] in read) and _is_metadata(name)]
+    if not weights:
+        return chosen
+    for folder in ("", *(f"{folder}/" for folder in read)):
+        inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+        chosen += [folder + name for name in weight_files((n for n in inside if "/" not in n), load_format)]
+    return chosen
+
+
+def _is_read(folder: str) -> bool:
+    return folder == _TEMPLATE_FOLDER or _MODULE_FOLDER.fullmatch(folder) is not None
+
+
+def _is_metadata(name: str) -> bool:
+    return name.endswith(_METADATA_SUFFIXES)
 
 
 def weight_files(names: Iterable[str], load_format: str = "auto") -> list[str]:

@@ -124,6 +124,27 @@ def encode_whole(
     return list(zip(encoded["input_ids"], types, strict=True))
 
 
+def cut_text(tokenizer: Any, text: str, max_tokens: int | None) -> str:
+    """The start of a text that is so many tokens long, as it was written; None leaves it whole."""
+    if max_tokens is None:
+        return text
+    is_fast = getattr(tokenizer, "is_fast", False)
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        truncation=True,
+        max_length=max_tokens,
+        return_offsets_mapping=is_fast,
+        verbose=False,
+    )
+    if is_fast:
+        offsets = encoded["offset_mapping"]
+        return text if len(offsets) < max_tokens else text[: offsets[-1][1]]
+    # A tokenizer in Python does not say where its tokens end.
+    ids = encoded["input_ids"]
+    return text if len(ids) < max_tokens else str(tokenizer.decode(ids))
+
+
 def encode_chat(
     tokenizer: Any,
     messages: Any,

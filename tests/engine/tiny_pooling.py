@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import save_file
 
 # Odd on purpose: a vocabulary that is prime, and a head_dim that is no power of 2.
 ENCODER_SIZES: dict[str, Any] = {
@@ -61,3 +63,41 @@ def draw_prompts(vocab_size: int = 331, lengths: tuple[int, ...] = LENGTHS) -> l
 def run_each(model: Any, prompts: list[list[int]], **extra: Any) -> list[Any]:
     """transformers' output of each prompt by itself."""
     return [model(torch.tensor([prompt]), **extra) for prompt in prompts]
+
+
+# Sentence-transformers' files beside a model of ENCODER_SIZES.
+HIDDEN, DENSE = 48, 20
+TANH, IDENTITY = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
+
+
+def save_modules(folder: Path, *modules: tuple[str, dict[str, Any]], pooling: dict[str, Any] | None = None) -> None:
+    """modules.json and its folders: the backbone, mean pooling unless said otherwise, then these modules."""
+    listed = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling or {"pooling_mode_mean_tokens": True}))
+    for number, (kind, settings) in enumerate(modules, 2):
+        place = folder / f"{number}_{kind}"
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(settings))
+        listed.append((kind, place.name))
+    entries = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in listed]
+    (folder / "modules.json").write_text(json.dumps(entries))
+
+
+def dense(in_features: int = HIDDEN, out_features: int = DENSE, activation: str = TANH, **settings: Any) -> Any:
+    """A Dense module's name and config.json."""
+    sizes = {"in_features": in_features, "out_features": out_features, "bias": True}
+    return "Dense", {**sizes, "activation_function": activation, **settings}
+
+
+def save_layer(folder: Path, out_features: int = DENSE, in_features: int = HIDDEN, *, pickled: bool = False) -> Any:
+    """Random weights of a Dense; returns (weight, bias)."""
+    generator = torch.Generator().manual_seed(out_features)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator)
+    state = {"linear.weight": weight, "linear.bias": bias}
+    if pickled:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        save_file(state, folder / "model.safetensors")
+    return weight, bias

@@ -43,7 +43,7 @@ def test_the_nearest_name_is_told_or_all() -> None:
         (SamplingParams.from_mapping, {"best_of": 2}, "best_of=2 is not supported: set n"),
         (SamplingParams, {"guided_choice": ["a"]}, r"set structured_outputs={'choice': \[...\]}"),
         (PoolingParams, {"dimension": 4}, "dimension=4 is not an argument of PoolingParams: did you mean dimensions"),
-        (PoolingParams, {"extra_kwargs": {"a": 1}}, "extra_kwargs={'a': 1} is not supported"),
+        (PoolingParams, {"extra_kwargs": {"a": 1}}, r"extra_kwargs\['a'\] is not known"),
         (BeamSearchParams, {"beam_widht": 4}, "did you mean beam_width"),
         (StructuredOutputsParams, {"jsn": {}}, "did you mean json"),
         (EngineProcessorConfig, {"model": "m"}, "model='m' is not a setting: did you mean model_source"),

@@ -111,6 +111,32 @@ def test_pairs_are_one_with_several_or_each_with_its_own(cross_encoder: tuple[LL
     assert bad.error is not None and "data_2=7 is a int" in bad.error
 
 
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+def test_documents_of_pairs_are_cut_before_they_are_scored(cross_encoder: tuple[LLM, Any], limit: int) -> None:
+    llm, _ = cross_encoder
+    query, document = "the quick brown fox", TEXTS[1] * 2
+    tokenizer = llm.get_tokenizer()
+    ends = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    kept = document[: ends[limit - 1][1]] if limit <= len(ends) else document
+    params = PoolingParams(extra_kwargs={"max_tokens_per_doc": limit})
+    (cut,) = llm.score(query, document, pooling_params=params)
+    (wanted,) = llm.score(query, kept)
+    assert cut.prompt == (query, kept) and cut.prompt_token_ids == wanted.prompt_token_ids
+    assert cut.outputs is not None and wanted.outputs is not None and cut.outputs.score == wanted.outputs.score
+    (short,) = llm.score(query, kept, pooling_params={"extra_kwargs": {"max_tokens_per_query": 1}})
+    assert short.prompt is not None and len(short.prompt[0]) < len(query)
+
+
+def test_an_embedder_cuts_documents_too(tiny_embedder: LLM) -> None:
+    (cut,) = tiny_embedder.score(TEXTS[0], TEXTS[1] * 9, pooling_params={"extra_kwargs": {"max_tokens_per_doc": 2}})
+    (whole,) = tiny_embedder.score(TEXTS[0], TEXTS[1] * 9)
+    assert len(cut.prompt_token_ids) < len(whole.prompt_token_ids) and cut.outputs != whole.outputs
+    with pytest.raises(ValueError, match="data_2 has a list, which extra_kwargs of pooling_params cannot cut"):
+        tiny_embedder.score(TEXTS[0], [[5, 6]], pooling_params={"extra_kwargs": {"max_tokens_per_doc": 2}})
+    with pytest.raises(ValueError, match=r"extra_kwargs\['max_tokens_per_doc'\] does not fit task='embed'"):
+        tiny_embedder.embed(TEXTS[0], pooling_params={"extra_kwargs": {"max_tokens_per_doc": 2}})
+
+
 def test_an_embedders_scores_are_cosines(tiny_embedder: LLM) -> None:
     first, *others = (output.outputs.embedding for output in tiny_embedder.embed(TEXTS[:4]) if output.outputs)
     scores = [output.outputs.score for output in tiny_embedder.score(TEXTS[0], TEXTS[1:4]) if output.outputs]

@@ -7,6 +7,7 @@ import multiprocessing
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.model_source import check_model, resolve_model
 from raydata_llm.remote_model import RemoteModel, wanted_files
+from tests.engine.tiny_pooling import dense, save_layer, save_modules, save_pooling_model
 from tests.raydata_llm.patience import on_this_machine
 
 CONFIG = {
@@ -266,6 +268,10 @@ def test_a_remote_folder_without_config_is_refused(bucket: Any) -> None:
 
 def test_only_what_the_engine_reads_is_wanted() -> None:
     names = [
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "2_Dense/pytorch_model.bin",
         "README.md",
         "additional_chat_templates/tool_use.jinja",
         "config.json",
@@ -277,10 +283,28 @@ def test_only_what_the_engine_reads_is_wanted() -> None:
         "pytorch_model.bin",
         "training_args.bin",
     ]
-    metadata = ["additional_chat_templates/tool_use.jinja", "config.json"]
+    metadata = [*names[:2], "additional_chat_templates/tool_use.jinja", "config.json"]
     assert wanted_files(names, weights=False) == metadata
-    assert wanted_files(names, weights=True) == [*metadata, *names[4:6]]
-    assert wanted_files(names, weights=True, load_format="pt") == [*metadata, "pytorch_model.bin"]
+    assert wanted_files(names, weights=True) == [*metadata, *names[8:10], names[2]]
+    assert wanted_files(names, weights=True, load_format="pt") == [*metadata, "pytorch_model.bin", names[3]]
+
+
+def test_a_remote_embedders_dense_layer_is_fetched_and_checked(bucket: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_pooling_model(Path(folder), "bert")
+        save_modules(Path(folder), dense())
+        save_layer(Path(folder) / "2_Dense")
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        for path in files:
+            bucket.put_object(Key=f"dense/{path.relative_to(folder)}", Body=path.read_bytes())
+        fetched = Path(resolve_model("s3://models/dense", weights=True))
+        assert {path.relative_to(folder) for path in files} <= {
+            path.relative_to(fetched) for path in fetched.rglob("*") if path.is_file()
+        }
+    check_model("s3://models/dense", EngineConfig(model="s3://models/dense"), task="embed")
+    bucket.put_object(Key="dense/2_Dense/config.json", Body=json.dumps(dense(out_features=21)[1]).encode())
+    with pytest.raises(ValueError, match=r"linear.weight is \[20, 48\], not \[21, 48\]"):
+        check_model("s3://models/dense", EngineConfig(model="s3://models/dense"), task="embed")
 
 
 def test_hub_id_is_read_from_the_hubs_cache_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
