@@ -33,6 +33,20 @@ def read_number(name: str, value: Any, low: float, high: float) -> float:
     return number
 
 
+def check_text(name: str, text: str) -> None:
+    """Refuse text with half a character (a lone surrogate), which has no bytes and no tokens."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        about = text[max(0, error.start - 20) : error.start + 20]
+        raise ValueError(
+            f"{name} has half a character (a lone surrogate) at {error.start}: {about!r}; leave it out, as "
+            "text.encode(errors='replace').decode() does"
+        ) from None
+
+
 def check_flag(name: str, value: Any) -> None:
     """Refuse anything but True and False."""
     if not isinstance(value, bool):
@@ -41,10 +55,13 @@ def check_flag(name: str, value: Any) -> None:
 
 def read_strings(name: str, value: Any) -> tuple[str, ...]:
     """A string or several, none of them empty; None is none."""
-    strings = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(strings, Iterable) or not all(isinstance(string, str) and string for string in strings):
+    given = () if value is None else (value,) if isinstance(value, str) else value
+    strings = tuple(given) if isinstance(given, Iterable) else (None,)
+    if not all(isinstance(string, str) and string for string in strings):
         raise ValueError(f"{name}={value!r} is not valid: give non-empty strings")
-    return tuple(strings)
+    for string in strings:
+        check_text(name, string)
+    return strings
 
 
 def read_token_ids(name: str, value: Any) -> tuple[int, ...]:

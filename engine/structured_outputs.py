@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from raydata_llm.engine.known_names import named_fields, nearest
+from raydata_llm.engine.param_values import check_text
 
 _FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
@@ -22,7 +23,8 @@ class StructuredOutputsParams:
     """Exactly one form, and how JSON is written.
 
     Args:
-        json: A JSON schema: a dict, its text, or a pydantic model.
+        json: A JSON schema: a dict, its text, or a pydantic model. OpenAI's `{"name": ..., "schema": ...}` and
+            `{"type": "json_schema", "json_schema": ...}` around it are taken off.
         regex: A regular expression that the whole output matches (Rust's syntax: no look-around).
         choice: The output is one of these.
         grammar: A grammar in Lark's syntax or in EBNF as llama.cpp's, with the rule `start` or `root`.
@@ -58,10 +60,12 @@ class StructuredOutputsParams:
             object.__setattr__(self, "json", self.json.model_json_schema())
         for name in ("json", "structural_tag"):
             object.__setattr__(self, name, _read_object(name, getattr(self, name)))
+        object.__setattr__(self, "json", _unwrapped(self.json))
         for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise _bad(name, value, "give non-empty text")
+            check_text(f"structured_outputs: {name}", value or "")
         for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
             if not isinstance(getattr(self, name), bool | None):
                 raise _bad(name, getattr(self, name), "give True or False")
@@ -138,7 +142,33 @@ def _choices(value: Any) -> tuple[str, ...]:
         raise _bad("choice", value, remedy)
     if not all(isinstance(one, str) and one for one in value):
         raise _bad("choice", value, remedy)
+    for one in value:
+        check_text("structured_outputs: choice", one)
     return tuple(value)
+
+
+# What OpenAI's interface puts around a schema. But for `description`, JSON schemas have no keywords of these names.
+_WRAPPER = {"name", "schema", "strict", "description"}
+_FORMAT = {"type", "json_schema", *_WRAPPER}
+
+
+def _unwrapped(value: Any) -> Any:
+    """The schema itself, without OpenAI's wrappers; whatever has another key is a schema."""
+    if not isinstance(value, Mapping):
+        return value
+    given = {name: one for name, one in value.items() if one is not None}
+    if given == {"type": "json_object"}:
+        return {"type": "object"}
+    if given.get("type") == "json_schema" and given.keys() <= _FORMAT:
+        # OpenAI's newer interface has no level between.
+        inner = given.get("json_schema", {name: one for name, one in given.items() if name != "type"})
+        wrapper = _read_object("json", inner)
+        if isinstance(wrapper, Mapping) and wrapper.keys() <= _WRAPPER and "schema" not in wrapper:
+            raise _bad("json", value, "it holds no schema: give the schema itself")
+        return _unwrapped(wrapper)
+    if given.keys() <= _WRAPPER and isinstance(given.get("schema"), str | Mapping | bool):
+        return _read_object("json", given["schema"])
+    return value
 
 
 def _closed(schema: Any) -> Any:

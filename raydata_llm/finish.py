@@ -38,13 +38,14 @@ from raydata_llm.row_payload import (
     REQUEST_COLUMN,
     RESERVED_COLUMNS,
     RESUME_COLUMN,
-    ROW_FAILURES,
     Carried,
     RowOutput,
     RowRequest,
     check_made_names,
     describe_failure,
+    error_text,
     open_block,
+    raise_if_cancelled,
     row_error,
     unpack,
 )
@@ -56,7 +57,7 @@ AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
 
 _CELLS = (CARRIED_COLUMN, REQUEST_COLUMN, OUTPUT_COLUMN)
 # What `preprocess` says to the engine alone; a dataset's own columns of these names stay.
-_CONSUMED = ("sampling_params", "tokenized_prompt", "tools", *CONSUMED_COLUMNS)
+_CONSUMED = ("sampling_params", "tokenized_prompt", "tools", "chat_template_kwargs", *CONSUMED_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +146,11 @@ def _unpack(cells: tuple[bytes, bytes, bytes | None]) -> tuple[Carried, RowReque
     carried, request, output = cells
     try:
         return unpack(carried), unpack(request), None if output is None else unpack(output)
-    except Exception as error:
+    except BaseException as error:
+        raise_if_cancelled(error)
         # An exception of two arguments is such a value: it is packed with its message alone.
-        cause = TypeError(f"what preprocess returned cannot be read again: {type(error).__name__}: {error}")
+        text = f"{type(error).__name__}: {error_text(error)}"
+        cause = f"TypeError: what preprocess returned cannot be read again: {text}"
         raise _Failed(describe_failure(cause, "preprocess")) from error
 
 
@@ -190,7 +193,8 @@ def _finish_row(
         finished = {**columns, **_engine_columns(output, output.output, request, beside, block)}
         stage = "postprocess"
         return finished if postprocess is None else _postprocess(finished, postprocess)
-    except ROW_FAILURES as error:
+    except BaseException as error:
+        raise_if_cancelled(error)
         raise _Failed(describe_failure(error, stage, finished)) from error
 
 

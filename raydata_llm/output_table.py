@@ -6,12 +6,14 @@ unchanged is the dataset's own Arrow column again, type and nulls included. Know
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as pat
 
+from raydata_llm.odd_values import UnstorableError, is_suspect, odd_values, why_unstorable
 from raydata_llm.ray_blocks import columns_to_arrow
 from raydata_llm.row_payload import ERROR_COLUMN, describe_failure
 
@@ -72,6 +74,8 @@ OUTPUT_COLUMNS: dict[str, pa.DataType] = {
     "outputs": pa.list_(_CHOICE),
     ERROR_COLUMN: pa.string(),
 }
+# A conversation's messages may differ in form from row to row, and are pickled then.
+_ANY_FORM = ("messages",)
 # Of rows that ask for them alone.
 ASKED_COLUMNS = {"outputs", "prompt_token_id_logprobs"}
 
@@ -148,14 +152,20 @@ class OutputRows:
 
     def refuse_unwritable(self) -> dict[int, str]:
         """Make error rows of those with a value that no table can hold, such as a lock; which, and why."""
-        refused: dict[int, str] = {}
-        for index, (row, known) in enumerate(zip(self._rows, self.errors, strict=True)):
-            error = _why_unwritable(row)
-            if error is not None:
-                refused[index] = error
-                self.errors[index] = known or error
-                self._rows[index] = {**self.inputs[index], ERROR_COLUMN: self.errors[index]}
+        refused = {index: error for index, row in enumerate(self._rows) if (error := _why_unwritable(row)) is not None}
+        self._give_up(refused)
+        for name in _keys(self._rows):
+            own = self._source.column(name) if name in self._source.column_names else None
+            odd = self._odd(name, [row.get(name) for row in self._rows], own) if None in self.errors else {}
+            causes = {index: _failure(name, cause) for index, cause in odd.items()}
+            self._give_up(causes)
+            refused |= causes
         return refused
+
+    def _give_up(self, refused: Mapping[int, str]) -> None:
+        for index, error in refused.items():
+            self.errors[index] = self.errors[index] or error
+            self._rows[index] = {**self.inputs[index], ERROR_COLUMN: self.errors[index]}
 
     def to_table(self) -> pa.Table:
         """All rows as one table, error rows in the schema of good ones."""
@@ -197,7 +207,24 @@ class OutputRows:
                 for value, error in zip(values, self.errors, strict=True)
             ]
         made = _made(name, values)
+        if is_suspect(made.type):
+            odd = self._odd(name, values, own)
+            if any(self.errors[index] is None for index in odd):
+                raise UnstorableError(name)
+            made = _made(name, [None if index in odd else value for index, value in enumerate(values)])
         return made if own is None else _alike(made, own.type)
+
+    def _odd(self, name: str, values: Sequence[Any], own: pa.ChunkedArray | None) -> dict[int, str]:
+        """Why the values of some rows cannot be in one column with the others."""
+        known = {
+            index: _plain_or_same(name, value)
+            for index, value in enumerate(values)
+            if value is not None and (self.errors[index] is None or None not in self.errors)
+        }
+        odd = {index: cause for index, value in known.items() if (cause := why_unstorable(value)) is not None}
+        if odd or name in _ANY_FORM or (own is not None and is_suspect(own.type)):
+            return odd
+        return {index: _unlike(known[index], kind) for index, kind in odd_values(name, known).items()}
 
     def _of_type(self, name: str, kind: pa.DataType) -> pa.Array:
         plain = [_plain_or_same(name, row.get(name)) for row in self._rows]
@@ -214,12 +241,24 @@ class OutputRows:
 
 def _why_unwritable(row: Row) -> str | None:
     for name, value in row.items():
+        cause = why_unstorable(value)
         try:
-            columns_to_arrow({name: [_plain_or_same(name, value)]})
+            if cause is None:
+                columns_to_arrow({name: [_plain_or_same(name, value)]})
         except Exception:
-            kind = type(value).__name__
-            return describe_failure(TypeError(f"the column {name!r} is a {kind}, which no table can hold"), "output")
+            cause = f"is a {type(value).__name__}, which no table can hold"
+        if cause is not None:
+            return _failure(name, cause)
     return None
+
+
+def _unlike(value: object, kind: pa.DataType) -> str:
+    wanted = textwrap.shorten(str(kind), 200, placeholder=" ...")
+    return f"is a {type(value).__name__} that no table holds beside the other rows' {wanted}: return one type, or text"
+
+
+def _failure(name: str, cause: str) -> str:
+    return describe_failure(TypeError(f"the column {name!r} {cause}"), "output")
 
 
 def _with_error_column(schema: pa.Schema, with_error: bool) -> pa.Schema:
@@ -251,7 +290,7 @@ def _fits(value: object, kind: pa.DataType) -> bool:
         return True
     try:
         pa.array([value], type=kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError, ValueError, OverflowError):
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError):
         return False
     return True
 

@@ -41,7 +41,7 @@ def read_pooling(columns: Mapping[str, Any], task: PoolingTask) -> PoolingParams
     Raises:
         ValueError: for parameters that are not valid, or for another task.
     """
-    return with_task(_without_none(columns.get("pooling_params")), task)
+    return with_task(columns.get("pooling_params"), task)
 
 
 def is_pair(columns: Mapping[str, Any]) -> bool:
@@ -77,10 +77,11 @@ class PooledTexts:
         for prompt, (columns, text, _) in zip(prompts, rows, strict=True):
             if text is None:
                 prompt.attempt(read_pair)
-                prompt.attempt(functools.partial(self._pair_form.apply, tokenizer=self._tokenizer))
+                form = functools.partial(self._pair_form.apply, tokenizer=self._tokenizer)
+                prompt.attempt(functools.partial(form, chat_template_kwargs=columns.get("chat_template_kwargs")))
 
             def gather(prompt: PooledPrompt, columns: Mapping[str, Any] = columns) -> None:
-                tokenization = Tokenization.from_mapping(_without_none(columns.get("tokenization_kwargs")))
+                tokenization = Tokenization.from_mapping(columns.get("tokenization_kwargs"))
                 alike.setdefault(tokenization, []).append(prompt)
 
             prompt.attempt(gather)
@@ -97,8 +98,3 @@ def pooled_columns(output: PoolingOutput, task: PoolingTask | None) -> dict[str,
         "probs": values if task == "classify" else None,
         "score": float(values.item()) if task == "score" else None,
     }
-
-
-def _without_none(given: Any) -> Any:
-    # Arrow fills in other rows' keys with None.
-    return {name: value for name, value in given.items() if value is not None} if isinstance(given, Mapping) else given

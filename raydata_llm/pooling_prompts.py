@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
@@ -55,8 +55,13 @@ class Tokenization:
             ValueError: for a name that means nothing here.
         """
         names = ("truncation", "max_length", "add_special_tokens", "truncate_prompt_tokens")
-        for name in given or {}:
-            if name not in names:
+        if given is not None and not isinstance(given, Mapping):
+            kind = type(given).__name__
+            raise ValueError(
+                f'tokenization_kwargs={reprlib.repr(given)} is a {kind}: give a dict such as {{"truncation": True}}'
+            )
+        for name, value in (given or {}).items():
+            if value is not None and name not in names:
                 known = ", ".join(names)
                 raise ValueError(f"tokenization_kwargs[{name!r}] is not valid: known are {known}")
         values = {name: value for name, value in (given or {}).items() if value is not None}
@@ -164,13 +169,20 @@ class PairForm:
     Args:
         joins: As one text, with nothing between; else as its tokenizer puts pairs.
         chat_template: A Jinja template that makes one text of messages with the roles `query` and `document`.
+        chat_template_kwargs: Its variables.
     """
 
     joins: bool = False
     chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def apply(self, prompt: PooledPrompt, tokenizer: Any) -> None:
+    def apply(
+        self, prompt: PooledPrompt, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         """Cut the texts of a prompt's pair where its parameters say so, and make one of them where that is the form.
+
+        Args:
+            chat_template_kwargs: The prompt's own variables of the template, over those of all.
 
         Raises:
             ValueError: for a template that cannot be applied.
@@ -181,7 +193,11 @@ class PairForm:
             roles = {"query": prompt.text, "document": prompt.pair}
             messages = [{"role": role, "content": text} for role, text in roles.items()]
             prompt.text = render_chat(
-                tokenizer, messages, chat_template=self.chat_template, add_generation_prompt=False
+                tokenizer,
+                messages,
+                chat_template=self.chat_template,
+                chat_template_kwargs={**self.chat_template_kwargs, **(chat_template_kwargs or {})},
+                add_generation_prompt=False,
             )
             prompt.pair = None
         elif self.joins:

@@ -14,27 +14,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydata_llm.arrow_values import ArrowRow
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.job_link import StatsSender
 from raydata_llm.pooled_rows import read_pooling
 from raydata_llm.pooling_prompts import PooledPrompt
-from raydata_llm.prepare_plan import PreparePlan, Row, RowFunction
+from raydata_llm.prepare_plan import PreparePlan, RowFunction
 from raydata_llm.ray_blocks import block_number, block_part, block_rows
-from raydata_llm.row_draft import EMBEDS_COLUMN, Draft, choose_adapter, choose_prompt
+from raydata_llm.row_draft import EMBEDS_COLUMN, Draft, choose_adapter, choose_prompt, read_asked
 from raydata_llm.row_key import row_digest
 from raydata_llm.row_payload import (
     CARRIED_COLUMN,
     REQUEST_COLUMN,
-    ROW_FAILURES,
     TICKET_COLUMN,
     Carried,
     RowRequest,
     append_cells,
-    append_packed,
     check_column_names,
     check_made_names,
     describe_failure,
+    error_text,
     pack,
+    raise_if_cancelled,
     row_error,
 )
 from raydata_llm.row_ticket import append_tickets
@@ -63,7 +64,7 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
         tokenizer = plan.tokenizer()
     drafts = [Draft(row) for row in block_rows(table)]
     for draft in drafts:
-        _attempt(draft, plan, "preprocess", lambda draft: _preprocess(draft, plan.preprocess))
+        _read_row(draft, plan)
         _attempt(draft, plan, "chat template", lambda draft: choose_prompt(draft, plan, tokenizer))
     if plan.task is None:
         _check_params(drafts, plan)
@@ -74,8 +75,8 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
         for draft in drafts:
             _attempt(draft, plan, "lora", lambda draft: choose_adapter(draft, plan))
     carried = [_carried(draft, plan) for draft in drafts]
-    requests = [_request(draft, draft.columns) for draft in drafts]
-    table = append_packed(table, REQUEST_COLUMN, requests)
+    requests, cells = zip(*(_request(draft, plan) for draft in drafts), strict=True) if drafts else ((), ())
+    table = append_cells(table, REQUEST_COLUMN, cells)
     table = append_tickets(table, TICKET_COLUMN, requests)
     table = append_cells(table, CARRIED_COLUMN, carried)
     if plan.resume is None:
@@ -87,19 +88,49 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
     return table
 
 
+def _read_row(draft: Draft, plan: PreparePlan) -> None:
+    def preprocess(draft: Draft) -> None:
+        arrow = ArrowRow(draft.row)  # before the user's function, which may change what the row holds
+        _preprocess(draft, plan.preprocess)
+        arrows.append(arrow)
+
+    arrows: list[ArrowRow] = []
+    _attempt(draft, plan, "preprocess", preprocess)
+    _attempt(draft, plan, "columns", lambda draft: read_asked(draft, arrows[0]))
+
+
 def _carried(draft: Draft, plan: PreparePlan) -> bytes:
     """What passes by the replica, packed; a row whose values no other process can be given fails."""
     try:
         return pack(Carried(draft.carried, draft.prompt))
-    except Exception as error:
-        cause = describe_failure(TypeError(f"what preprocess returned cannot be sent on: {error}"), "preprocess")
-        if not plan.keep_going:
-            raise row_error(draft.row, cause) from error
-        draft.error, draft.made, draft.prompt = draft.error or cause, {}, None
+    except BaseException as error:
+        _refuse_unsendable(draft, plan, error)
         return pack(Carried({}))
 
 
-def _request(draft: Draft, columns: Row) -> RowRequest:
+def _refuse_unsendable(draft: Draft, plan: PreparePlan, error: BaseException) -> None:
+    raise_if_cancelled(error)
+    cause = describe_failure(
+        f"TypeError: what preprocess returned cannot be sent on: {error_text(error)}", "preprocess"
+    )
+    if not plan.keep_going:
+        raise row_error(draft.row, cause) from error
+    draft.error, draft.made, draft.asked, draft.prompt = draft.error or cause, {}, {}, None
+
+
+def _request(draft: Draft, plan: PreparePlan) -> tuple[RowRequest, bytes]:
+    """The row's request, and the same packed; a row whose parameters no other process can be given fails."""
+    request = _make_request(draft)
+    try:
+        return request, pack(request)
+    except BaseException as error:
+        _refuse_unsendable(draft, plan, error)
+        request = RowRequest(None, None, request.digest, draft.error)
+        return request, pack(request)
+
+
+def _make_request(draft: Draft) -> RowRequest:
+    columns = draft.columns
     if draft.embeds is not None:
         # In whatever form they came, the same numbers are the same row.
         columns[EMBEDS_COLUMN] = draft.embeds
@@ -107,7 +138,7 @@ def _request(draft: Draft, columns: Row) -> RowRequest:
     if draft.pooling is None:
         return RowRequest(
             draft.token_ids,
-            columns.get("sampling_params"),
+            draft.asked.get("sampling_params"),
             digest,
             draft.error,
             lora_request=draft.lora_request,
@@ -122,7 +153,8 @@ def _attempt(draft: Draft, plan: PreparePlan, stage: str, step: Callable[[Draft]
         return
     try:
         step(draft)
-    except ROW_FAILURES as error:
+    except BaseException as error:
+        raise_if_cancelled(error)
         cause = describe_failure(error, stage, draft.row if stage == "preprocess" else ())
         if not plan.keep_going:
             raise row_error(draft.row, cause) from error
@@ -137,7 +169,7 @@ def _check_params(drafts: Sequence[Draft], plan: PreparePlan) -> None:
     known: set[bytes] = set()
 
     def check(draft: Draft) -> None:
-        given = draft.columns.get("sampling_params")
+        given = draft.asked.get("sampling_params")
         packed = b"" if given is None else pack(given)
         if packed and packed not in known:
             SamplingParams.from_mapping(given, {"max_tokens": None})
@@ -163,7 +195,8 @@ def _tokenize(drafts: Sequence[Draft], plan: PreparePlan, tokenizer: Any) -> Non
         group = [d for d in drafts if d.error is None and d.token_ids is None and d.templated == templated]
         try:
             _encode(group, tokenizer)
-        except Exception:  # one bad text fails the whole call: find it
+        except BaseException as error:  # one bad text fails the whole call: find it
+            raise_if_cancelled(error)
             for draft in group:
                 _attempt(draft, plan, "tokenize", lambda draft: _encode([draft], tokenizer))
 
@@ -174,13 +207,13 @@ def _tokenize_whole(drafts: Sequence[Draft], plan: PreparePlan, tokenizer: Any) 
     assert task is not None
 
     def read(draft: Draft) -> None:
-        draft.pooling = read_pooling(draft.columns, task)
+        draft.pooling = read_pooling(draft.asked, task)
 
     for draft in drafts:
         _attempt(draft, plan, "pooling_params", read)
     texts = [d for d in drafts if d.error is None and d.token_ids is None and d.pooling is not None]
     encoder = plan.pooled_texts(tokenizer) if texts else None
-    rows = [(draft.columns, draft.prompt, draft.pooling) for draft in texts if draft.pooling is not None]
+    rows = [(draft.asked, draft.prompt, draft.pooling) for draft in texts if draft.pooling is not None]
     for draft, prompt in zip(texts, [] if encoder is None else encoder.encode(rows), strict=True):
         _attempt(draft, plan, "tokenize", functools.partial(_take_encoded, prompt))
 

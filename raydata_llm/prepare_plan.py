@@ -68,7 +68,9 @@ class PreparePlan:
         path = resolve_model(self.model_source, weights=False)
         files = ModelFiles.open(path, load_format="dummy", hf_overrides=self.engine.hf_overrides)
         model = PoolingModel.open(files, self.engine)
-        form = PairForm(joins=model.joins_pairs, chat_template=self.chat_template)
+        form = PairForm(
+            joins=model.joins_pairs, chat_template=self.chat_template, chat_template_kwargs=self.chat_template_kwargs
+        )
         return PooledTexts(tokenizer, model.max_model_len(self.engine), form)
 
     def tokenizer(self) -> Any:

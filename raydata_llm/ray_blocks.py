@@ -78,5 +78,7 @@ def is_cancelled() -> bool:
     """Whether nobody wants what this task makes any more: the job failed, was interrupted, or has rows enough."""
     import ray
 
+    if not ray.is_initialized():
+        return False
     ask = getattr(ray.get_runtime_context(), "is_canceled", None)
     return ask is not None and bool(ask())

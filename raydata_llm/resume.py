@@ -25,7 +25,7 @@ from raydata_llm.row_payload import RESUME_COLUMN, RowRequest
 # A dataset's context holds the processor's plan under this name, for the sink to find.
 PLAN_SETTING = "raydata_llm.resume_plan"
 # Another number where rows get other keys than they had: a folder of older keys is written anew.
-_KEYS = 2
+_KEYS = 3
 _TOKEN_BYTES = 8
 _CELL_BYTES = KEY_BYTES + _TOKEN_BYTES + 1
 _NO_TOKEN = b"-" * _TOKEN_BYTES

@@ -6,11 +6,14 @@ left for the operator, which tokenises those of all rows together.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from raydata_llm.arrow_values import ArrowRow
 from raydata_llm.engine.pooling_params import PoolingParams
 from raydata_llm.engine.prompt_embeds import Embeds, as_embeds
 from raydata_llm.engine.request import LoRARequest
@@ -20,14 +23,31 @@ from raydata_llm.tokenizer import render_chat
 from raydata_llm.vllm_settings import refuse_arguments
 
 EMBEDS_COLUMN = "prompt_embeds"
+# What a request is made of, and whether it may be JSON's text: of such a column Arrow changes nothing.
+_ASKING_COLUMNS = {
+    "messages": True,
+    "tools": True,
+    "chat_template_kwargs": True,
+    "sampling_params": True,
+    "pooling_params": True,
+    "tokenization_kwargs": True,
+    "tokenized_prompt": False,
+}
 
 
 @dataclass
 class Draft:
-    """One row on its way to a request."""
+    """One row on its way to a request.
+
+    Args:
+        row: As Ray Data has it: with what Arrow did to it.
+        made: What `preprocess` returned.
+        asked: Both together, `made` before `row`, with the request's own columns as the row has them alone.
+    """
 
     row: Row
     made: Row = field(default_factory=dict)
+    asked: Row = field(default_factory=dict)
     prompt: str | None = None
     templated: bool = False
     token_ids: Any = None
@@ -48,6 +68,44 @@ class Draft:
         return self.made if self.embeds is None else {n: v for n, v in self.made.items() if n != EMBEDS_COLUMN}
 
 
+def read_asked(draft: Draft, arrow: ArrowRow) -> None:
+    """Fill in what the row asks for.
+
+    Raises:
+        TypeError, ValueError: for text that is no JSON, and for `chat_template_kwargs` that are no dict of names.
+    """
+    draft.asked = columns = draft.columns
+    for name, may_be_text in _ASKING_COLUMNS.items():
+        if columns.get(name) is not None:
+            value = columns[name]
+            columns[name] = _read_json(name, value) if may_be_text else value
+            columns[name] = arrow.taken_out(columns[name])
+    variables = columns.get("chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise TypeError(
+            f"chat_template_kwargs={_short(variables)} is a {type(variables).__name__}: give a dict of the template's "
+            'variables, such as {"enable_thinking": False}'
+        )
+
+
+def _read_json(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}={_short(value)} is text, but no JSON ({error}): give JSON, or its value"
+            ) from None
+    if name == "tools" and isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return [_read_json(f"tools[{index}]", one) for index, one in enumerate(value)]
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def choose_prompt(draft: Draft, plan: PreparePlan, tokenizer: Any) -> None:
     """Find the prompt among the row's columns: embeddings and token ids as they are, messages and text as text.
 
@@ -55,7 +113,7 @@ def choose_prompt(draft: Draft, plan: PreparePlan, tokenizer: Any) -> None:
         KeyError: where there is none, or none that the plan can take.
         TypeError, ValueError: for one that cannot be read; and whatever the chat template raises.
     """
-    columns = draft.columns
+    columns = draft.asked
     refuse_arguments(multimodal_data=columns.get("multimodal_data"))
     if plan.task == "score" and is_pair(columns) and not plan.skip_tokenizer:
         return
@@ -77,7 +135,7 @@ def choose_prompt(draft: Draft, plan: PreparePlan, tokenizer: Any) -> None:
             tokenizer,
             columns["messages"],
             chat_template=plan.chat_template,
-            chat_template_kwargs=plan.chat_template_kwargs,
+            chat_template_kwargs={**plan.chat_template_kwargs, **(columns.get("chat_template_kwargs") or {})},
             tools=columns.get("tools"),
         )
     elif "prompt" in given:
@@ -88,7 +146,7 @@ def choose_prompt(draft: Draft, plan: PreparePlan, tokenizer: Any) -> None:
 
 def choose_adapter(draft: Draft, plan: PreparePlan) -> None:
     """Take the row's `model` column, where it names another model than the job's, as the name of an adapter."""
-    name = draft.columns.get("model")
+    name = draft.asked.get("model")
     if name is None or name == plan.adapters_of:
         return
     if not isinstance(name, str):

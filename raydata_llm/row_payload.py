@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from raydata_llm.engine.param_values import check_text
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequestOutput
 from raydata_llm.engine.prompt_embeds import Embeds
 from raydata_llm.engine.request import LoRARequest, RequestOutput, TokenArray
@@ -31,9 +32,6 @@ BLOCK_COLUMN = "__raydata_llm_block"
 RESUME_COLUMN = "__raydata_llm_resume"
 RESERVED_COLUMNS = (REQUEST_COLUMN, TICKET_COLUMN, CARRIED_COLUMN, OUTPUT_COLUMN, BLOCK_COLUMN, RESUME_COLUMN)
 ERROR_COLUMN = "__inference_error__"
-
-# What a user's function may end a row with: `sys.exit()` would end the task's process, which Ray would start again.
-ROW_FAILURES = (Exception, SystemExit)
 
 _ROW_TEXT_LIMIT = 500
 _NAMES_LIMIT = 400
@@ -100,10 +98,38 @@ def describe_failure(error: BaseException | str, stage: str, columns: Collection
     Args:
         columns: What a function of the user's was given: named if it looked for another.
     """
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    if isinstance(error, KeyError) and columns and error.args and str(error.args[0]) not in columns:
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error_text(error)}"
+    if isinstance(error, KeyError) and columns and error.args and _is_missing(error.args[0], columns):
         text += f"; the row has {textwrap.shorten(', '.join(columns), _NAMES_LIMIT, placeholder=' ...')}"
-    return f"{text} ({stage})"
+    # No column can hold half a character.
+    return f"{text} ({stage})".encode("utf-8", "backslashreplace").decode()
+
+
+def _is_missing(key: object, columns: Collection[str]) -> bool:
+    return isinstance(key, str) and key not in columns
+
+
+def error_text(error: BaseException) -> str:
+    """The message of any error, a user's own class included."""
+    if isinstance(error, RecursionError):
+        return f"nested too deep ({error}): give fewer levels, or JSON's text"
+    try:
+        return str(error)
+    except BaseException as broken:
+        raise_if_cancelled(broken)
+        return f"its message cannot be made, for {type(broken).__name__}"
+
+
+def raise_if_cancelled(error: BaseException) -> None:
+    """Go on with an error that is none of a row: Ray ends tasks that nobody wants any more by KeyboardInterrupt.
+
+    Whatever else comes out of a row's work is that row's error: `sys.exit()` would end the task's process, which Ray
+    would start again, to meet the same row.
+    """
+    from raydata_llm.ray_blocks import is_cancelled  # imports Ray
+
+    if isinstance(error, KeyboardInterrupt) and is_cancelled():
+        raise error
 
 
 def abbreviate(row: Mapping[str, Any]) -> str:
@@ -137,6 +163,7 @@ def check_made_names(made: Mapping[Any, Any]) -> None:
             raise TypeError(f"the column {name!r} is named by a {type(name).__name__}: give names as text")
         if name in RESERVED_COLUMNS:
             raise ValueError(f"the column {name!r} has a name that raydata_llm needs itself: give it another")
+        check_text("the name of a column", name)
 
 
 def pack(value: object) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raydata_llm.engine.param_values import check_text
 from raydata_llm.tokenizer_cache import load_light, load_prepared, tokenizer_stamp
 
 Messages = Sequence[Mapping[str, Any]]
@@ -74,6 +75,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bo
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"prompt={text!r} is a {type(text).__name__}: give text")
+        check_text("prompt", text)
     if not texts:
         return []
     encoded = tokenizer(
@@ -110,6 +112,7 @@ def encode_whole(
     for text in (*texts, *(pairs or ())):
         if not isinstance(text, str):
             raise ValueError(f"prompt={text!r} is a {type(text).__name__}: give text")
+        check_text("prompt", text)
     encoded = tokenizer(
         list(texts),
         None if pairs is None else list(pairs),
