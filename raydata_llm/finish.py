@@ -25,6 +25,7 @@ from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.error_kinds import error_kinds
 from raydata_llm.job_link import StatsSender
 from raydata_llm.model_source import resolve_model
+from raydata_llm.odd_values import why_too_deep
 from raydata_llm.output_table import ASKED_COLUMNS, OUTPUT_COLUMNS, POOLED_COLUMNS, OutputRows
 from raydata_llm.pooled_rows import CONSUMED_COLUMNS, pooled_columns
 from raydata_llm.prepare_plan import Row, RowFunction
@@ -190,9 +191,13 @@ def _finish_row(
         raise _Failed(request.error if output is None else output.error)
     stage, finished = "detokenize", Row()
     try:
-        finished = {**columns, **_engine_columns(output, output.output, request, beside, block)}
+        engine = _engine_columns(output, output.output, request, beside, block)
+        finished = {**columns, **engine}
         stage = "postprocess"
-        return finished if postprocess is None else _postprocess(finished, postprocess)
+        made = finished if postprocess is None else _postprocess(finished, postprocess)
+        stage = "output"
+        _refuse_deep({name: value for name, value in made.items() if value is not engine.get(name)})
+        return made
     except BaseException as error:
         raise_if_cancelled(error)
         raise _Failed(describe_failure(error, stage, finished)) from error
@@ -204,6 +209,13 @@ def _postprocess(columns: Row, postprocess: RowFunction) -> Row:
         raise TypeError(f"postprocess returned {made!r}: return a dict of columns")
     check_made_names(made)
     return dict(made)
+
+
+def _refuse_deep(made: Row) -> None:
+    for name, value in made.items():
+        cause = why_too_deep(value)
+        if cause is not None:
+            raise TypeError(f"the column {name!r} {cause}")
 
 
 class _Block:

@@ -19,6 +19,9 @@ from raydata_llm.ray_blocks import columns_to_arrow
 # Arrow's IPC, by which Ray sends blocks, takes no more.
 MOST_LEVELS = 63
 _PICKLED = "ray.data.arrow_pickled_object"
+_HOLDERS = (Mapping, list, tuple, set, frozenset)
+# A long list of these, token ids say, is not looked into.
+_PLAIN = frozenset((int, float, str, bool, bytes, type(None)))
 
 
 class UnstorableError(TypeError):
@@ -30,23 +33,38 @@ def is_suspect(kind: pa.DataType) -> bool:
     return getattr(kind, "extension_name", "") == _PICKLED or _is_deep(kind)
 
 
-def why_unstorable(value: object) -> str | None:
-    """Why no column can hold the value, whatever the others are."""
-    waiting: list[tuple[object, int]] = [(value, 0)]
+def why_too_deep(value: object) -> str | None:
+    """Why a value is not to be shown to Arrow, which takes its process down with it: nesting without a bottom."""
+    waiting: list[tuple[Any, int]] = [(value, 0)]
     while waiting:
         one, level = waiting.pop()
-        if isinstance(one, str):
-            if not one.isascii() and any("\ud800" <= letter <= "\udfff" for letter in one):
-                return "has half a character (a lone surrogate): text.encode(errors='replace').decode() has none"
-        elif isinstance(one, int):
-            if not -(2**63) <= one < 2**64:
-                return "has a whole number past 64 bits, which no table can hold: return it as text"
-        elif isinstance(one, (Mapping, list, tuple, set, frozenset)):
-            if level == MOST_LEVELS:  # or it holds itself
-                return f"is nested deeper than {MOST_LEVELS} levels, the most that a table holds: return it as text"
-            inner = [part for pair in one.items() for part in pair] if isinstance(one, Mapping) else one
+        if not isinstance(one, _HOLDERS):
+            continue
+        if level == MOST_LEVELS:  # or it holds itself
+            return f"is nested deeper than {MOST_LEVELS} levels, the most that a table holds: return it as text"
+        inner = one.values() if isinstance(one, Mapping) else one
+        if not _PLAIN.issuperset(map(type, inner)):
             waiting += [(part, level + 1) for part in inner]
     return None
+
+
+def why_unstorable(value: object) -> str | None:
+    """Why no column can hold the value, whatever the others are."""
+    cause = why_too_deep(value)
+    waiting: list[Any] = [value]
+    while waiting and cause is None:
+        one = waiting.pop()
+        if isinstance(one, str):
+            if not one.isascii() and any("\ud800" <= letter <= "\udfff" for letter in one):
+                cause = "has half a character (a lone surrogate): text.encode(errors='replace').decode() has none"
+        elif isinstance(one, int):
+            if not -(2**63) <= one < 2**64:
+                cause = "has a whole number past 64 bits, which no table can hold: return it as text"
+        elif isinstance(one, Mapping):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, _HOLDERS):
+            waiting += one
+    return cause
 
 
 def odd_values(name: str, values: Mapping[int, Any]) -> dict[int, pa.DataType]:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.types as pat
 
-from raydata_llm.odd_values import UnstorableError, is_suspect, odd_values, why_unstorable
+from raydata_llm.odd_values import UnstorableError, is_suspect, odd_values, why_too_deep, why_unstorable
 from raydata_llm.ray_blocks import columns_to_arrow
 from raydata_llm.row_payload import ERROR_COLUMN, describe_failure
 
@@ -146,7 +146,8 @@ class OutputRows:
     def add_error(self, columns: Row, error: str) -> None:
         """Append a row that failed, with what is known of its columns."""
         # Text that failed for being half a character would fail the block here.
-        held = {name: value for name, value in columns.items() if self._holds(name, value)}
+        held = {name: value for name, value in columns.items() if why_too_deep(value) is None}
+        held = {name: value for name, value in held.items() if self._holds(name, value)}
         self._rows.append({**held, ERROR_COLUMN: error})
         self.errors.append(error)
 

@@ -231,8 +231,8 @@ def test_columns_may_be_json_text_which_arrow_leaves_as_it_is(model: str) -> Non
 @pytest.mark.parametrize(
     ("column", "value", "error"),
     [
-        ("sampling_params", "{", "ValueError: sampling_params='{' is no JSON"),
-        ("tools", ["[", "{}"], "ValueError: tools[0]='[' is no JSON"),
+        ("sampling_params", "{", "ValueError: sampling_params='{' is text, but no JSON"),
+        ("tools", ["[", "{}"], "ValueError: tools[0]='[' is text, but no JSON"),
         (
             "chat_template_kwargs",
             ["glad"],
