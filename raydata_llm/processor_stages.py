@@ -37,6 +37,7 @@ _STAGES = (
             "tokenized_prompt": "token ids, where there is neither or the tokenise stage is off",
             "prompt_embeds": "a matrix, [tokens, hidden_size]; with engine_kwargs={'enable_prompt_embeds': True}",
             "sampling_params": "optional: a dict of sampling parameters",
+            "tools, chat_template_kwargs": "optional: function schemas, and a dict of the chat template's variables",
             "data_1, data_2": "the two texts of a pair, for task_type='score'",
             "pooling_params, tokenization_kwargs": "optional: dicts, for pooling models",
         },

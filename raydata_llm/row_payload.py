@@ -98,7 +98,7 @@ def describe_failure(error: BaseException | str, stage: str, columns: Collection
     Args:
         columns: What a function of the user's was given: named if it looked for another.
     """
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error_text(error)}"
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error_text(error)}".rstrip()
     if isinstance(error, KeyError) and columns and error.args and _is_missing(error.args[0], columns):
         text += f"; the row has {textwrap.shorten(', '.join(columns), _NAMES_LIMIT, placeholder=' ...')}"
     # No column can hold half a character.

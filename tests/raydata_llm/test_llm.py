@@ -80,7 +80,7 @@ def test_texts_are_tokenised_as_asked(llm: LLM) -> None:
     with pytest.raises(ValueError, match=r"tokenization_kwargs\['padding'\] is not valid"):
         asked("x", padding=True)
     [bad] = llm.generate("\ud800", GREEDY, tokenization_kwargs={"truncation": True})
-    assert bad.error is not None
+    assert bad.error is not None and bad.error.startswith("ValueError: prompt has half a character")
 
 
 def test_arguments_of_vllms_methods_are_taken_or_refused_by_name(llm: LLM) -> None:
@@ -175,8 +175,23 @@ def test_bad_prompts_are_error_results_and_the_others_finish(llm: LLM) -> None:
     assert messages[2] == "ValueError: prompt=7 is a int: give text or token ids"
     assert "has the keys ['text']: give prompt, prompt_token_ids or prompt_embeds" in messages[4]
     assert "5000000000" in messages[7] and "below 2**31" in messages[7]
+    assert messages[11].startswith("ValueError: prompt has half a character (a lone surrogate) at 0: '\\ud800'")
     assert results[0].error is None and token_ids([results[0]]) == token_ids([results[-1]])
     assert not llm._live_engine().has_unfinished()
+
+
+@pytest.mark.parametrize("given", [{"stop": ["\ud800"]}, {"bad_words": ["a\udfff"]}, {"stop": "\ud800"}], ids=ascii)
+def test_half_a_character_in_a_prompts_parameters_is_its_own_error(given: dict[str, Any], llm: LLM) -> None:
+    good, bad = llm.generate(["good", "good"], [GREEDY, given])
+    [name] = given
+    assert good.error is None and bad.error is not None and f"ValueError: {name} has half a character" in bad.error
+    with pytest.raises(ValueError, match=f"{name} has half a character"):
+        llm.generate("good", given)
+
+
+def test_half_a_character_in_a_conversation_is_its_own_error(llm: LLM) -> None:
+    good, bad = llm.chat([[{"role": "user", "content": text}] for text in ("hi", "hi \ud800")], GREEDY)
+    assert good.error is None and bad.error is not None and "prompt has half a character" in bad.error
 
 
 def test_failed_prompts_are_told_once(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:

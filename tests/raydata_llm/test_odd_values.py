@@ -60,9 +60,9 @@ class Silent(Exception):
 RAISED: dict[str, tuple[BaseException, str]] = {
     "leaves": (SystemExit("bye"), "SystemExit: bye"),
     "interrupts": (KeyboardInterrupt("stop"), "KeyboardInterrupt: stop"),
-    "closes": (GeneratorExit(), "GeneratorExit: "),
+    "closes": (GeneratorExit(), "GeneratorExit: ("),
     "own": (Leave("gone"), "Leave: gone"),
-    "cancelled": (asyncio.CancelledError(), "CancelledError: "),
+    "cancelled": (asyncio.CancelledError(), "CancelledError: ("),
     "silent": (Silent(), "Silent: its message cannot be made, for KeyError"),
     "half a character": (ValueError("a\ud800"), "ValueError: a\\ud800"),
     "deep": (RecursionError("too far"), "RecursionError: nested too deep (too far)"),
@@ -88,7 +88,7 @@ def test_whatever_a_function_raises_is_its_rows_error(case: str, stage: str, mod
 
     functions = (some, lambda row: {"id": row["id"]}) if stage == "preprocess" else (lambda row: {"prompt": "ab"}, some)
     good = answered(SOURCE.filter(pa.array([True, False, True])), model, *functions, keep_going=True)
-    assert_fails_alone(answered(SOURCE, model, *functions, keep_going=True), good, f"{error}")
+    assert_fails_alone(answered(SOURCE, model, *functions, keep_going=True), good, error)
     with pytest.raises(RowError, match="'id': 2"):
         answered(SOURCE, model, *functions)
 
@@ -96,7 +96,7 @@ def test_whatever_a_function_raises_is_its_rows_error(case: str, stage: str, mod
 @pytest.mark.parametrize("stage", ["preprocess", "postprocess"])
 def test_a_task_that_ray_cancels_ends(stage: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raydata_llm.ray_blocks.is_cancelled", lambda: True)
-    assert row_payload.raise_if_cancelled(SystemExit()) is None
+    row_payload.raise_if_cancelled(SystemExit())  # that comes from the row
 
     def interrupt(row: dict[str, Any]) -> dict[str, Any]:
         raise KeyboardInterrupt

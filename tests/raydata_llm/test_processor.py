@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import ray
 from raydata_llm import EngineProcessorConfig
 from raydata_llm.processor import Processor
 from raydata_llm.tokenizer import encode_chat, load_tokenizer
+from tests.raydata_llm.patience import wait_until
 from tests.raydata_llm.processor_fakes import (
     MAX_MODEL_LEN,
     ray_session,
@@ -157,3 +159,58 @@ def test_the_users_context_is_left_alone(model: str) -> None:
     processor(ray.data.range(5))
     processor(ray.data.range(6)).limit(2)
     assert context() == before
+
+
+ODD_ROWS = {
+    "interrupt": "KeyboardInterrupt: (preprocess)",
+    "leave": "SystemExit: 3 (preprocess)",
+    "deep": "'answer' is nested deeper than 63 levels",
+    "half": "'answer' has half a character",
+    "large": "'answer' has a whole number past 64 bits",
+    "list": "'answer' is a list that no table holds beside the other rows' string",
+}
+
+
+def ask_oddly(row: dict[str, Any]) -> dict[str, Any]:
+    if row["kind"] == "interrupt":
+        raise KeyboardInterrupt
+    if row["kind"] == "leave":
+        raise SystemExit(3)
+    return {"prompt": "hi"}
+
+
+def answer_oddly(row: dict[str, Any]) -> dict[str, Any]:
+    deep: list[Any] = []
+    for _ in range(400):
+        deep = [deep]
+    odd: dict[str, Any] = {"deep": deep, "half": "a\ud800", "large": 2**64, "list": [1]}
+    return {"kind": row["kind"], "answer": odd.get(row["kind"], row["generated_text"])}
+
+
+def test_what_functions_raise_and_return_ends_no_job(model: str) -> None:
+    config = EngineProcessorConfig(model_source=model, should_continue_on_error=True)
+    processor = Processor(config, preprocess=ask_oddly, postprocess=answer_oddly, engine_factory=start_echo_engine)
+    kinds = ["good", *ODD_ROWS, "good", "good"]
+    rows = processor(ray.data.from_items([{"kind": kind} for kind in kinds], override_num_blocks=1)).take_all()
+    assert sorted(row["kind"] for row in rows) == sorted(kinds)
+    for row in rows:
+        assert ODD_ROWS.get(row["kind"], "") in row["__inference_error__"]
+        assert (row["answer"] is None) == (row["kind"] in ODD_ROWS) == (row["__inference_error__"] != "")
+
+
+def test_a_task_tells_rays_interrupt_from_a_rows_own(tmp_path: Path) -> None:
+    def work() -> None:
+        from raydata_llm.ray_blocks import is_cancelled
+
+        (tmp_path / "before").write_text(str(is_cancelled()))
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            (tmp_path / "after").write_text(str(is_cancelled()))
+            raise
+
+    task = ray.remote(work).remote()
+    assert wait_until(lambda: (tmp_path / "before").exists())
+    ray.cancel(task)
+    assert wait_until(lambda: (tmp_path / "after").exists())
+    assert [(tmp_path / name).read_text() for name in ("before", "after")] == ["False", "True"]

@@ -32,11 +32,12 @@ _GENUINE: dict[str, Any] = {
 @pytest.mark.parametrize("form", _WRAPPED)
 def test_openais_wrappers_are_taken_off_a_schema(form: str, as_text: bool) -> None:
     given = json.dumps(_WRAPPED[form]) if as_text else _WRAPPED[form]
+    asking: Any = {"json": given}
     for asked in (
         StructuredOutputsParams(json=given),
-        SamplingParams(structured_outputs={"json": given}).structured_outputs,
-        SamplingParams(guided_decoding={"json": given}).structured_outputs,
-        BeamSearchParams(beam_width=2, max_tokens=4, structured_outputs={"json": given}).form,
+        SamplingParams(structured_outputs=asking).structured_outputs,
+        SamplingParams(guided_decoding=asking).structured_outputs,
+        BeamSearchParams(beam_width=2, max_tokens=4, structured_outputs=asking).form,
     ):
         assert asked is not None and asked.json_schema() == _ASKED
 
