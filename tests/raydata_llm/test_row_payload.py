@@ -70,6 +70,6 @@ def test_a_missing_column_is_told_with_those_that_are_there() -> None:
         "KeyError: 'question'; the row has q, id (preprocess)"
     )
     assert describe_failure(KeyError("q"), "preprocess", ["q", "id"]) == "KeyError: 'q' (preprocess)"
-    assert describe_failure(KeyError(), "preprocess", ["q"]) == "KeyError:  (preprocess)"
+    assert describe_failure(KeyError(), "preprocess", ["q"]) == "KeyError: (preprocess)"
     many = describe_failure(KeyError("q"), "preprocess", [f"column_{number}" for number in range(1000)])
     assert many.endswith("... (preprocess)") and len(many) < 500
