@@ -8,17 +8,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from raydata_llm.adapter_names import check_inside
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.model_cache import fetch_model
 from raydata_llm.model_source import fetch_from_hub, is_remote, local_path, named_as
 
 
-def on_this_node(adapter: LoRARequest) -> LoRARequest:
+def on_this_node(adapter: LoRARequest, root: str = "") -> LoRARequest:
     """The request with a local path.
 
+    Args:
+        adapter: The program's, or a row's.
+        root: Of a row's: the folder that it may not lead out of.
+
     Raises:
-        ValueError: when there is nothing to read there.
+        ValueError: when there is nothing to read there, or it is out of bounds.
     """
+    if root:
+        folder = local_path(adapter.lora_path)
+        if not folder.is_dir():
+            # It is not looked for anywhere else: a folder's name may be a stranger's on the Hub.
+            raise ValueError(f"lora_path={adapter.lora_path!r} not found: there is no such folder on this node")
+        check_inside(str(folder), root)
     return dataclasses.replace(adapter, lora_path=resolve_adapter(adapter.lora_path))
 
 

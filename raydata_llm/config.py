@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
+from raydata_llm.adapter_names import check_sources
 from raydata_llm.config_model import ConfigModel, Flag, PositiveInt, PositiveNumber
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.pooled_rows import TASK_TYPES, TaskType
@@ -94,8 +95,11 @@ class EngineProcessorConfig(ProcessorConfig):
         tokenize: Older name for `tokenize_stage`.
         detokenize: Older name for `detokenize_stage`.
         log_engine_metrics: Export the job's figures as Prometheus metrics, at the metrics ports of Ray's nodes.
-        dynamic_lora_loading_path: The folder of the LoRA adapters that rows name in their `model` column, with
-            `engine_kwargs={"enable_lora": True}`; None takes the name itself as a folder, a Hub id or an address.
+        dynamic_lora_loading_path: The folder, or the address, of the LoRA adapters that rows name in their `model`
+            column, with `engine_kwargs={"enable_lora": True}`. A row names folders below it, and no other place.
+        allowed_lora_sources: Other places that the `model` column may name: Hub organisations ("org") and repositories
+            ("org/name"), absolute folders and addresses ("s3://bucket/adapters") with all that is below them; "*"
+            allows any place, for rows that are trusted.
         report_path: A local or remote folder; each run leaves its report there, a page and the same as JSON.
     """
 
@@ -122,6 +126,7 @@ class EngineProcessorConfig(ProcessorConfig):
     detokenize: Flag | None = None
     log_engine_metrics: Flag = True
     dynamic_lora_loading_path: str | None = None
+    allowed_lora_sources: tuple[str, ...] = ()
     report_path: str | None = None
 
     @field_validator("model_source", mode="before")
@@ -146,6 +151,14 @@ class EngineProcessorConfig(ProcessorConfig):
         if isinstance(value, (str, os.PathLike)):
             value = os.fspath(value)
             check_bucket("report_path", redact(str(value)))
+        return value
+
+    @field_validator("allowed_lora_sources", mode="before")
+    @classmethod
+    def _check_lora_sources(cls, value: object) -> object:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(source, str) for source in value):
+            raise ValueError(f"allowed_lora_sources={value!r} is not valid: give a list such as ['org', '/adapters']")
+        check_sources(tuple(value))
         return value
 
     @field_validator("resume", mode="before")
@@ -185,9 +198,10 @@ class EngineProcessorConfig(ProcessorConfig):
                 f"engine_kwargs['enable_lora']=True is not supported with task_type={self.task_type!r}: merge the "
                 "adapter into its model"
             )
-        adapters = self.dynamic_lora_loading_path
-        if adapters is not None and not self.engine_config().enable_lora:
-            raise ValueError(f"dynamic_lora_loading_path={adapters!r} needs engine_kwargs={{'enable_lora': True}}")
+        for name in ("dynamic_lora_loading_path", "allowed_lora_sources"):
+            if getattr(self, name) and not self.engine_config().enable_lora:
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value!r} needs engine_kwargs={{'enable_lora': True}}")
         device = self.engine_config().device
         if device.startswith("cuda:"):
             raise ValueError(

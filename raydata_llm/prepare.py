@@ -143,6 +143,7 @@ def _make_request(draft: Draft) -> RowRequest:
             draft.error,
             lora_request=draft.lora_request,
             prompt_embeds=draft.embeds,
+            lora_root=draft.lora_root,
         )
     types = None if draft.token_types is None else np.asarray(draft.token_types, dtype=np.int32)
     return RowRequest(draft.token_ids, None, digest, draft.error, draft.pooling.to_mapping(), types)

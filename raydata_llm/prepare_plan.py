@@ -38,8 +38,9 @@ class PreparePlan:
         tokenize: Off, `tokenized_prompt` is taken before anything else.
         keep_going: Turn failures into error rows instead of raising.
         resume: Leave out rows that are committed.
-        adapters: The folder of the adapters that rows name in their `model` column, "" where the name is the place;
-            None takes no adapters.
+        adapters: The folder of the adapters that rows name in their `model` column, "" for none; None takes no
+            adapters.
+        adapter_sources: Other places that rows may name there.
         adapters_of: The model that such a column may name too.
         prompt_embeds: Take `prompt_embeds` for the prompt, before anything else.
         task: Of a pooling model; None generates.
@@ -57,6 +58,7 @@ class PreparePlan:
     keep_going: bool = False
     resume: ResumePlan | None = None
     adapters: str | None = None
+    adapter_sources: tuple[str, ...] = ()
     adapters_of: str = ""
     prompt_embeds: bool = False
     task: PoolingTask | None = None

@@ -193,7 +193,7 @@ class Replica:
                     continue
                 params = self._params(row.sampling_params)
                 stage = "lora"
-                adapter = None if row.lora_request is None else on_this_node(row.lora_request)
+                adapter = None if row.lora_request is None else on_this_node(row.lora_request, row.lora_root)
             except Exception as error:
                 failed = RowOutput(None, "", row_id, 0.0, describe_failure(error, stage))
                 self._put(_FinishedRow(row_id, failed, 0, 0))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from raydata_llm.adapter_names import place_of_adapter
 from raydata_llm.arrow_values import ArrowRow
 from raydata_llm.engine.pooling_params import PoolingParams
 from raydata_llm.engine.prompt_embeds import Embeds, as_embeds
@@ -56,6 +57,7 @@ class Draft:
     pooling: PoolingParams | None = None
     token_types: list[int] | None = None
     lora_request: LoRARequest | None = None
+    lora_root: str = ""
 
     @property
     def columns(self) -> Row:
@@ -151,7 +153,8 @@ def choose_adapter(draft: Draft, plan: PreparePlan) -> None:
         return
     if not isinstance(name, str):
         raise TypeError(f"model={name!r} is a {type(name).__name__}: give the name of an adapter")
-    draft.lora_request = LoRARequest(name, lora_path=f"{plan.adapters.rstrip('/')}/{name}" if plan.adapters else name)
+    place = place_of_adapter(name, plan.adapters or "", plan.adapter_sources)
+    draft.lora_request, draft.lora_root = LoRARequest(name, lora_path=place.path), place.root
 
 
 def _missing_prompt(columns: Row, given: set[str]) -> str:

@@ -41,7 +41,8 @@ class RowRequest(NamedTuple):
     """What a replica needs to know of a row; `digest` tells rows apart, `error` says why there is no request.
 
     `pooling_params` (a mapping with a task) and `token_type_ids` are those of a row for a pooling model; `lora_request`
-    names the row's adapter, wherever it is. `prompt_embeds` are the prompt in the place of its token ids, which are 0.
+    names the row's adapter, wherever it is, and `lora_root` the folder that a local one may not lead out of.
+    `prompt_embeds` are the prompt in the place of its token ids, which are 0.
     """
 
     prompt_token_ids: TokenArray | None
@@ -52,6 +53,7 @@ class RowRequest(NamedTuple):
     token_type_ids: TokenArray | None = None
     lora_request: LoRARequest | None = None
     prompt_embeds: Embeds | None = None
+    lora_root: str = ""
 
 
 class Carried(NamedTuple):
