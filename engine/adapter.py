@@ -1,20 +1,21 @@
-"""A LoRA adapter's files, as PEFT writes them, turned into what the decoder's fused linears add.
+"""A LoRA adapter's tensors, as PEFT writes them, by the module of the model that they change.
 
-Owns adapter_config.json and the names of the adapter's tensors. Knows no slots and no device: an adapter is read to the
+    W' = m / ||W + s B A|| (W + s B A)      DoRA's factor m / ||...||, a number an output, is 1 without it
+    y  = W' x + b'
+
+Owns the names of the adapter's tensors and what fits the model. Knows no slots and no device: an adapter is read to the
 host once and copied to a slot when a row asks for it.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from raydata_llm.engine.adapter_config import MERGE, AdapterConfig
 from raydata_llm.engine.model_config import ModelConfig
 
 # A fused linear's parts, in order.
@@ -24,18 +25,57 @@ FUSED_PARTS = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
-_NAME = re.compile(r"^base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])(?:\.default)?\.weight$")
-# What would change the answer and is not computed here, with the values that ask for nothing.
-_OFF: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA", None),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None, []),
-    "fan_in_fan_out": (False, None),
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_PREFIX = "base_model.model."
+# How a tensor's name ends, and which it is then; longer endings before shorter ones.
+_KINDS = {
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_B.bias": "b_bias",
+    ".lora_embedding_A": "a",
+    ".lora_embedding_B": "b",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    ".base_layer.weight": "weight",
+    ".base_layer.bias": "bias",
+    ".modules_to_save.weight": "weight",
+    ".modules_to_save.bias": "bias",
+    ".weight": "weight",
+    ".bias": "bias",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleChange:
+    """An adapter's tensors of one module, on the host; None for what it leaves alone.
+
+    For the embedding "in" is the vocabulary and "out" the hidden size, though its weight is [in, out].
+
+    Args:
+        a: [R, in].
+        b: [out, R], scaled.
+        magnitude: [out] DoRA's.
+        bias: [out] instead of the module's own.
+        added_bias: [out] B's own, scaled.
+        weight: Instead of the module's own, or the same as that: PEFT writes it beside an embedding's A and B.
+    """
+
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    added_bias: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether it does more than add B A x."""
+        return self.magnitude is not None or self.bias is not None or self.added_bias is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """On the host."""
+        return sum(tensor.nbytes for one in fields(self) if (tensor := getattr(self, one.name)) is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +83,20 @@ class Adapter:
     """One adapter on the host.
 
     Args:
-        rank: R.
-        layers: For each layer, fused linear -> (A [parts * R, in], B [out, R], scaled); linears without are left out.
+        changes: By the module's name in the model.
     """
 
-    rank: int
-    layers: list[dict[str, tuple[torch.Tensor, torch.Tensor]]]
+    changes: Mapping[str, ModuleChange] = field(default_factory=dict)
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether a linear of a layer is scaled or has another bias."""
+        return any(change.is_affine for name, change in self.changes.items() if name not in (EMBEDDING, HEAD))
+
+    @property
+    def num_bytes(self) -> int:
+        """On the host."""
+        return sum(change.num_bytes for change in self.changes.values())
 
 
 def read_adapter(folder: Path, config: ModelConfig, *, max_rank: int) -> Adapter:
@@ -57,37 +105,31 @@ def read_adapter(folder: Path, config: ModelConfig, *, max_rank: int) -> Adapter
     Raises:
         ValueError: for an adapter that is none, that asks for more than is computed here, or of another model.
     """
-    settings = _settings(folder)
-    rank = settings.get("r")
-    if not isinstance(rank, int) or not 1 <= rank <= max_rank:
-        raise ValueError(f"the adapter {str(folder)!r} has rank {rank!r}, above max_lora_rank={max_rank}: raise that")
-    alpha = settings.get("lora_alpha") or rank
-    if not isinstance(alpha, int | float):
-        raise ValueError(f"the adapter {str(folder)!r} has lora_alpha={alpha!r}: give a number")
-    scale = alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
-    found = _by_place(folder, _tensors(folder), config)
-    layers = []
-    for index in range(config.num_layers):
-        layer = {}
-        for fused, parts in FUSED_PARTS.items():
-            if any((index, part) in found for part in parts):
-                layer[fused] = _fuse(folder, index, parts, found, config, rank, scale)
-        layers.append(layer)
-    return Adapter(rank=rank, layers=layers)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"lora_path={str(folder)!r} is no adapter: {path.name}: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"lora_path={str(folder)!r} is no adapter: {path.name} holds a {type(settings).__name__}")
-    for name, off in _OFF.items():
-        if settings.get(name) not in off:
-            raise ValueError(f"the adapter {str(folder)!r} has {name}={settings[name]!r}, which is not supported yet")
-    return settings
+    settings = AdapterConfig.read(folder)
+    found = _by_module(folder, _tensors(folder))
+    for saved in settings.modules_to_save:
+        if saved in ("embed_tokens", "lm_head") and not any(module.endswith(saved) for module in found):
+            raise ValueError(
+                f"the adapter {str(folder)!r} has modules_to_save with {saved!r}, but no such tensor: save it anew"
+            )
+    shapes = config.parameter_shapes()
+    shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBEDDING}.weight"])
+    changes = {}
+    for module, tensors in found.items():
+        if not _is_known(module, shapes):
+            raise ValueError(
+                f"the adapter {str(folder)!r} changes {module} ({', '.join(sorted(tensors))}): only the linears of "
+                f"this model's {config.num_layers} layers, embed_tokens and lm_head are supported: {MERGE}"
+            )
+        rank = settings.rank_of(module)
+        if rank > max_rank and "a" in tensors:
+            raise ValueError(
+                f"the adapter {str(folder)!r} has rank {rank} for {module}, above max_lora_rank={max_rank}: raise that"
+            )
+        _check_shapes(folder, module, tensors, rank, shapes)
+        _check_complete(folder, module, tensors, rank, use_dora=settings.use_dora)
+        changes[module] = _change(tensors, settings.scale_of(module))
+    return Adapter(changes=changes)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -111,44 +153,82 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-_Found = dict[tuple[int, str], dict[str, torch.Tensor]]
-
-
-def _by_place(folder: Path, tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> _Found:
-    shapes = config.parameter_shapes()
-    found: _Found = {}
+def _by_module(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _NAME.match(name)
-        weight = match and f"model.layers.{match[1]}.{match[2]}.weight"
-        if match is None or weight not in shapes:
-            raise ValueError(
-                f"the adapter {str(folder)!r} changes {name}: only the linears of this model's "
-                f"{config.num_layers} layers are supported"
-            )
-        pair = found.setdefault((int(match[1]), match[2]), {})
-        pair[match[3]] = tensor
-        side = shapes[weight][1] if match[3] == "A" else shapes[weight][0]
-        if tensor.ndim != 2 or tensor.shape[1 if match[3] == "A" else 0] != side:
-            raise ValueError(
-                f"the adapter {str(folder)!r} is of another model: {name} has shape {tuple(tensor.shape)}, and "
-                f"{weight} has {shapes[weight]}"
-            )
+        plain = name.removeprefix(_PREFIX).replace(".default", "")
+        ending = next((ending for ending in _KINDS if plain.endswith(ending)), None)
+        if not name.startswith(_PREFIX) or ending is None:
+            raise ValueError(f"the adapter {str(folder)!r} has a tensor {name}, which is not supported: {MERGE}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"the adapter {str(folder)!r} is damaged: {name} is {tensor.dtype}")
+        module = found.setdefault(plain.removesuffix(ending), {})
+        if _KINDS[ending] in module:
+            raise ValueError(f"the adapter {str(folder)!r} is damaged: it has {name} twice, under two names")
+        module[_KINDS[ending]] = tensor
     return found
 
 
-def _fuse(
-    folder: Path, index: int, parts: tuple[str, ...], found: _Found, config: ModelConfig, rank: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes = [config.parameter_shapes()[f"model.layers.{index}.{part}.weight"] for part in parts]
-    a = torch.zeros((len(parts) * rank, shapes[0][1]), dtype=torch.float32)
-    b = torch.zeros((sum(shape[0] for shape in shapes), rank), dtype=torch.float32)
-    first = 0
-    for number, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
-        pair = found.get((index, part))
-        if pair is not None:
-            if pair.keys() != {"A", "B"} or len(pair["A"]) != rank or pair["B"].shape[1] != rank:
-                raise ValueError(f"the adapter {str(folder)!r} has no pair of rank {rank} for layer {index}'s {part}")
-            a[number * rank : (number + 1) * rank] = pair["A"]
-            b[first : first + shape[0]] = pair["B"] * scale
-        first += shape[0]
-    return a, b
+def _is_known(module: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    linears = {part for parts in FUSED_PARTS.values() for part in parts}
+    return f"{module}.weight" in shapes and (module in (EMBEDDING, HEAD) or ".".join(module.split(".")[-2:]) in linears)
+
+
+def _check_shapes(
+    folder: Path,
+    module: str,
+    tensors: Mapping[str, torch.Tensor],
+    rank: int,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    weight = shapes[f"{module}.weight"]
+    outputs, inputs = reversed(weight) if module == EMBEDDING else weight
+    wanted: dict[str, tuple[int, ...]] = {"a": (rank, inputs), "b": (outputs, rank), "weight": weight}
+    for kind, tensor in tensors.items():
+        fitting = wanted.get(kind, (outputs,))
+        found = tuple(tensor.shape)
+        if found == fitting or (kind == "magnitude" and found in ((outputs, 1), (1, outputs))):
+            continue
+        if kind in ("a", "b") and rank not in found:
+            raise ValueError(f"the adapter {str(folder)!r} has no pair of rank {rank} for {module}: {kind} is {found}")
+        if kind in ("weight", "a", "b") and module in (EMBEDDING, HEAD):
+            raise ValueError(
+                f"the adapter {str(folder)!r} has another vocabulary than its model: {kind} of {module} has shape "
+                f"{found}, the model {weight}: {MERGE}"
+            )
+        raise ValueError(
+            f"the adapter {str(folder)!r} is of another model: {kind} of {module} has shape {found}, not {fitting}"
+        )
+
+
+def _check_complete(
+    folder: Path, module: str, tensors: Mapping[str, torch.Tensor], rank: int, *, use_dora: bool
+) -> None:
+    has_pair = "a" in tensors
+    if has_pair != ("b" in tensors):
+        raise ValueError(f"the adapter {str(folder)!r} has no pair of rank {rank} for {module}")
+    if ("magnitude" in tensors) != (has_pair and use_dora):
+        raise ValueError(
+            f"the adapter {str(folder)!r} has use_dora={use_dora}, which {module} does not fit: save it anew"
+        )
+    if "weight" in tensors and module not in (EMBEDDING, HEAD):
+        raise ValueError(
+            f"the adapter {str(folder)!r} has another weight for {module}, which is not supported: {MERGE}"
+        )
+    if tensors.keys() & {"bias", "b_bias"} and module in (EMBEDDING, HEAD):
+        raise ValueError(f"the adapter {str(folder)!r} has a bias for {module}, which is not supported: {MERGE}")
+
+
+def _change(tensors: Mapping[str, torch.Tensor], scale: float) -> ModuleChange:
+    # Copies: a file that is written anew under a mapped tensor ends the process.
+    numbers = {kind: tensor.float() for kind, tensor in tensors.items() if kind != "weight"}
+    b, b_bias, magnitude = numbers.get("b"), numbers.get("b_bias"), numbers.get("magnitude")
+    weight, a, bias = tensors.get("weight"), numbers.get("a"), numbers.get("bias")
+    return ModuleChange(
+        a=None if a is None else a.clone(),
+        b=None if b is None else b * scale,
+        magnitude=None if magnitude is None else magnitude.flatten().clone(),
+        bias=None if bias is None else bias.clone(),
+        added_bias=None if b_bias is None else b_bias * scale,
+        weight=None if weight is None else weight.clone(),
+    )

@@ -1,68 +1,23 @@
-"""The adapters' memory on the device: for each fused linear of a rank, A and B of every slot.
+"""The adapters' memory on the device: for each fused linear of a rank, A and B of every slot, with gains and shifts.
 
 Owns the copies into it. A rank holds its part: B's rows where a linear is split by output, A's columns where it is
-split by input, so that the ranks' sums come out right.
+split by input, so that the ranks' sums come out right; of sums the first rank adds the shift. What adapters change in
+the embedding and the LM head is in `adapter_vocabulary.py`.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 
-from raydata_llm.engine.adapter import FUSED_PARTS, Adapter, read_adapter
-from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.adapter import FUSED_PARTS, Adapter, ModuleChange
+from raydata_llm.engine.adapter_cache import kept_adapter
+from raydata_llm.engine.adapter_linear import LinearAdapters, row_squares
+from raydata_llm.engine.adapter_vocabulary import AdapterVocabulary
+from raydata_llm.engine.parallel import ParallelState
 from raydata_llm.engine.shard import Cut, ModelShard
-from raydata_llm.kernels.lora import AdapterTiles, add_lora
-
-# Adapters that are kept on the host once read.
-_KEPT = 32
-# When each folder's adapter was written, as last read.
-_stamps: dict[str, int] = {}
-
-
-@lru_cache(maxsize=_KEPT)
-def adapter_of(path: str, stamp: int, config: ModelConfig, max_rank: int) -> Adapter:
-    """A folder's adapter; `stamp` is when it was written, so that a new one under an old name is read."""
-    return read_adapter(Path(path), config, max_rank=max_rank)
-
-
-def adapter_stamp(path: str) -> int:
-    """When a folder's adapter was written; 0 if there is none."""
-    settings = Path(path) / "adapter_config.json"
-    return settings.stat().st_mtime_ns if settings.is_file() else 0
-
-
-def load_adapter(path: str, config: ModelConfig, max_rank: int) -> Adapter:
-    """Read a folder's adapter, once a process.
-
-    Raises:
-        ValueError: for what is no adapter of this model.
-    """
-    stamp = adapter_stamp(path)
-    adapter = adapter_of(path, stamp, config, max_rank)
-    _stamps[path] = stamp
-    return adapter
-
-
-def kept_adapter(path: str, config: ModelConfig, max_rank: int) -> Adapter:
-    """As `load_adapter`; if the folder has vanished since a request with it was accepted, as it was read then."""
-    if path in _stamps and not adapter_stamp(path):
-        return adapter_of(path, _stamps[path], config, max_rank)
-    return load_adapter(path, config, max_rank)
-
-
-class LinearAdapters:
-    """One fused linear's part of all slots: A [slots, parts * R, in], B [slots, out, R]."""
-
-    def __init__(self, a: torch.Tensor, b: torch.Tensor, parts: tuple[int, ...]) -> None:
-        self.a, self.b, self.parts = a, b, parts
-
-    def add(self, y: torch.Tensor, x: torch.Tensor, tiles: AdapterTiles) -> torch.Tensor:
-        """The linear's output y with the adapters' additions, in place; x is its input."""
-        add_lora(y, x, self.a, self.b, tiles, self.parts)
-        return y
+from raydata_llm.engine.weights import take_part
 
 
 class AdapterSlots:
@@ -70,49 +25,93 @@ class AdapterSlots:
 
     Args:
         shard: The rank's part of the model.
+        parameters: The rank's weights, fused, by name; what DoRA measures.
+        parallel: The other ranks; all load the same adapters in the same order.
         num_slots: Adapters on the device at once.
         max_rank: R.
     """
 
     def __init__(
-        self, shard: ModelShard, num_slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
+        self,
+        shard: ModelShard,
+        parameters: Mapping[str, torch.Tensor],
+        parallel: ParallelState,
+        *,
+        num_slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
     ) -> None:
         self.num_slots = num_slots
-        self._shard, self._max_rank = shard, max_rank
-        self._device = device
+        self._shard, self._parameters, self._parallel = shard, parameters, parallel
+        self._max_rank = max_rank
+        self._device = parallel.device
+        self._affine = torch.zeros(num_slots, dtype=torch.int32, device=self._device)
         self.layers = [{fused: self._allocate(layer, fused, dtype) for fused in FUSED_PARTS} for layer in shard.layers]
+        self.vocabulary = AdapterVocabulary(shard, parameters, parallel, num_slots, max_rank, dtype)
 
     def _allocate(self, layer: int, fused: str, dtype: torch.dtype) -> LinearAdapters:
         shapes = [self._shard.shapes[f"model.layers.{layer}.{part}.weight"] for part in FUSED_PARTS[fused]]
-        outputs = tuple(shape[0] for shape in shapes)
-        a = torch.zeros((self.num_slots, len(shapes) * self._max_rank, shapes[0][1]), dtype=dtype, device=self._device)
-        b = torch.zeros((self.num_slots, sum(outputs), self._max_rank), dtype=dtype, device=self._device)
-        return LinearAdapters(a, b, outputs)
+        parts = tuple(shape[0] for shape in shapes)
+        return LinearAdapters.allocate(self.num_slots, shapes[0][1], parts, self._max_rank, dtype, self._affine)
 
     def load(self, slot: int, path: str) -> None:
-        """Copy an adapter into a slot; steps launched before still see the one that was there."""
+        """Copy an adapter into a slot; steps launched before still see the one that was there.
+
+        The device is waited for only where an adapter brings its embedding's weight along, to compare that.
+        """
         adapter = kept_adapter(path, self._shard.model, self._max_rank)
+        self._affine[slot].fill_(int(adapter.is_affine))
         for layer, linears in zip(self._shard.layers, self.layers, strict=True):
             for fused, there in linears.items():
-                there.a[slot].zero_()
-                there.b[slot].zero_()
-                if fused in adapter.layers[layer]:
-                    self._copy(there, slot, layer, fused, adapter)
+                there.clear(slot)
+                self._copy(there, slot, f"model.layers.{layer}", fused, adapter)
+        self.vocabulary.load(slot, adapter)
 
-    def _copy(self, there: LinearAdapters, slot: int, layer: int, fused: str, adapter: Adapter) -> None:
-        a, b = adapter.layers[layer][fused]
-        rank, here, whole = adapter.rank, 0, 0
-        for number, part in enumerate(FUSED_PARTS[fused]):
-            name = f"model.layers.{layer}.{part}.weight"
-            cut = self._shard.parameters[name]
-            outputs = self._shard.model.parameter_shapes()[name][0]
-            a_part = _cut(a[number * rank : (number + 1) * rank], cut, dim=1)
-            b_part = _cut(b[whole : whole + outputs], cut, dim=0)
-            there.a[slot, number * self._max_rank : number * self._max_rank + rank] = a_part.to(self._device)
-            there.b[slot, here : here + len(b_part), :rank] = b_part.to(self._device)
-            here, whole = here + len(b_part), whole + outputs
+    def _copy(self, there: LinearAdapters, slot: int, layer: str, fused: str, adapter: Adapter) -> None:
+        here = 0
+        for number, (part, outputs) in enumerate(zip(FUSED_PARTS[fused], there.parts, strict=True)):
+            change = adapter.changes.get(f"{layer}.{part}")
+            if change is not None:
+                cut = self._shard.parameters[f"{layer}.{part}.weight"]
+                rows = slice(here, here + outputs)
+                pair = None
+                if change.a is not None and change.b is not None:
+                    rank, first = len(change.a), number * self._max_rank
+                    pair = _cut(change.a, cut, dim=1).to(self._device), _cut(change.b, cut, dim=0).to(self._device)
+                    there.a[slot, first : first + rank] = pair[0]
+                    there.b[slot, rows, :rank] = pair[1]
+                if change.is_affine:
+                    self._set_affine(there, slot, rows, f"{layer}.{fused}", change, cut, pair)
+            here += outputs
+
+    def _set_affine(
+        self,
+        there: LinearAdapters,
+        slot: int,
+        rows: slice,
+        fused: str,
+        change: ModuleChange,
+        cut: Cut | None,
+        pair: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        gain, shift = there.affine.gain[slot, rows], there.affine.shift[slot, rows]
+        is_summed = cut is not None and cut.dim == 1
+        if change.magnitude is not None and pair is not None:
+            squares = row_squares(self._parameters[f"{fused}.weight"][rows], *pair)
+            if is_summed:
+                squares = self._parallel.all_reduce(squares)
+            gain.copy_(_cut(change.magnitude, cut, dim=0).to(self._device) / squares.sqrt())
+        if is_summed and self._shard.place.tp_rank:
+            return
+        own = self._parameters.get(f"{fused}.bias")
+        if own is not None:
+            bias = own[rows].float()
+            wanted = bias if change.bias is None else _cut(change.bias, cut, dim=0).to(self._device)
+            shift.copy_(wanted - gain * bias)
+        if change.added_bias is not None:
+            shift += _cut(change.added_bias, cut, dim=0).to(self._device)
 
 
 def _cut(tensor: torch.Tensor, cut: Cut | None, *, dim: int) -> torch.Tensor:
     # A weight [out, in] cut by outputs (dim 0) cuts B's rows (0), one cut by inputs (1) cuts A's columns (1).
-    return tensor if cut is None or cut.dim != dim else tensor.narrow(dim, cut.start, cut.stop - cut.start)
+    return take_part(tensor, cut) if cut is not None and cut.dim == dim else tensor

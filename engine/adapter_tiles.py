@@ -5,6 +5,9 @@ Owns that order. Knows no adapters but the numbers of their slots.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -13,10 +16,35 @@ from raydata_llm.engine.upload import upload
 from raydata_llm.kernels.lora import TILE_ROWS, AdapterTiles
 
 
-def upload_tiles(slots: IntArray, device: torch.device) -> AdapterTiles:
-    """The tiles of a step on the device; `slots` as in `tiles_of`."""
+@dataclass(frozen=True)
+class AdaptedRows:
+    """A step's rows with an adapter.
+
+    Args:
+        tiles: On the device.
+        ranges: For each slot that occurs, where its rows stand in `tiles.rows`; on the host.
+    """
+
+    tiles: AdapterTiles
+    ranges: Mapping[int, tuple[int, int]]
+
+    def of(self, slot: int) -> torch.Tensor:
+        """The rows of one slot."""
+        start, end = self.ranges[slot]
+        return self.tiles.rows[start:end].long()
+
+
+def upload_rows(slots: IntArray, device: torch.device) -> AdaptedRows:
+    """A step's rows on the device; `slots` as in `tiles_of`."""
     rows, adapters, starts, ends = upload(device, *tiles_of(slots))
-    return AdapterTiles(rows=rows, slots=adapters, starts=starts, ends=ends)
+    return AdaptedRows(AdapterTiles(rows=rows, slots=adapters, starts=starts, ends=ends), ranges_of(slots))
+
+
+def ranges_of(slots: IntArray) -> dict[int, tuple[int, int]]:
+    """`AdaptedRows.ranges`; `slots` as in `tiles_of`."""
+    adapters, counts = np.unique(slots[slots >= 0], return_counts=True)
+    ends = np.cumsum(counts)
+    return dict(zip(adapters.tolist(), zip((ends - counts).tolist(), ends.tolist(), strict=True), strict=True))
 
 
 def tiles_of(slots: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray]:

@@ -145,6 +145,19 @@ class EmbeddedRows:
     values: torch.Tensor
 
 
+@dataclass(frozen=True)
+class OwnEmbeddings:
+    """Embeddings of tokens whose adapters change them; this rank's part, before the ranks' sum.
+
+    Args:
+        present: [T, 1] bool; which tokens those are.
+        values: [T, hidden].
+    """
+
+    present: torch.Tensor
+    values: torch.Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
     """A step's tensors.
@@ -158,6 +171,7 @@ class ForwardBatch:
         sampled: None where every token is sampled from.
         adapters: The tokens that have an adapter; None where none has.
         sampled_adapters: The same of the tokens of `sampled`.
+        own_embeddings: Those of tokens whose adapters change them; None for none.
         embedded: None where every token is looked up by its id.
     """
 
@@ -170,4 +184,5 @@ class ForwardBatch:
     sampled: SampledRows | None
     adapters: AdapterTiles | None = None
     sampled_adapters: AdapterTiles | None = None
+    own_embeddings: OwnEmbeddings | None = None
     embedded: EmbeddedRows | None = None

@@ -1,7 +1,8 @@
 """Pure decode steps on the device: their plan's buffers, and the CUDA graphs that replay them.
 
 Owns what a decode step reads (which slots, which groups) in buffers that never move, and one graph a bucket of row
-numbers, with and without prefix groups and adapters. Knows no prefill and no sampling: a step ends in hidden states.
+numbers, with and without prefix groups and adapters. Embeddings that adapters change are looked up before a graph is
+replayed, and lie in a buffer that it reads. Knows no prefill and no sampling: a step ends in hidden states.
 
 Invariants: a graph is captured only after the same step ran eagerly (kernels are compiled and loaded by then); rows
 that pad a bucket name the padding slot, which writes to the trash block.
@@ -15,8 +16,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from raydata_llm.engine.adapter_tiles import TileBuffer
-from raydata_llm.engine.batch import DecodeRows, ForwardBatch
+from raydata_llm.engine.adapter_tiles import AdaptedRows, TileBuffer, ranges_of
+from raydata_llm.engine.batch import DecodeRows, ForwardBatch, OwnEmbeddings
 from raydata_llm.engine.decode_buckets import fixed_buckets, measured_buckets
 from raydata_llm.engine.decode_plan import MAX_GROUPS, DecodePlan
 from raydata_llm.engine.decoder import Decoder, KVCache
@@ -84,11 +85,20 @@ class DecodeStep:
         self._buckets = fixed_buckets(state.num_slots)
         # What a step of each takes, once they are measured.
         self.bucket_seconds: dict[int, float] = {}
-        # Whether a row of the plan has an adapter, and which.
-        self._adapted = False
+        # The plan's rows that have an adapter; None if there are none.
+        self.adapted: AdaptedRows | None = None
         self._tiles: TileBuffer | None = None
+        self._own: OwnEmbeddings | None = None
+        # Whether a row has an embedding of its own.
+        self._has_own = False
         if decoder.adapters is not None:
             self._tiles = TileBuffer(state.num_slots, decoder.adapters.num_slots, decoder.device)
+            if decoder.parallel.place.is_first:
+                shape = (state.num_slots, decoder.config.hidden_size)
+                self._own = OwnEmbeddings(
+                    torch.zeros((state.num_slots, 1), dtype=torch.bool, device=decoder.device),
+                    torch.zeros(shape, dtype=decoder.dtype, device=decoder.device),
+                )
         if use_graphs:
             self._graph_pool = GraphPool(decoder.device)
 
@@ -97,9 +107,11 @@ class DecodeStep:
         if self._plan is None or self._plan.version != plan.version:
             self._buffer.fill(plan, self._state.num_slots)
             self._plan = plan
-            self._adapted = bool((adapter_slots >= 0).any())
-            if self._adapted and self._tiles is not None:
+            self.adapted = None
+            if self._tiles is not None and (adapter_slots >= 0).any():
                 self._tiles.fill(adapter_slots)
+                self.adapted = AdaptedRows(self._tiles.tiles(len(plan.slots)), ranges_of(adapter_slots))
+                self._mark_own_embeddings(self.adapted)
 
     def rows(self, num_rows: int, context_lens: torch.Tensor) -> DecodeRows:
         """The plan's first rows, for a step that does more than decode; those past its end share nothing."""
@@ -117,10 +129,14 @@ class DecodeStep:
         """Run the plan's rows; returns their hidden states, [D, hidden], valid until the next step is launched."""
         assert self._plan is not None
         num_rows, shared = len(self._plan.slots), self._plan.num_groups > 0
+        adapted = self.adapted is not None
+        if self.adapted is not None and self._own is not None and self._has_own and self._decoder.adapters is not None:
+            tokens = self._state.last_token[self.slots]
+            self._decoder.adapters.vocabulary.embed(self._own.values, tokens, self.adapted)
         if not self._use_graphs:
-            return self._forward(num_rows, shared, self._adapted)
+            return self._forward(num_rows, shared, adapted)
         bucket = next(bucket for bucket in self._buckets if bucket >= num_rows)
-        graph = self._graphs[bucket, shared, self._adapted]
+        graph = self._graphs[bucket, shared, adapted]
         graph.graph.replay()
         return graph.hidden[:num_rows]
 
@@ -163,10 +179,23 @@ class DecodeStep:
             prefill=None,
             sampled=None,
             adapters=self._tiles.tiles(num_rows) if adapted and self._tiles is not None else None,
+            own_embeddings=self._own_embeddings(num_rows) if adapted else None,
         )
         return self._decoder.forward(
             batch, self._kv_cache, None if self._incoming is None else self._incoming[:num_rows]
         )
+
+    def _mark_own_embeddings(self, adapted: AdaptedRows) -> None:
+        if self._own is None or self._decoder.adapters is None:
+            return
+        vocabulary, had_own = self._decoder.adapters.vocabulary, self._has_own
+        self._has_own = vocabulary.changes_embeddings(adapted)
+        if self._has_own or had_own:
+            vocabulary.mark(self._own.present, adapted)
+
+    def _own_embeddings(self, num_rows: int) -> OwnEmbeddings | None:
+        own = self._own
+        return own and OwnEmbeddings(own.present[:num_rows], own.values[:num_rows])
 
 
 class _PlanBuffer:

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from raydata_llm.engine.adapter_slots import AdapterSlots, LinearAdapters
-from raydata_llm.engine.batch import AttentionRows, DecodeRows, ForwardBatch, PrefillRows
+from raydata_llm.engine.adapter_linear import LinearAdapters
+from raydata_llm.engine.adapter_slots import AdapterSlots
+from raydata_llm.engine.adapter_tiles import AdaptedRows
+from raydata_llm.engine.batch import AttentionRows, DecodeRows, ForwardBatch, OwnEmbeddings, PrefillRows
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.parallel import ParallelState, alone
 from raydata_llm.engine.rope import rope_table
 from raydata_llm.engine.shard import ModelShard
+from raydata_llm.engine.token_lookup import lookup
 from raydata_llm.kernels.invariant_attention import invariant_attention
 from raydata_llm.kernels.invariant_linear import invariant_linear
 from raydata_llm.kernels.linear import linear
@@ -148,7 +151,14 @@ class Decoder:
         """Take weights, fused and on the device, and make room for adapters."""
         self._parameters, take = parameters, parameters.get
         if self._max_loras:
-            self.adapters = AdapterSlots(self.shard, self._max_loras, self._max_lora_rank, self.dtype, self.device)
+            self.adapters = AdapterSlots(
+                self.shard,
+                parameters,
+                self.parallel,
+                num_slots=self._max_loras,
+                max_rank=self._max_lora_rank,
+                dtype=self.dtype,
+            )
         # A stage in the middle has neither; nor is it asked for them.
         nothing = torch.empty(0, device=self.device)
         self._embedding = parameters.get("model.embed_tokens.weight", nothing)
@@ -186,7 +196,7 @@ class Decoder:
             incoming: [T, hidden] of the stage before; it may be changed.
         """
         eps, place = self.config.rms_norm_eps, self.parallel.place
-        residual = self._embed(batch.token_ids) if incoming is None else incoming
+        residual = self._embed(batch.token_ids, batch.own_embeddings) if incoming is None else incoming
         if batch.embedded is not None:
             residual.index_copy_(0, batch.embedded.tokens, batch.embedded.values)
         x = rms_norm(residual, self.layers[0].input_norm, eps)
@@ -213,13 +223,21 @@ class Decoder:
             x, residual = add_rms_norm(x, residual, next_norm, eps)
         return x
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores over the vocabulary, in the model's dtype: [N, vocab_size]."""
-        return self.whole_logits(self.part_logits(hidden))
+    def logits(self, hidden: torch.Tensor, adapted: AdaptedRows | None = None) -> torch.Tensor:
+        """Scores over the vocabulary, in the model's dtype: [N, vocab_size].
 
-    def part_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores over this rank's share of the vocabulary: [N, len(shard.tokens)]."""
-        return self._lm_head(hidden)
+        Args:
+            hidden: [N, hidden].
+            adapted: The rows that have an adapter, if some have.
+        """
+        return self.whole_logits(self.part_logits(hidden, adapted))
+
+    def part_logits(self, hidden: torch.Tensor, adapted: AdaptedRows | None = None) -> torch.Tensor:
+        """As `logits`, over this rank's share of the vocabulary: [N, len(shard.tokens)]."""
+        logits = self._lm_head(hidden)
+        if adapted is not None and self.adapters is not None:
+            self.adapters.vocabulary.change_logits(logits, hidden, adapted, self._lm_head.op)
+        return logits
 
     def whole_logits(self, part: torch.Tensor) -> torch.Tensor:
         """Scores over the vocabulary from all ranks' parts."""
@@ -230,13 +248,11 @@ class Decoder:
         gathered = self.parallel.all_gather(padded).movedim(0, 1)
         return gathered.flatten(1)[:, : self.config.vocab_size].contiguous()
 
-    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        if self.parallel.place.tp_size == 1:
-            return F.embedding(token_ids, self._embedding)
-        local = token_ids - self.shard.tokens.start
-        elsewhere = (local < 0) | (local >= len(self.shard.tokens))
-        found = F.embedding(local.masked_fill(elsewhere, 0), self._embedding)
-        return self.parallel.all_reduce(found.masked_fill_(elsewhere[:, None], 0))
+    def _embed(self, token_ids: torch.Tensor, own: OwnEmbeddings | None) -> torch.Tensor:
+        found = lookup(self._embedding, token_ids, self.shard)
+        if own is not None:
+            found = torch.where(own.present, own.values, found)
+        return self.parallel.all_reduce(found)
 
     def _write_kv(
         self,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from raydata_llm.engine.adapter_tiles import AdaptedRows, upload_rows
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.decoder import Decoder
 from raydata_llm.engine.position_logprobs import HEAD, Wanted
@@ -146,10 +147,18 @@ def prompt_pieces(decoder: Decoder, hidden: torch.Tensor, batch: ScheduledBatch)
             first = int(firsts[chunk]) + start - begin
             tokens = sequence.token_ids[start + 1 : stop + 1]
             (tokens_there,) = upload(hidden.device, tokens.astype(np.int64))
-            logits = decoder.logits(hidden[first : first + stop - start])
+            adapted = _rows_of_chunk(decoder, batch, first, stop - start)
+            logits = decoder.logits(hidden[first : first + stop - start], adapted)
             rows = row_logprobs(logits, tokens_there, _wanted_at(params, decoder.config.vocab_size, start, stop))
             pieces.append(PromptPiece(sequence, start + 1, tokens.tolist(), rows.to_host()))
     return pieces
+
+
+def _rows_of_chunk(decoder: Decoder, batch: ScheduledBatch, first: int, count: int) -> AdaptedRows | None:
+    """Some of a chunk's tokens, which have all one adapter or none."""
+    if not len(batch.adapter_slots):
+        return None
+    return upload_rows(batch.adapter_slots[first : first + count], decoder.device)
 
 
 def _first_asked(params: SamplingParams, begin: int) -> int:

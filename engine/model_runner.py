@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raydata_llm.engine.adapter_tiles import upload_tiles
+from raydata_llm.engine.adapter_tiles import AdaptedRows, upload_rows
 from raydata_llm.engine.batch import EmbeddedRows, ForwardBatch, PrefillRows, SampledRows, ScheduledBatch
 from raydata_llm.engine.decode_step import DecodeStep, SlotState
 from raydata_llm.engine.decoder import Decoder, KVCache
+from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.guides import Bitmask
 from raydata_llm.engine.logprobs import PromptPiece, prompt_pieces
 from raydata_llm.engine.returning_tokens import ReturningTokens
@@ -196,7 +197,7 @@ class ModelRunner:
             self._parallel.receive_hidden(incoming)
         pieces: list[PromptPiece] = []
         if len(batch.prefill_slots):
-            slots, forward_batch = self._forward_batch(batch)
+            slots, forward_batch, adapted = self._forward_batch(batch)
             sampled = forward_batch.sampled
             if batch.prompt_logprob_chunks and sampled is not None and self._place.is_last:
                 whole = dataclasses.replace(forward_batch, sampled=None)
@@ -206,7 +207,7 @@ class ModelRunner:
             else:
                 hidden = self._decoder.forward(forward_batch, self._kv_cache, incoming)
         else:
-            slots, hidden = self._decode.slots, self._decode.run()
+            slots, hidden, adapted = self._decode.slots, self._decode.run(), self._decode.adapted
         if not self._place.is_last:
             self._parallel.send_hidden(hidden)
             self._returning.expect(batch, slots)
@@ -214,7 +215,7 @@ class ModelRunner:
         # A sampled token's position is the number of tokens before it.
         positions = self._state.num_computed[slots]
         tokens, logprobs = self._sampler.sample(
-            self._decoder.part_logits(hidden), batch, slots, positions, bitmask() if bitmask else None
+            self._decoder.part_logits(hidden, adapted), batch, slots, positions, bitmask() if bitmask else None
         )
         self._state.last_token[slots] = tokens
         if not self._place.is_first:
@@ -229,7 +230,11 @@ class ModelRunner:
             self._state.block_table[slots, columns] = blocks
         if self._decoder.adapters is not None:
             for slot, adapter in batch.adapter_loads:
-                self._decoder.adapters.load(slot, adapter.lora_path)
+                # Whole weights of an embedding or an LM head lie beside the KV cache.
+                with explained(
+                    f"loading the adapter {adapter.lora_name!r}", "lower gpu_memory_utilization or max_loras"
+                ):
+                    self._decoder.adapters.load(slot, adapter.lora_path)
         self._decode.set_plan(batch.decode_plan, batch.adapter_slots[: batch.num_decodes])
 
     def _set_beams(self, batch: ScheduledBatch) -> None:
@@ -243,8 +248,8 @@ class ModelRunner:
             self._state.last_token[slots] = tokens.long()
             self._state.num_computed[slots] = counts
 
-    def _forward_batch(self, batch: ScheduledBatch) -> tuple[torch.Tensor, ForwardBatch]:
-        """The tensors of a step with prefill, and the slots that it samples for."""
+    def _forward_batch(self, batch: ScheduledBatch) -> tuple[torch.Tensor, ForwardBatch, AdaptedRows | None]:
+        """The slots that a step with prefill samples for, its tensors, and its sampled rows that have an adapter."""
         state, num_decodes = self._state, batch.num_decodes
         chunk_of, chunk_positions = _chunk_positions(batch)
         context_lens = batch.prefill_starts + batch.prefill_counts
@@ -270,11 +275,12 @@ class ModelRunner:
             slot_mapping = torch.cat([inputs.slot_mapping, slot_mapping])
             decode = self._decode.rows(num_decodes, inputs.context_lens)
         sampled = self._decode.rows(len(sample_slots), state.num_computed[sample_slots])
-        adapters = sampled_adapters = None
-        if len(batch.adapter_slots):
-            adapters = upload_tiles(batch.adapter_slots, self._device)
-            sampled_adapters = upload_tiles(batch.adapter_slots[_sample_tokens(batch)], self._device)
-        return sample_slots, ForwardBatch(
+        adapters = sampled_adapters = own_embeddings = None
+        if len(batch.adapter_slots) and self._decoder.adapters is not None:
+            adapters = upload_rows(batch.adapter_slots, self._device)
+            sampled_adapters = upload_rows(batch.adapter_slots[_sample_tokens(batch)], self._device)
+            own_embeddings = self._decoder.adapters.vocabulary.own_embeddings(token_ids, adapters)
+        forward_batch = ForwardBatch(
             token_ids=token_ids,
             positions=positions,
             slot_mapping=slot_mapping,
@@ -286,10 +292,12 @@ class ModelRunner:
             sampled=SampledRows(
                 slots=sample_slots, context_lens=sampled.context_lens, shared=sampled.shared, tokens=sample_tokens
             ),
-            adapters=adapters,
-            sampled_adapters=sampled_adapters,
+            adapters=adapters and adapters.tiles,
+            sampled_adapters=sampled_adapters and sampled_adapters.tiles,
+            own_embeddings=own_embeddings,
             embedded=self._embedded_rows(batch),
         )
+        return sample_slots, forward_batch, sampled_adapters
 
     def _embedded_rows(self, batch: ScheduledBatch) -> EmbeddedRows | None:
         if batch.embedded is None or not self._place.is_first:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
-from raydata_llm.engine.adapter_slots import adapter_stamp, load_adapter
+from raydata_llm.engine.adapter_cache import adapter_stamp, load_adapter
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.prompt_embeds import check_embeds

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from raydata_llm.kernels.integers import cdiv, next_power_of_2
-from raydata_llm.kernels.lora import TILE_ROWS, AdapterTiles
+from raydata_llm.kernels.lora import TILE_ROWS, AdapterTiles, Affine
 
 _BLOCK_IN = 128
 _BLOCK_OUT = 128
@@ -64,6 +64,9 @@ def _shrink_kernel(
 def _expand_kernel(
     y_ptr: tl.tensor,
     b_ptr: tl.tensor,
+    gain_ptr: tl.tensor,
+    shift_ptr: tl.tensor,
+    affine_ptr: tl.tensor,
     inner_ptr: tl.tensor,
     rows_ptr: tl.tensor,
     slots_ptr: tl.tensor,
@@ -106,11 +109,23 @@ def _expand_kernel(
     y_at = y_ptr + rows[:, None] * Y_STRIDE + column[None, :]
     mask = present[:, None] & (column[None, :] < WIDTH)
     y = tl.load(y_at, mask=mask, other=0.0)
-    tl.store(y_at, (y.to(tl.float32) + delta).to(y.dtype), mask=mask)
+    total = y.to(tl.float32) + delta
+    if tl.load(affine_ptr + slot) != 0:
+        of_column = slot.to(tl.int64) * WIDTH + column
+        gain = tl.load(gain_ptr + of_column, mask=column < WIDTH, other=0.0)
+        shift = tl.load(shift_ptr + of_column, mask=column < WIDTH, other=0.0)
+        total = total * gain[None, :] + shift[None, :]
+    tl.store(y_at, total.to(y.dtype), mask=mask)
 
 
 def launch_add_lora(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tiles: AdapterTiles, parts: tuple[int, ...]
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    affine: Affine,
+    tiles: AdapterTiles,
+    parts: tuple[int, ...],
 ) -> None:
     """As `lora.add_lora`; grids depend on the number of tiles alone."""
     num_tiles, ranks, width = len(tiles.slots), a.shape[1], x.shape[1]
@@ -141,6 +156,9 @@ def launch_add_lora(
     _expand_kernel[(num_tiles, cdiv(y.shape[1], _BLOCK_OUT))](
         y,
         b,
+        affine.gain,
+        affine.shift,
+        affine.slots,
         inner,
         *where,
         Y_STRIDE=y.stride(0),

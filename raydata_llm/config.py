@@ -126,7 +126,7 @@ class EngineProcessorConfig(ProcessorConfig):
     detokenize: Flag | None = None
     log_engine_metrics: Flag = True
     dynamic_lora_loading_path: str | None = None
-    allowed_lora_sources: tuple[str, ...] = ()
+    allowed_lora_sources: list[str] = Field(default_factory=list)
     report_path: str | None = None
 
     @field_validator("model_source", mode="before")

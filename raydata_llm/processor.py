@@ -90,7 +90,7 @@ class Processor:
             keep_going=config.should_continue_on_error,
             resume=resume_plan(config),
             adapters=(config.dynamic_lora_loading_path or "") if engine.enable_lora else None,
-            adapter_sources=config.allowed_lora_sources,
+            adapter_sources=tuple(config.allowed_lora_sources),
             adapters_of=config.model_source,
             prompt_embeds=engine.enable_prompt_embeds,
             task=pooling_task(config.task_type),

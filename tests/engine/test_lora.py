@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raydata_llm.engine import adapter_slots
+from raydata_llm.engine import adapter_cache
 from raydata_llm.engine.adapter import read_adapter
 from raydata_llm.engine.adapter_slots import AdapterSlots
 from raydata_llm.engine.engine import Engine
@@ -235,7 +235,7 @@ def test_an_adapter_is_read_once_however_many_requests_ask_for_it(
         read.append(folder)
         return read_adapter(folder, *arguments, **settings)
 
-    monkeypatch.setattr(adapter_slots, "read_adapter", counting)
+    monkeypatch.setattr(adapter_cache, "read_adapter", counting)
     engine = Engine(EngineConfig(model=str(reference.model), dtype="float32", device="cpu", max_model_len=64, **LORA))
     there = reference.adapters[3]
     assert there is not None

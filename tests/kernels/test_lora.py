@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raydata_llm.engine.adapter_tiles import max_tiles, tiles_of
-from raydata_llm.kernels.lora import TILE_ROWS, AdapterTiles, add_lora
+from raydata_llm.kernels.lora import TILE_ROWS, AdapterTiles, Affine, add_lora
 
 NONE = -1
 
@@ -39,8 +39,26 @@ def test_tiles_hold_every_row_with_an_adapter_once(num_rows: int) -> None:
     assert (ends - starts).sum() == len(rows) and len(adapters) <= max_tiles(num_rows, 5)
 
 
+def affine_of(slots: int, outputs: int, device: torch.device) -> Affine:
+    """Every other slot is affine; what the rest would be is not to be read."""
+    chosen = (torch.arange(slots) % 2).to(device, torch.int32)
+    nothing = torch.where(chosen == 1, 0.0, torch.nan)[:, None]
+    drawn = {"dtype": torch.float32, "device": device}
+    return Affine(
+        draw(slots, outputs, seed=8, **drawn) + 1 + nothing,  # type: ignore[arg-type]
+        draw(slots, outputs, seed=9, **drawn) + nothing,  # type: ignore[arg-type]
+        chosen,
+    )
+
+
 def plainly(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: list[int], parts: tuple[int, ...]
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    affine: Affine,
+    slots: list[int],
+    parts: tuple[int, ...],
 ) -> torch.Tensor:
     """Row by row, a part's A and B cut out by hand."""
     out, rank = y.double().clone(), b.shape[2]
@@ -50,6 +68,8 @@ def plainly(
             inner = a[slot, part * rank : (part + 1) * rank].double() @ x[row].double()
             out[row, column : column + width] += b[slot, column : column + width].double() @ inner
             column += width
+        if slot >= 0 and affine.slots[slot]:
+            out[row] = out[row] * affine.gain[slot].double() + affine.shift[slot].double()
     return out
 
 
@@ -63,6 +83,7 @@ def test_rows_get_the_addition_of_their_adapter(slots: list[int], parts: tuple[i
     make = {"dtype": torch.float32, "device": cpu}
     x, y = draw(len(slots), 72, seed=0, **make), draw(len(slots), sum(parts), seed=1, **make)  # type: ignore[arg-type]
     a, b = draw(3, len(parts) * 6, 72, seed=2, **make), draw(3, sum(parts), 6, seed=3, **make)  # type: ignore[arg-type]
-    wanted = plainly(y, x, a, b, slots, parts)
-    add_lora(y, x, a, b, tiles_on(cpu, slots), parts)
+    affine = affine_of(3, sum(parts), cpu)
+    wanted = plainly(y, x, a, b, affine, slots, parts)
+    add_lora(y, x, a, b, affine, tiles_on(cpu, slots), parts)
     torch.testing.assert_close(y.double(), wanted, atol=1e-5, rtol=1e-5)

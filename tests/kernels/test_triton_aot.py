@@ -211,7 +211,7 @@ def test_batch_invariant_kernels(model: str, dtype: torch.dtype, compiler: Compi
 @pytest.mark.parametrize("rank", [8, 64])
 @pytest.mark.parametrize("model", MODELS)
 def test_lora(model: str, rank: int, compiler: Compiler) -> None:
-    from raydata_llm.kernels.lora import AdapterTiles
+    from raydata_llm.kernels.lora import AdapterTiles, Affine
     from raydata_llm.kernels.lora_triton import launch_add_lora
 
     heads, kv_heads, head_dim, hidden, _ = MODELS[model]
@@ -220,7 +220,8 @@ def test_lora(model: str, rank: int, compiler: Compiler) -> None:
     x, y = torch.zeros((2, hidden), dtype=torch.bfloat16), torch.zeros((2, sum(parts)), dtype=torch.bfloat16)
     a = torch.zeros((1, 3 * rank, hidden), dtype=torch.bfloat16)
     b = torch.zeros((1, sum(parts), rank), dtype=torch.bfloat16)
-    launch_add_lora(y, x, a, b, AdapterTiles(rows=number, slots=number, starts=number, ends=number), parts)
+    affine = Affine(torch.zeros((1, sum(parts))), torch.zeros((1, sum(parts))), number)
+    launch_add_lora(y, x, a, b, affine, AdapterTiles(rows=number, slots=number, starts=number, ends=number), parts)
     compiler.check()
 
 

@@ -175,16 +175,18 @@ def test_padding_rows_leave_the_others_alone(triton_device: torch.device, make_r
 
 def test_a_rows_adapter_adds_the_same_bits_in_any_tile(triton_dtype: torch.dtype, triton_device: torch.device) -> None:
     from raydata_llm.kernels.lora_triton import launch_add_lora
-    from tests.kernels.test_lora import tiles_on
+    from tests.kernels.test_lora import affine_of, tiles_on
 
     width, rank, parts = 300, 16, (130, 8, 8)
     x, y = draw(50, width, dtype=triton_dtype, seed=0), draw(50, sum(parts), dtype=triton_dtype, seed=1)
     a = draw(3, len(parts) * rank, width, dtype=triton_dtype, seed=2).to(triton_device)
     b = draw(3, sum(parts), rank, dtype=triton_dtype, seed=3).to(triton_device)
 
+    affine = affine_of(3, sum(parts), triton_device)
+
     def added(rows: list[int], slots: list[int]) -> torch.Tensor:
         result = y[rows].to(triton_device)
-        launch_add_lora(result, x[rows].to(triton_device), a, b, tiles_on(triton_device, slots), parts)
+        launch_add_lora(result, x[rows].to(triton_device), a, b, affine, tiles_on(triton_device, slots), parts)
         return result.cpu()
 
     slots = [row % 4 - 1 for row in range(50)]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.kernels.test_lora import SLOTS, draw, plainly, tiles_on
+from tests.kernels.test_lora import SLOTS, affine_of, draw, plainly, tiles_on
 
 Close = Callable[..., None]
 
@@ -29,6 +29,7 @@ def test_rows_get_the_addition_of_their_adapter(
     x, y = draw(len(slots), width, seed=0, **make), draw(len(slots), sum(parts), seed=1, **make)  # type: ignore[arg-type]
     a = draw(3, len(parts) * rank, width, seed=2, **make)  # type: ignore[arg-type]
     b = draw(3, sum(parts), rank, seed=3, **make)  # type: ignore[arg-type]
-    wanted = plainly(y, x, a, b, slots, parts).to(triton_dtype)
-    launch_add_lora(y, x, a, b, tiles_on(triton_device, slots, padding=2), parts)
+    affine = affine_of(3, sum(parts), triton_device)
+    wanted = plainly(y, x, a, b, affine, slots, parts).to(triton_dtype)
+    launch_add_lora(y, x, a, b, affine, tiles_on(triton_device, slots, padding=2), parts)
     close(y, wanted)

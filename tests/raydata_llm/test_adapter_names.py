@@ -97,7 +97,8 @@ def test_other_names_than_a_sources_are_below_the_folder() -> None:
 
 def test_a_config_refuses_sources_that_mean_nothing() -> None:
     lora: dict[str, Any] = {"engine_kwargs": {"enable_lora": True}}
-    for wrong in ("org", ["a b"], ["./x"], ["/a/../b"], [""], ["org/a/b"], [3], ["/"]):
+    mistakes: list[Any] = ["org", ["a b"], ["./x"], ["/a/../b"], [""], ["org/a/b"], [3], ["/"]]
+    for wrong in mistakes:
         with pytest.raises(ValueError, match="allowed_lora_sources=") as error:
             EngineProcessorConfig(model_source="m", allowed_lora_sources=wrong, **lora)
         assert "\n" not in str(error.value)
@@ -106,7 +107,7 @@ def test_a_config_refuses_sources_that_mean_nothing() -> None:
     config = EngineProcessorConfig(
         model_source="m", allowed_lora_sources=["org/", "org/a", "/a", "file:///b", "s3://b/c/", "*"], **lora
     )
-    assert Processor(config)._prepare_plan.adapter_sources == config.allowed_lora_sources
+    assert Processor(config)._prepare_plan.adapter_sources == tuple(config.allowed_lora_sources)
 
 
 def rows_of(names: list[Any], **plan: Any) -> list[RowRequest]:

@@ -1,0 +1,136 @@
+"""Adapters in each form that PEFT writes, rows of all in one batch, equal models with these adapters merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raydata_llm.engine.engine import Engine
+from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.request import LoRARequest, Request, RequestOutput
+from raydata_llm.engine.sampling_params import SamplingParams
+from tests.engine.peft_forms import EMBEDDING, FORMS, HEAD, RANK_LIMIT, Form, State, write_form
+
+MAX_TOKENS = 8
+LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": RANK_LIMIT, "max_model_len": 64}
+WAYS: dict[str, dict[str, Any]] = {
+    "all at once": {"max_loras": len(FORMS)},
+    "three slots": {"max_loras": 3},
+    "chunked prefill, one slot": {"max_loras": 1, "max_num_batched_tokens": 16, "max_num_seqs": 4},
+    "shared prefixes": {"max_loras": 5, "block_size": 4, "steps_ahead": 2},
+    "batch-invariant": {"max_loras": 4, "batch_invariant": True},
+    "two ranks": {"max_loras": 5, "tensor_parallel_size": 2},
+    "two stages": {"max_loras": 5, "pipeline_parallel_size": 2},
+    "four ranks": {"max_loras": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
+
+
+class Merged:
+    """A model, adapters of it in all forms, and what it says with each of them merged."""
+
+    def __init__(self, model: Path, folder: Path, forms: dict[str, Form]) -> None:
+        rng = np.random.default_rng(0)
+        self.path = model
+        # Of a tied model the two weights are changed apart, which its own class cannot say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        own = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+        own.setdefault(f"{HEAD}.weight", own[f"{EMBEDDING}.weight"].clone())
+        shared = rng.integers(3, 90, size=11).tolist()
+        self.prompts = [rng.integers(3, 90, size=9).tolist(), [*shared, 5], [*shared, 6, 7]]
+        self.adapters: dict[str, LoRARequest | None] = {"none": None}
+        self.written = {"none": self.write(own)}
+        for number, (name, form) in enumerate(forms.items()):
+            merged = write_form(folder / str(number), form, own, seed=number)
+            self.adapters[name] = LoRARequest(name, number + 1, str(folder / str(number)))
+            self.written[name] = self.write(merged)
+
+    def write(self, state: State) -> list[tuple[list[int], torch.Tensor]]:
+        """For each prompt its greedy output and the log-probabilities of all positions."""
+        config: Any = AutoModelForCausalLM.from_pretrained(self.path).config
+        config.tie_word_embeddings = False
+        config.attention_bias = config.mlp_bias = True
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Qwen2 has no biases of o, gate, up and down: linears with one take their place.
+        for name, tensor in state.items():
+            module, _, kind = name.rpartition(".")
+            if kind == "bias":
+                model.get_submodule(module).bias = torch.nn.Parameter(tensor)
+        model.load_state_dict(state, strict=False)
+        for name, parameter in model.named_parameters():
+            assert name in state or not parameter.data.any() or name.endswith(".bias"), name
+            if name not in state:
+                parameter.data.zero_()
+        model.eval()
+        results = []
+        for prompt in self.prompts:
+            whole = model.generate(
+                torch.tensor([prompt]), max_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            with torch.inference_mode():
+                results.append((whole[0, len(prompt) :].tolist(), model(whole).logits[0].log_softmax(-1)))
+        return results
+
+    def requests(self, names: list[str], **params: Any) -> list[Request]:
+        """One for each adapter and prompt, in mixed order."""
+        rows = [(name, index) for name in names for index in range(len(self.prompts))]
+        np.random.default_rng(1).shuffle(rows)
+        greedy = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, **params)
+        return [
+            Request(
+                request_id=f"{name}/{index}",
+                prompt_token_ids=np.array(self.prompts[int(index)], dtype=np.int32),
+                sampling_params=greedy,
+                lora_request=self.adapters[name],
+            )
+            for name, index in rows
+        ]
+
+
+def run(engine: Engine, requests: list[Request]) -> dict[str, RequestOutput]:
+    for request in requests:
+        engine.add_request(request)
+    outputs = {}
+    while engine.has_unfinished():
+        outputs |= {output.request_id: output for output in engine.step()}
+        engine.check_integrity()
+    return outputs
+
+
+def check(outputs: dict[str, RequestOutput], merged: Merged, names: list[str]) -> None:
+    for name in names:
+        for index, (tokens, logprobs) in enumerate(merged.written[name]):
+            output = outputs[f"{name}/{index}"]
+            assert output.outputs[0].token_ids == tokens, (name, index)
+            scored = [*(output.prompt_logprobs or [])[1:], *(output.outputs[0].logprobs or [])]
+            for position, scores in enumerate(scored):
+                assert scores is not None
+                for token, score in scores.items():
+                    wanted = float(logprobs[position, token])
+                    assert score.logprob == pytest.approx(wanted, abs=2e-4), (name, index, position)
+
+
+@pytest.fixture(scope="module")
+def merged(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Merged:
+    """Of a model whose q, k and v have biases."""
+    one = Merged(tiny_model("qwen2"), tmp_path_factory.mktemp("forms"), FORMS)
+    assert len({str([tokens for tokens, _ in written]) for written in one.written.values()}) == len(FORMS) + 1
+    return one
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_with_adapters_of_all_forms_equal_merged_models(way: str, merged: Merged) -> None:
+    names = list(merged.adapters)
+    engine = Engine(EngineConfig(model=str(merged.path), dtype="float32", device="cpu", **LORA, **WAYS[way]))
+    try:
+        scored = run(engine, merged.requests(names, logprobs=2, prompt_logprobs=2))
+        plain = run(engine, merged.requests(names))
+    finally:
+        engine.shutdown()
+    check(scored, merged, names)
+    check(plain, merged, names)
