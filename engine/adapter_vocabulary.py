@@ -163,7 +163,7 @@ class AdapterVocabulary:
             squares = row_squares(self._base_head() if weight is None else weight, a, b)
             gain = self._of_rank(change.magnitude) / squares.sqrt()
         if weight is not None:
-            whole = weight.float().addmm_(b, a)
+            whole = torch.addmm(weight.float(), b, a)
             self._head_weights[slot] = (whole if gain is None else whole * gain[:, None]).to(self._dtype)
             return
         if self._heads is None:

@@ -19,6 +19,7 @@ from raydata_llm.engine.adapter_slots import AdapterSlots
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.parallel import alone
 from raydata_llm.engine.request import LoRARequest, Request
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.shard import ModelShard, RankPlace
@@ -183,7 +184,8 @@ def test_the_ranks_parts_of_an_adapter_make_the_whole(reference: Reference) -> N
 
     def loaded(rank: int, size: int) -> AdapterSlots:
         shard = ModelShard(config, RankPlace(tp_rank=rank, tp_size=size))
-        slots = AdapterSlots(shard, 2, RANK_LIMIT, torch.float32, device)
+        # Nothing of it is measured.
+        slots = AdapterSlots(shard, {}, alone(device), num_slots=2, max_rank=RANK_LIMIT, dtype=torch.float32)
         slots.load(1, adapter.lora_path)
         return slots
 

@@ -24,7 +24,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "three slots": {"max_loras": 3},
     "chunked prefill, one slot": {"max_loras": 1, "max_num_batched_tokens": 16, "max_num_seqs": 4},
     "shared prefixes": {"max_loras": 5, "block_size": 4, "steps_ahead": 2},
-    "batch-invariant": {"max_loras": 4, "batch_invariant": True},
     "two ranks": {"max_loras": 5, "tensor_parallel_size": 2},
     "two stages": {"max_loras": 5, "pipeline_parallel_size": 2},
     "four ranks": {"max_loras": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2},
