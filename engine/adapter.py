@@ -26,6 +26,7 @@ FUSED_PARTS = {
     "mlp.down_proj": ("mlp.down_proj",),
 }
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 _PREFIX = "base_model.model."
 # How a tensor's name ends, and which it is then; longer endings before shorter ones.
 _KINDS = {
@@ -69,7 +70,9 @@ class ModuleChange:
 
     @property
     def is_affine(self) -> bool:
-        """Whether it does more than add B A x."""
+        """Whether it keeps a linear's weight, and does more than add B A x."""
+        if self.weight is not None:
+            return False
         return self.magnitude is not None or self.bias is not None or self.added_bias is not None
 
     @property
@@ -107,19 +110,21 @@ def read_adapter(folder: Path, config: ModelConfig, *, max_rank: int) -> Adapter
     """
     settings = AdapterConfig.read(folder)
     found = _by_module(folder, _tensors(folder))
+    shapes = config.parameter_shapes()
+    shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBEDDING}.weight"])
     for saved in settings.modules_to_save:
-        if saved in ("embed_tokens", "lm_head") and not any(module.endswith(saved) for module in found):
+        # Names of other models' modules, such as a classifier's, are in many files.
+        is_of_model = any(name.endswith(f"{saved}.weight") for name in shapes)
+        if is_of_model and not any(module.endswith(saved) for module in found):
             raise ValueError(
                 f"the adapter {str(folder)!r} has modules_to_save with {saved!r}, but no such tensor: save it anew"
             )
-    shapes = config.parameter_shapes()
-    shapes.setdefault(f"{HEAD}.weight", shapes[f"{EMBEDDING}.weight"])
     changes = {}
     for module, tensors in found.items():
         if not _is_known(module, shapes):
             raise ValueError(
-                f"the adapter {str(folder)!r} changes {module} ({', '.join(sorted(tensors))}): only the linears of "
-                f"this model's {config.num_layers} layers, embed_tokens and lm_head are supported: {MERGE}"
+                f"the adapter {str(folder)!r} changes {module} ({', '.join(sorted(tensors))}): only the linears and "
+                f"norms of this model's {config.num_layers} layers, embed_tokens and lm_head are supported: {MERGE}"
             )
         rank = settings.rank_of(module)
         if rank > max_rank and "a" in tensors:
@@ -127,7 +132,7 @@ def read_adapter(folder: Path, config: ModelConfig, *, max_rank: int) -> Adapter
                 f"the adapter {str(folder)!r} has rank {rank} for {module}, above max_lora_rank={max_rank}: raise that"
             )
         _check_shapes(folder, module, tensors, rank, shapes)
-        _check_complete(folder, module, tensors, rank, use_dora=settings.use_dora)
+        _check_complete(folder, module, tensors, rank, shapes, use_dora=settings.use_dora)
         changes[module] = _change(tensors, settings.scale_of(module))
     return Adapter(changes=changes)
 
@@ -169,9 +174,15 @@ def _by_module(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, d
     return found
 
 
+def is_norm(module: str) -> bool:
+    """Whether it is a norm of the hidden states."""
+    return module.split(".")[-1] in _NORMS
+
+
 def _is_known(module: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     linears = {part for parts in FUSED_PARTS.values() for part in parts}
-    return f"{module}.weight" in shapes and (module in (EMBEDDING, HEAD) or ".".join(module.split(".")[-2:]) in linears)
+    is_linear = module in (EMBEDDING, HEAD) or ".".join(module.split(".")[-2:]) in linears
+    return f"{module}.weight" in shapes and (is_linear or is_norm(module))
 
 
 def _check_shapes(
@@ -182,7 +193,10 @@ def _check_shapes(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     weight = shapes[f"{module}.weight"]
-    outputs, inputs = reversed(weight) if module == EMBEDDING else weight
+    if is_norm(module) and tensors.keys() != {"weight"}:
+        kinds = ", ".join(sorted(tensors))
+        raise ValueError(f"the adapter {str(folder)!r} has {kinds} for {module}, which is not supported: {MERGE}")
+    outputs, inputs = reversed(weight) if module == EMBEDDING else (weight[0], weight[-1])
     wanted: dict[str, tuple[int, ...]] = {"a": (rank, inputs), "b": (outputs, rank), "weight": weight}
     for kind, tensor in tensors.items():
         fitting = wanted.get(kind, (outputs,))
@@ -202,7 +216,13 @@ def _check_shapes(
 
 
 def _check_complete(
-    folder: Path, module: str, tensors: Mapping[str, torch.Tensor], rank: int, *, use_dora: bool
+    folder: Path,
+    module: str,
+    tensors: Mapping[str, torch.Tensor],
+    rank: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    use_dora: bool,
 ) -> None:
     has_pair = "a" in tensors
     if has_pair != ("b" in tensors):
@@ -211,11 +231,12 @@ def _check_complete(
         raise ValueError(
             f"the adapter {str(folder)!r} has use_dora={use_dora}, which {module} does not fit: save it anew"
         )
-    if "weight" in tensors and module not in (EMBEDDING, HEAD):
+    if has_pair and "weight" in tensors and module not in (EMBEDDING, HEAD):
         raise ValueError(
-            f"the adapter {str(folder)!r} has another weight for {module}, which is not supported: {MERGE}"
+            f"the adapter {str(folder)!r} has A, B and another weight for {module}, which is not supported: {MERGE}"
         )
-    if tensors.keys() & {"bias", "b_bias"} and module in (EMBEDDING, HEAD):
+    has_bias = f"{module}.bias" in shapes
+    if ("bias" in tensors and not has_bias) or ("b_bias" in tensors and module in (EMBEDDING, HEAD)):
         raise ValueError(f"the adapter {str(folder)!r} has a bias for {module}, which is not supported: {MERGE}")
 
 

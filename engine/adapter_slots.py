@@ -7,14 +7,16 @@ the embedding and the LM head is in `adapter_vocabulary.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from raydata_llm.engine.adapter import FUSED_PARTS, Adapter, ModuleChange
 from raydata_llm.engine.adapter_cache import kept_adapter
 from raydata_llm.engine.adapter_linear import LinearAdapters, row_squares
+from raydata_llm.engine.adapter_tiles import AdaptedRows
 from raydata_llm.engine.adapter_vocabulary import AdapterVocabulary
+from raydata_llm.engine.adapter_whole import WholeModules
 from raydata_llm.engine.parallel import ParallelState
 from raydata_llm.engine.shard import Cut, ModelShard
 from raydata_llm.engine.weights import take_part
@@ -47,6 +49,7 @@ class AdapterSlots:
         self._device = parallel.device
         self._affine = torch.zeros(num_slots, dtype=torch.int32, device=self._device)
         self.layers = [{fused: self._allocate(layer, fused, dtype) for fused in FUSED_PARTS} for layer in shard.layers]
+        self.whole = WholeModules(shard, parameters, dtype, self._device)
         self.vocabulary = AdapterVocabulary(shard, parameters, parallel, num_slots, max_rank, dtype)
 
     def _allocate(self, layer: int, fused: str, dtype: torch.dtype) -> LinearAdapters:
@@ -65,7 +68,37 @@ class AdapterSlots:
             for fused, there in linears.items():
                 there.clear(slot)
                 self._copy(there, slot, f"model.layers.{layer}", fused, adapter)
+        self.whole.load(slot, adapter)
         self.vocabulary.load(slot, adapter)
+
+    def change_linear(
+        self,
+        layer: int,
+        fused: str,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        rows: AdaptedRows,
+        linear: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """A linear's output y by the rows' adapters, in place; x is its input.
+
+        Args:
+            layer: Of the rank's, from 0 on.
+        """
+        self.layers[layer][fused].add(y, x, rows.tiles)
+        return self.whole.change_linear(f"model.layers.{self._shard.layers[layer]}.{fused}", y, x, rows, linear)
+
+    def change_norm(
+        self, layer: int, norm: str, x: torch.Tensor, residual: torch.Tensor, rows: AdaptedRows, eps: float
+    ) -> torch.Tensor:
+        """A norm's output x by the rows' adapters, in place; `residual` is what was normed.
+
+        Args:
+            layer: Of the rank's, from 0 on; past the last for the model's own norm.
+        """
+        is_own = layer == len(self._shard.layers)
+        name = "model.norm" if is_own else f"model.layers.{self._shard.layers[layer]}.{norm}"
+        return self.whole.change_norm(name, x, residual, rows, eps)
 
     def _copy(self, there: LinearAdapters, slot: int, layer: str, fused: str, adapter: Adapter) -> None:
         here = 0

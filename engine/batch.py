@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raydata_llm.engine.adapter_tiles import AdaptedRows
 from raydata_llm.engine.decode_plan import DecodePlan
 from raydata_llm.engine.prompt_embeds import EmbeddedTokens
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.engine.sequence import IntArray, Sequence
-from raydata_llm.kernels.lora import AdapterTiles
 from raydata_llm.kernels.paged_attention import SharedPrefixes
 
 _NO_INTS = np.zeros(0, dtype=np.int32)
@@ -182,7 +182,7 @@ class ForwardBatch:
     decode: DecodeRows | None
     prefill: PrefillRows | None
     sampled: SampledRows | None
-    adapters: AdapterTiles | None = None
-    sampled_adapters: AdapterTiles | None = None
+    adapters: AdaptedRows | None = None
+    sampled_adapters: AdaptedRows | None = None
     own_embeddings: OwnEmbeddings | None = None
     embedded: EmbeddedRows | None = None

@@ -133,8 +133,8 @@ class DecodeStep:
         if self.adapted is not None and self._own is not None and self._has_own and self._decoder.adapters is not None:
             tokens = self._state.last_token[self.slots]
             self._decoder.adapters.vocabulary.embed(self._own.values, tokens, self.adapted)
-        if not self._use_graphs:
-            return self._forward(num_rows, shared, adapted)
+        if not self._use_graphs or self._needs_eager():
+            return self._forward(num_rows, shared, self.adapted)
         bucket = next(bucket for bucket in self._buckets if bucket >= num_rows)
         graph = self._graphs[bucket, shared, adapted]
         graph.graph.replay()
@@ -146,7 +146,7 @@ class DecodeStep:
         self._plan = None
         for bucket in (self._buckets[0], self._buckets[-1]):
             for shared, adapted in self._kinds():
-                self._forward(bucket, shared, adapted)
+                self._forward(bucket, shared, self._any_rows(bucket, adapted))
 
     def warm_up(self) -> None:
         """Run every kernel, and capture the graphs, largest first: the others live in its memory."""
@@ -157,9 +157,10 @@ class DecodeStep:
             self.bucket_seconds = measured_buckets(self._decoder, self._state.num_slots)
             self._buckets = list(self.bucket_seconds)
         for bucket in reversed(self._buckets):
-            for kind in self._kinds():
-                self._forward(bucket, *kind)
-                self._graphs[bucket, *kind] = _Graph(*self._graph_pool.capture(partial(self._forward, bucket, *kind)))
+            for shared, adapted in self._kinds():
+                forward = partial(self._forward, bucket, shared, self._any_rows(bucket, adapted))
+                forward()
+                self._graphs[bucket, shared, adapted] = _Graph(*self._graph_pool.capture(forward))
 
     def _kinds(self) -> list[tuple[bool, bool]]:
         """The kinds of steps, as (with prefix groups, with adapters)."""
@@ -167,7 +168,18 @@ class DecodeStep:
         adapted = (False,) if self._tiles is None else (False, True)
         return [(one, other) for one in shared for other in adapted]
 
-    def _forward(self, num_rows: int, shared: bool, adapted: bool) -> torch.Tensor:
+    def _any_rows(self, num_rows: int, adapted: bool) -> AdaptedRows | None:
+        """The rows of a graph: those that have an adapter when it is replayed."""
+        return AdaptedRows(self._tiles.tiles(num_rows), {}) if adapted and self._tiles is not None else None
+
+    def _needs_eager(self) -> bool:
+        return (
+            self.adapted is not None
+            and self._decoder.adapters is not None
+            and self._decoder.adapters.whole.changes(self.adapted)
+        )
+
+    def _forward(self, num_rows: int, shared: bool, adapted: AdaptedRows | None) -> torch.Tensor:
         slots = self._buffer.slots[:num_rows]
         inputs = self._state.decode_inputs(slots)
         batch = ForwardBatch(
@@ -178,8 +190,8 @@ class DecodeStep:
             decode=self._buffer.rows(num_rows, inputs.context_lens, shared=shared),
             prefill=None,
             sampled=None,
-            adapters=self._tiles.tiles(num_rows) if adapted and self._tiles is not None else None,
-            own_embeddings=self._own_embeddings(num_rows) if adapted else None,
+            adapters=adapted,
+            own_embeddings=None if adapted is None else self._own_embeddings(num_rows),
         )
         return self._decoder.forward(
             batch, self._kv_cache, None if self._incoming is None else self._incoming[:num_rows]

@@ -9,13 +9,12 @@ Shapes: T tokens, N sampled rows, H heads, K KV heads, D head_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from raydata_llm.engine.adapter_linear import LinearAdapters
 from raydata_llm.engine.adapter_slots import AdapterSlots
 from raydata_llm.engine.adapter_tiles import AdaptedRows
 from raydata_llm.engine.batch import AttentionRows, DecodeRows, ForwardBatch, OwnEmbeddings, PrefillRows
@@ -27,7 +26,6 @@ from raydata_llm.engine.token_lookup import lookup
 from raydata_llm.kernels.invariant_attention import invariant_attention
 from raydata_llm.kernels.invariant_linear import invariant_linear
 from raydata_llm.kernels.linear import linear
-from raydata_llm.kernels.lora import AdapterTiles
 from raydata_llm.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
 from raydata_llm.kernels.qkv_to_cache import qkv_to_cache
 from raydata_llm.kernels.rms_norm import add_rms_norm, rms_norm
@@ -69,16 +67,27 @@ class Linear:
 
 @dataclass(frozen=True)
 class _Adapted:
-    """A layer's linears with the additions of the rows' adapters."""
+    """A layer's modules as the rows' adapters change them."""
 
-    linears: Mapping[str, LinearAdapters] | None
-    tiles: AdapterTiles | None
+    adapters: AdapterSlots | None
+    rows: AdaptedRows | None
+    layer: int = 0
 
     def __call__(self, name: str, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         y = linear(x)
-        if self.linears is None or self.tiles is None:
+        if self.adapters is None or self.rows is None:
             return y
-        return self.linears[name].add(y, x, self.tiles)
+        return self.adapters.change_linear(self.layer, name, y, x, self.rows, linear.op)
+
+    def norm(self, name: str, x: torch.Tensor, residual: torch.Tensor, eps: float) -> torch.Tensor:
+        """The normed x; `residual` is what was normed."""
+        if self.adapters is None or self.rows is None or not self.rows.ranges:
+            return x
+        return self.adapters.change_norm(self.layer, name, x, residual, self.rows, eps)
+
+    def of(self, layer: int) -> _Adapted:
+        """The same of another layer."""
+        return dataclasses.replace(self, layer=layer)
 
 
 @dataclass(frozen=True)
@@ -199,10 +208,12 @@ class Decoder:
         residual = self._embed(batch.token_ids, batch.own_embeddings) if incoming is None else incoming
         if batch.embedded is not None:
             residual.index_copy_(0, batch.embedded.tokens, batch.embedded.values)
+        adapted = _Adapted(self.adapters, batch.adapters)
         x = rms_norm(residual, self.layers[0].input_norm, eps)
+        x = adapted.norm("input_layernorm", x, residual, eps)
         for index, layer in enumerate(self.layers):
             cache, is_last = kv_cache.layers[index], index + 1 == len(self.layers)
-            adapted = _Adapted(None if self.adapters is None else self.adapters.layers[index], batch.adapters)
+            adapted = adapted.of(index)
             q = self._write_kv(x, layer, batch, cache, adapted)
             if is_last and place.is_last and batch.sampled is not None:
                 # The others' KV is written, and nothing more is asked of them.
@@ -210,17 +221,19 @@ class Decoder:
                 if not len(q):
                     return residual
                 attended = self._decode_attention(q, layer, batch.block_table, batch.sampled, cache)
-                adapted = dataclasses.replace(adapted, tiles=batch.sampled_adapters)
+                adapted = dataclasses.replace(adapted, rows=batch.sampled_adapters)
             else:
                 attended = self._attention(q, layer, batch, cache)
             x = self.parallel.all_reduce(adapted("self_attn.o_proj", layer.o, attended.flatten(1)))
             x, residual = add_rms_norm(x, residual, layer.post_norm, eps)
+            x = adapted.norm("post_attention_layernorm", x, residual, eps)
             x = swiglu(adapted("mlp.gate_up_proj", layer.gate_up, x))
             x = self.parallel.all_reduce(adapted("mlp.down_proj", layer.down, x))
             if is_last and not place.is_last:
                 return x + residual
             next_norm = self._norm if is_last else self.layers[index + 1].input_norm
             x, residual = add_rms_norm(x, residual, next_norm, eps)
+            x = adapted.of(index + 1).norm("input_layernorm", x, residual, eps)
         return x
 
     def logits(self, hidden: torch.Tensor, adapted: AdaptedRows | None = None) -> torch.Tensor:

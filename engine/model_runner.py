@@ -292,8 +292,8 @@ class ModelRunner:
             sampled=SampledRows(
                 slots=sample_slots, context_lens=sampled.context_lens, shared=sampled.shared, tokens=sample_tokens
             ),
-            adapters=adapters and adapters.tiles,
-            sampled_adapters=sampled_adapters and sampled_adapters.tiles,
+            adapters=adapters,
+            sampled_adapters=sampled_adapters,
             own_embeddings=own_embeddings,
             embedded=self._embedded_rows(batch),
         )

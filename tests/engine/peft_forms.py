@@ -70,6 +70,17 @@ FORMS = {
         settings={"use_dora": True}, parts=("self_attn.o_proj",), whole=(HEAD, EMBEDDING), base="same"
     ),
     "dora of head with its weight": Form(settings={"use_dora": True}, whole=(HEAD, EMBEDDING), base="other"),
+    "saved norms": Form(
+        parts=("self_attn.q_proj",),
+        saved=("model.norm", "model.layers.0.input_layernorm", "model.layers.2.post_attention_layernorm"),
+    ),
+    "saved linears": Form(
+        parts=("mlp.up_proj",),
+        saved=("model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.o_proj", "model.layers.2.mlp.down_proj"),
+    ),
+    "saved at the ends": Form(
+        saved=("model.layers.0.input_layernorm", "model.layers.1.input_layernorm", "model.layers.2.mlp.gate_proj", HEAD)
+    ),
     "biases": Form(settings={"bias": "all"}, parts=("self_attn.q_proj", "mlp.gate_proj"), biases=ATTENTION[:3]),
     "biases of dora": Form(
         settings={"bias": "lora_only", "use_dora": True}, parts=ATTENTION[:2], biases=("self_attn.q_proj",)
@@ -142,6 +153,8 @@ class _Maker:
     def save(self, module: str) -> None:
         weight = self.merged[f"{module}.weight"]
         self.tensors[f"{module}.weight"] = self.merged[f"{module}.weight"] = weight + 0.2 * self._draw(*weight.shape)
+        if f"{module}.bias" in self.merged:
+            self.rebias(module, is_adapted=False)
 
     def rebias(self, module: str, *, is_adapted: bool) -> None:
         bias = self.merged[f"{module}.bias"] + self._draw(len(self.merged[f"{module}.bias"]))

@@ -112,14 +112,15 @@ def test_what_is_not_computed_is_refused_by_name(config: ModelConfig, tmp_path: 
             f"another vocabulary .*{merge}",
         ),
         (good | {f"{embedding}.token_adapter.trainable_tokens_delta": torch.zeros(1, hidden)}, {}, merge),
-        (good | {f"{down}.bias": torch.zeros(hidden + 1)}, {}, "of another model"),
+        (good | {f"{down}.bias": torch.zeros(hidden)}, {}, f"a bias for .*{merge}"),
+        (good | {f"{down}.lora_B.bias": torch.zeros(hidden + 1)}, {}, "of another model"),
         (
             good | {f"{down}.base_layer.weight": torch.zeros(hidden, config.intermediate_size)},
             {},
-            f"another weight.*{merge}",
+            f"of another model|A, B and another weight.*{merge}",
         ),
         (
-            {"base_model.model.model.layers.0.input_layernorm.weight": torch.zeros(hidden)},
+            {"base_model.model.model.layers.0.input_layernorm.lora_A.weight": torch.zeros(hidden, 2)},
             {},
             f"input_layernorm.*{merge}",
         ),
