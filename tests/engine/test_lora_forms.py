@@ -85,7 +85,7 @@ class Merged:
 def run(engine: Engine, requests: list[Request]) -> dict[str, RequestOutput]:
     for request in requests:
         engine.add_request(request)
-    outputs = {}
+    outputs: dict[str, RequestOutput] = {}
     while engine.has_unfinished():
         outputs |= {output.request_id: output for output in engine.step()}
         engine.check_integrity()
