@@ -283,7 +283,7 @@ def _check_content(index: int, message: dict[str, Any]) -> None:
 
 
 def _plain_message(index: int, message: dict[str, Any], *, in_parts: bool) -> dict[str, Any]:
-    # Arrow fills the keys that other rows' messages have with None; templates ask whether a key is there.
+    # OpenAI's clients write null for what a message does not have; templates ask whether a key is there.
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, str | list):
