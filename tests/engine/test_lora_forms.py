@@ -92,7 +92,7 @@ def run(engine: Engine, requests: list[Request]) -> dict[str, RequestOutput]:
     return outputs
 
 
-def check(outputs: dict[str, RequestOutput], merged: Merged, names: list[str]) -> None:
+def check(outputs: dict[str, RequestOutput], merged: Merged, names: list[str], within: float = 2e-4) -> None:
     for name in names:
         for index, (tokens, logprobs) in enumerate(merged.written[name]):
             output = outputs[f"{name}/{index}"]
@@ -102,7 +102,7 @@ def check(outputs: dict[str, RequestOutput], merged: Merged, names: list[str]) -
                 assert scores is not None
                 for token, score in scores.items():
                     wanted = float(logprobs[position, token])
-                    assert score.logprob == pytest.approx(wanted, abs=2e-4), (name, index, position)
+                    assert score.logprob == pytest.approx(wanted, abs=within), (name, index, position)
 
 
 @pytest.fixture(scope="module")
