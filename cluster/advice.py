@@ -101,7 +101,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a config.json: {error}") from error
     missing = [name for name in _NEEDED if not isinstance(config, dict) or name not in config]
     if missing:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from os.path import lexists
 from pathlib import Path
 
 import torch
 
 from raydata_llm.engine.adapter_config import MERGE, AdapterConfig
 from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.regular_file import check_regular
 
 # A fused linear's parts, in order.
 FUSED_PARTS = {
@@ -139,9 +141,10 @@ def read_adapter(folder: Path, config: ModelConfig, *, max_rank: int) -> Adapter
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
-    path = next((file for file in files if file.is_file()), None)
+    path = next((file for file in files if lexists(file)), None)
     if path is None:
         raise ValueError(f"lora_path={str(folder)!r} has neither adapter_model.safetensors nor adapter_model.bin")
+    check_regular(path)
     try:
         return _read(path)
     except Exception as error:  # of either library's own kinds, and no more than one request is to fail of it

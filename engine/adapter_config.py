@@ -6,13 +6,14 @@ all others: a setting that nobody looked at would give wrong answers in silence.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from raydata_llm.engine.regular_file import read_json
 
 _Number = TypeVar("_Number", int, float)
 # What a user can do where an adapter is not run as it is.
@@ -66,8 +67,8 @@ class AdapterConfig:
         """
         path = folder / "adapter_config.json"
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            settings = read_json(path)
+        except ValueError as error:
             raise ValueError(f"lora_path={str(folder)!r} is no adapter: {path.name}: {error}") from error
         if not isinstance(settings, dict):
             raise ValueError(f"lora_path={str(folder)!r} is no adapter: {path.name} holds a {type(settings).__name__}")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raydata_llm.engine.config_fields import REMEDY, bad_field, read_flag, read_integer, read_number
+from raydata_llm.engine.config_fields import MOST_HEADS, MOST_HIDDEN, MOST_LAYERS, REMEDY, bad_field, read_flag, read_integer, read_number
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -119,10 +119,10 @@ class EncoderConfig:
         return cls(
             family=family,
             vocab_size=read_integer(config, "vocab_size"),
-            hidden_size=read_integer(config, "hidden_size"),
-            intermediate_size=read_integer(config, "intermediate_size"),
-            num_layers=read_integer(config, "num_hidden_layers"),
-            num_heads=read_integer(config, "num_attention_heads"),
+            hidden_size=read_integer(config, "hidden_size", high=MOST_HIDDEN),
+            intermediate_size=read_integer(config, "intermediate_size", high=MOST_HIDDEN),
+            num_layers=read_integer(config, "num_hidden_layers", high=MOST_LAYERS),
+            num_heads=read_integer(config, "num_attention_heads", high=MOST_HEADS),
             max_position_embeddings=read_integer(config, "max_position_embeddings"),
             type_vocab_size=read_integer({"type_vocab_size": 2, **config}, "type_vocab_size")
             if family.token_types

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raydata_llm.engine.config_fields import read_architectures
+from raydata_llm.engine.regular_file import shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -75,16 +78,16 @@ def find_family(config: Mapping[str, Any]) -> Family:
     Raises:
         ValueError: for a model type or architecture that the engine does not run.
     """
-    architectures = config.get("architectures") or []
+    architectures = read_architectures(config)
     model_type = config.get("model_type")
     if model_type is None:
         model_type = _model_type_of(architectures)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r} in the model's config is not supported: {_advice(model_type)}")
+        raise ValueError(f"model_type={shown(model_type)} in the model's config is not supported: {_advice(model_type)}")
     family = FAMILIES[model_type]
     if architectures and family.architecture not in architectures:
         raise ValueError(
-            f"architectures={architectures!r} in the model's config is not supported: "
+            f"architectures={shown(architectures)} in the model's config is not supported: "
             f"of model_type {model_type!r} the engine runs {family.architecture}"
         )
     return family
@@ -96,7 +99,7 @@ def _model_type_of(architectures: list[str]) -> str:
             return family.model_type
     if architectures:
         known = ", ".join(family.architecture for family in FAMILIES.values())
-        raise ValueError(f"architectures={architectures!r} in the model's config is not supported: choose from {known}")
+        raise ValueError(f"architectures={shown(architectures)} in the model's config is not supported: choose from {known}")
     raise ValueError("model_type is missing from the model's config: give a folder of a Hugging Face causal model")
 
 

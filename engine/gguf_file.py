@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raydata_llm.engine.config_fields import REMEDY, bad_field
 from raydata_llm.engine.gguf_header import GgufTensor, read_gguf_header
+from raydata_llm.engine.regular_file import shown
 from raydata_llm.engine.safetensors_file import TensorEntry
 
 FloatArray = npt.NDArray[np.float32]
@@ -77,15 +79,16 @@ class GgufFile:
         """
         header = read_gguf_header(path)
         architecture = header.metadata.get("general.architecture")
-        if architecture not in _ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
             raise ValueError(
-                f"general.architecture={architecture!r} of model={str(path)!r} is not supported: choose one of {known}"
+                f"general.architecture={shown(architecture)} of model={str(path)!r} is not supported: choose one of {known}"
             )
-        if header.metadata.get("split.count", 0) > 1:
-            count = header.metadata["split.count"]
+        count = header.metadata.get("split.count", 0)
+        if count not in (0, 1):
+            count = shown(count)
             raise ValueError(
-                f"split.count={count} of model={str(path)!r} is not supported: join the {count} files with "
+                f"split.count={count} of model={str(path)!r} is not supported: join the files with "
                 "llama.cpp's `llama-gguf-split --merge`"
             )
         tensors = {_hf_name(name): tensor for name, tensor in header.tensors.items()}
@@ -161,13 +164,18 @@ class GgufFile:
     def _rotary_share(self) -> float:
         """The part of a head that RoPE turns; the config refuses any but 1."""
         head_dim, rotary = self._field("attention.key_length"), self._field("rope.dimension_count")
-        return float(rotary / head_dim) if head_dim and rotary else 1.0
+        if not (head_dim and rotary):
+            return 1.0
+        if not (isinstance(head_dim, int) and isinstance(rotary, int)):
+            raise bad_field("rope.dimension_count", rotary, f"it must be a whole number; {REMEDY}")
+        return rotary / head_dim
 
     def _rope_parameters(self) -> dict[str, Any]:
         scaling = {name: self._field(f"rope.scaling.{key}") for key, name in _ROPE_SCALING.items()}
         parameters = {name: value for name, value in scaling.items() if value is not None}
         if "rope_type" in parameters:
-            parameters["rope_type"] = _ROPE_TYPES.get(parameters["rope_type"], parameters["rope_type"])
+            named = str(parameters["rope_type"])
+            parameters["rope_type"] = _ROPE_TYPES.get(named, named)
         parameters["rope_theta"] = self._field("rope.freq_base") or 10000.0
         if _ROPE_FREQS in self.tensors:
             parameters["freq_factors"] = self.read(_ROPE_FREQS).tolist()

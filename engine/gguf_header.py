@@ -15,9 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydata_llm.engine.regular_file import open_regular, shown
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+# Far above any known file: the largest have 5,000 tensors, 100 fields, 256,000 tokens, and a template of 20 kB.
+_MAX_ENTRIES = 1 << 20
+_MAX_ITEMS = 1 << 24
+_MAX_STRING_BYTES = 1 << 24
+_MAX_HEADER_BYTES = 1 << 28
+_MAX_SIZE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,19 @@ def read_gguf_header(path: Path) -> GgufHeader:
     Raises:
         ValueError: when the file is cut short, no GGUF file, or of a version or tensor type that is not known.
     """
-    size = path.stat().st_size
-    if size < 24:
-        raise _broken(path, f"it has only {size} bytes")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            return _Reader(path, data).read_header()
-        except (struct.error, UnicodeDecodeError, OverflowError) as error:
-            raise _broken(path, f"its header ends too early or is garbled ({error})") from error
+    with open_regular(path) as file:
+        size = path.stat().st_size
+        if size < 24:
+            raise _broken(path, f"it has only {size} bytes")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(path, data)
+
+
+def _read(path: Path, data: mmap.mmap) -> GgufHeader:
+    try:
+        return _Reader(path, data).read_header()
+    except (struct.error, UnicodeDecodeError, OverflowError) as error:
+        raise _broken(path, f"its header ends too early or is garbled ({error})") from error
 
 
 def _broken(path: Path, problem: str) -> ValueError:
@@ -65,6 +78,7 @@ class _Reader:
         self._path = path
         self._data = data
         self._offset = 0
+        self._num_items = 0
 
     def read_header(self) -> GgufHeader:
         magic, version, num_tensors, num_fields = self._unpack("<4sIQQ")
@@ -72,11 +86,16 @@ class _Reader:
             raise _broken(self._path, f"it begins with {magic!r}")
         if version not in (2, 3):
             raise _broken(self._path, f"its version {version} is not 2 or 3 (little-endian)")
+        for count, kind in ((num_tensors, "tensors"), (num_fields, "fields")):
+            if count > _MAX_ENTRIES:
+                raise _broken(self._path, f"its header counts {count} {kind}")
         metadata = {self._read_string(): self._read_value(self._unpack("<I")[0]) for _ in range(num_fields)}
         infos = [self._read_tensor_info() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise _broken(self._path, f"general.alignment is {alignment!r}")
+        if type(alignment) is not int or alignment < 1:
+            raise _broken(self._path, f"general.alignment is {shown(alignment)}")
+        if len({info[0] for info in infos}) < len(infos):
+            raise _broken(self._path, "its header names a tensor twice")
         start = -(-self._offset // alignment) * alignment
         return GgufHeader(metadata, {info[0]: self._locate(start, *info) for info in infos})
 
@@ -91,10 +110,14 @@ class _Reader:
         if num_bytes > len(self._data) - begin:
             raise struct.error(f"{num_bytes} bytes wanted at {begin} of {len(self._data)}")
         self._offset += num_bytes
+        if self._offset > _MAX_HEADER_BYTES:
+            raise _broken(self._path, f"its header has more than {_MAX_HEADER_BYTES >> 20} MiB")
         return begin
 
     def _read_string(self) -> str:
         (length,) = self._unpack("<Q")
+        if length > _MAX_STRING_BYTES:
+            raise _broken(self._path, f"its header has a text of {length} bytes")
         begin = self._skip(length)
         return self._data[begin : begin + length].decode("utf-8")
 
@@ -109,6 +132,9 @@ class _Reader:
         return self._unpack("<" + _SCALARS[kind])[0]
 
     def _read_array(self, kind: int, length: int) -> Any:
+        self._num_items += length
+        if self._num_items > _MAX_ITEMS:
+            raise _broken(self._path, f"its header has arrays of {self._num_items} items")
         if kind == _STRING:
             for _ in range(length):
                 self._skip(self._unpack("<Q")[0])
@@ -122,18 +148,22 @@ class _Reader:
     def _read_tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._read_string()
         (num_dimensions,) = self._unpack("<I")
-        if num_dimensions > _MAX_DIMENSIONS:
-            raise _broken(self._path, f"{name} has {num_dimensions} dimensions")
+        if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
+            raise _broken(self._path, f"{name[:120]} has {num_dimensions} dimensions")
         dimensions = self._unpack(f"<{num_dimensions}Q")
+        if not all(1 <= size <= _MAX_SIZE for size in dimensions):
+            raise _broken(self._path, f"{name[:120]} is of shape {dimensions[::-1]}")
         kind, offset = self._unpack("<IQ")
         return name, tuple(reversed(dimensions)), kind, offset
 
     def _locate(self, data_start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
         type_name, block_size, type_size = _type_of(self._path, name, kind)
+        if shape[-1] % block_size:
+            raise _broken(self._path, f"{name[:120]} has rows of {shape[-1]}, no multiple of {type_name}'s {block_size}")
         start = data_start + offset
         end = start + math.prod(shape) // block_size * type_size
         if end > len(self._data):
-            raise _broken(self._path, f"{name} ends {end - len(self._data)} bytes past the end of the file")
+            raise _broken(self._path, f"{name[:120]} ends {end - len(self._data)} bytes past the end of the file")
         return GgufTensor(type_name=type_name, shape=shape, start=start, end=end)
 
 
@@ -148,6 +178,6 @@ def _type_of(path: Path, name: str, kind: int) -> tuple[str, int, int]:
     try:
         quantization = gguf.GGMLQuantizationType(kind)
     except ValueError as error:
-        raise _broken(path, f"{name} is of type {kind}, unknown to the gguf package") from error
+        raise _broken(path, f"{name[:120]} is of type {kind}, unknown to the gguf package") from error
     block_size, type_size = gguf.GGML_QUANT_SIZES[quantization]
     return quantization.name, block_size, type_size

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydata_llm.engine.config_fields import (
+    MOST_HEADS,
+    MOST_HIDDEN,
+    MOST_LAYERS,
     REMEDY,
     bad_field,
     read_flag,
@@ -88,18 +91,18 @@ class ModelConfig:
         family = find_family(config)
         config = {**family.defaults, **config}
         _refuse_unsupported(config)
-        num_layers = read_integer(config, "num_hidden_layers")
-        num_heads = read_integer(config, "num_attention_heads")
+        num_layers = read_integer(config, "num_hidden_layers", high=MOST_LAYERS)
+        num_heads = read_integer(config, "num_attention_heads", high=MOST_HEADS)
         max_length = read_integer(config, "max_position_embeddings")
         config_bias = read_flag(config, "attention_bias", default=False) and family.attention_bias == "config"
         return cls(
             architecture=family.architecture,
             vocab_size=read_integer(config, "vocab_size"),
-            hidden_size=read_integer(config, "hidden_size"),
-            intermediate_size=read_integer(config, "intermediate_size"),
+            hidden_size=read_integer(config, "hidden_size", high=MOST_HIDDEN),
+            intermediate_size=read_integer(config, "intermediate_size", high=MOST_HIDDEN),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=read_optional_integer(config, "num_key_value_heads") or num_heads,
+            num_kv_heads=read_optional_integer(config, "num_key_value_heads", high=MOST_HEADS) or num_heads,
             head_dim=_read_head_dim(config, num_heads),
             rms_norm_eps=read_number(config, "rms_norm_eps"),
             max_position_embeddings=max_length,
@@ -176,10 +179,10 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def _read_head_dim(config: Mapping[str, Any], num_heads: int) -> int:
-    head_dim = read_optional_integer(config, "head_dim")
+    head_dim = read_optional_integer(config, "head_dim", high=MOST_HIDDEN)
     if head_dim is not None:
         return head_dim
-    hidden_size = read_integer(config, "hidden_size")
+    hidden_size = read_integer(config, "hidden_size", high=MOST_HIDDEN)
     if hidden_size % num_heads:
         problem = f"without head_dim it must be a multiple of num_attention_heads={num_heads}"
         raise bad_field("hidden_size", hidden_size, problem)

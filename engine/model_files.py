@@ -7,10 +7,10 @@ Invariant: an open ModelFiles names files that exist.
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from raydata_llm.engine.config_fields import read_token_ids
 from raydata_llm.engine.gguf_file import GgufFile
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.parameter_check import FLOAT_DTYPES, Parameters, check_parameters
+from raydata_llm.engine.regular_file import check_regular, inside, open_regular, read_json_object, shorten
 from raydata_llm.engine.safetensors_file import TensorEntry, read_header
 
 _PT_FORMATS = ("auto", "pt")
@@ -61,13 +62,13 @@ class ModelFiles:
             raise ValueError(
                 f"model={path!r} does not exist: give a folder with config.json and weights, or a .gguf file"
             )
-        config = _read_json(_config_path(location))
+        config = read_json_object(_config_path(location))
         generation_path = location / "generation_config.json"
         return cls(
             path=location,
             kind="folder",
             hf_config=override_config(config, hf_overrides or {}),
-            generation_config=_read_json(generation_path) if generation_path.is_file() else {},
+            generation_config=read_json_object(generation_path) if lexists(generation_path) else {},
             weight_files=() if load_format == "dummy" else _find_weights(location, load_format),
         )
 
@@ -176,7 +177,7 @@ def _open_gguf(path: Path, load_format: str, hf_overrides: Mapping[str, Any]) ->
 
 def _config_path(folder: Path) -> Path:
     path = folder / "config.json"
-    if not path.is_file():
+    if not lexists(path):
         gguf = sorted(folder.glob("*.gguf"))
         remedy = f"name the file itself: {str(gguf[0])!r}" if gguf else "give the folder of a Hugging Face model"
         raise ValueError(f"model={str(folder)!r} has no config.json: {remedy}")
@@ -206,29 +207,35 @@ def _find_weights(folder: Path, load_format: str) -> tuple[Path, ...]:
 
 def _weight_files(folder: Path, single: str, pattern: str) -> tuple[Path, ...]:
     """The one weight file, or the shards that the index names, or those that lie there without an index."""
-    if (folder / single).is_file():
-        return (folder / single,)
+    files = [folder / single] if lexists(folder / single) else []
     index_path = folder / f"{single}.index.json"
-    if not index_path.is_file():
-        return tuple(sorted(folder.glob(pattern)))
-    weight_map = _read_json(index_path).get("weight_map")
+    if not files and lexists(index_path):
+        files = _indexed_files(folder, index_path, Path(single).suffix)
+    files = files or sorted(folder.glob(pattern))
+    for file in files:
+        check_regular(file)
+    return tuple(files)
+
+
+def _indexed_files(folder: Path, index_path: Path, suffix: str) -> list[Path]:
+    weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{str(index_path)!r} has no weight_map: download it again")
-    shards = sorted(set(map(str, weight_map.values())))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    named = {inside(folder, shard, f"weight_map of {str(index_path)!r}") for shard in _distinct(weight_map)}
+    shards = sorted(named)
+    foreign = [str(shard.relative_to(folder)) for shard in shards if shard.suffix != suffix]
+    if foreign:
+        raise ValueError(f"{str(index_path)!r} names {shorten(foreign)}, no {suffix} files: download it again")
+    missing = [str(shard.relative_to(folder)) for shard in shards if not lexists(shard)]
     if missing:
-        raise ValueError(f"{str(index_path)!r} names files that are not there: {', '.join(missing)}; download them")
-    return tuple(folder / shard for shard in shards)
+        raise ValueError(f"{str(index_path)!r} names files that are not there: {shorten(missing)}; download them")
+    return shards
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not an object: download it again")
-    return content
+def _distinct(weight_map: dict[str, Any]) -> list[Any]:
+    """The map's values once each, whatever they are."""
+    names = {name for name in weight_map.values() if isinstance(name, str)}
+    return [*names, *(name for name in weight_map.values() if not isinstance(name, str))]
 
 
 def check_torch_file(path: Path) -> Literal["archive", "pickle"]:
@@ -237,7 +244,7 @@ def check_torch_file(path: Path) -> Literal["archive", "pickle"]:
     Raises:
         ValueError: when it is neither; an archive's directory is at its end, so one cut short is no archive.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(2) == b"\x80\x02":
             return "pickle"
     if not zipfile.is_zipfile(path):

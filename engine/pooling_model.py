@@ -8,13 +8,13 @@ Invariant: a PoolingModel describes a model that `PoolingEngine` runs; everythin
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any, Literal
 
-from raydata_llm.engine.config_fields import bad_field
+from raydata_llm.engine.config_fields import MOST_LABELS, bad_field, read_architectures, read_token_ids
 from raydata_llm.engine.encoder_config import ENCODER_FAMILIES, EncoderConfig, linear_shapes
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.families import FAMILIES
@@ -22,6 +22,7 @@ from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.pooler_config import PoolerConfig, PoolingType
 from raydata_llm.engine.pooling_params import PoolingTask
+from raydata_llm.engine.regular_file import read_json_object, shown
 from raydata_llm.engine.sentence_modules import SentenceLayer, SentenceModules, layer_weight_file
 from raydata_llm.engine.token_head import TokenHead
 
@@ -233,14 +234,19 @@ def choose_runner(config: EngineConfig, files: ModelFiles) -> Literal["generate"
     """What a model is for: what the settings say, else what its files are made for."""
     if config.runner != "auto":
         return "pooling" if config.runner == "pooling" else "generate"
-    if config.convert in ("embed", "classify") or files.hf_config.get("model_type") in ENCODER_FAMILIES:
+    if config.convert in ("embed", "classify") or _is_encoder(files.hf_config):
         return "pooling"
     if TokenHead.from_hf(files.hf_config) is not None:
         return "pooling"
-    if files.kind == "folder" and (files.path / "modules.json").is_file():
+    if files.kind == "folder" and lexists(files.path / "modules.json"):
         return "pooling"
-    architectures = files.hf_config.get("architectures") or []
-    return "pooling" if any(_is_pooling(str(name)) for name in architectures) else "generate"
+    is_pooling = any(_is_pooling(name) for name in read_architectures(files.hf_config))
+    return "pooling" if is_pooling else "generate"
+
+
+def _is_encoder(hf_config: Mapping[str, Any]) -> bool:
+    model_type = hf_config.get("model_type")
+    return isinstance(model_type, str) and model_type in ENCODER_FAMILIES
 
 
 def _is_pooling(architecture: str) -> bool:
@@ -248,18 +254,18 @@ def _is_pooling(architecture: str) -> bool:
 
 
 def _architecture(hf_config: Mapping[str, Any]) -> str:
-    architectures = hf_config.get("architectures") or []
-    return str(architectures[0]) if architectures else str(hf_config.get("model_type"))
+    architectures = read_architectures(hf_config)
+    return architectures[0] if architectures else shown(hf_config.get("model_type"))
 
 
 def _backbone(hf_config: Mapping[str, Any]) -> EncoderConfig | ModelConfig:
     model_type = hf_config.get("model_type")
-    if model_type in ENCODER_FAMILIES:
+    if _is_encoder(hf_config):
         return EncoderConfig.from_hf(hf_config)
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted((*FAMILIES, *ENCODER_FAMILIES)))
         raise ValueError(
-            f"model_type={model_type!r} in the model's config is not supported for pooling: choose {known}"
+            f"model_type={shown(model_type)} in the model's config is not supported for pooling: choose {known}"
         )
     if hf_config.get("is_causal") is False or hf_config.get("use_bidirectional_attention"):
         name = "is_causal" if hf_config.get("is_causal") is False else "use_bidirectional_attention"
@@ -295,9 +301,10 @@ def _head(architecture: str, backbone: EncoderConfig | ModelConfig, convert: str
 
 
 def _num_labels(hf_config: Mapping[str, Any]) -> int:
-    labels = hf_config.get("num_labels") or len(hf_config.get("id2label") or ()) or 2
-    if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
-        raise bad_field("num_labels", labels, "it must be a whole number from 1 on")
+    named = hf_config.get("id2label")
+    labels = hf_config.get("num_labels") or (len(named) if isinstance(named, Mapping | list) else 0) or 2
+    if isinstance(labels, bool) or not isinstance(labels, int) or not 1 <= labels <= MOST_LABELS:
+        raise bad_field("num_labels", labels, f"it must be a whole number from 1 to {MOST_LABELS}")
     return labels
 
 
@@ -305,7 +312,8 @@ def _activations(hf_config: Mapping[str, Any]) -> dict[PoolingTask, Activation]:
     """By vLLM's rules: classes follow `problem_type`, pairs follow sentence-transformers' word for cross-encoders."""
     default: Activation = "sigmoid" if _num_labels(hf_config) == 1 else "softmax"
     by_problem: dict[Any, Activation] = {"regression": "identity", "multi_label_classification": "sigmoid"}
-    classes = by_problem.get(hf_config.get("problem_type"), default)
+    problem = hf_config.get("problem_type")
+    classes = by_problem.get(problem, default) if isinstance(problem, str) else default
     nested = hf_config.get("sentence_transformers")
     named = nested.get("activation_fn") if isinstance(nested, Mapping) else None
     named = named or hf_config.get("sbert_ce_default_activation_function")
@@ -325,13 +333,13 @@ def _named_activation(name: Any, default: Activation) -> Activation:
 def _matryoshka(hf_config: Mapping[str, Any]) -> tuple[int, ...] | None:
     dimensions = hf_config.get("matryoshka_dimensions")
     if dimensions:
-        return tuple(int(one) for one in dimensions)
+        return read_token_ids({"matryoshka_dimensions": dimensions}, "matryoshka_dimensions")
     return () if hf_config.get("is_matryoshka") else None
 
 
 def _max_seq_length(folder: Path | None) -> int | None:
     path = None if folder is None else folder / "sentence_bert_config.json"
-    if path is None or not path.is_file():
+    if path is None or not lexists(path):
         return None
-    length = json.loads(path.read_text()).get("max_seq_length")
+    length = read_json_object(path).get("max_seq_length")
     return length if isinstance(length, int) and length > 0 else None

@@ -20,6 +20,7 @@ from raydata_llm.engine.config_fields import (
     read_optional_integer,
     read_optional_number,
 )
+from raydata_llm.engine.regular_file import shown
 
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -84,7 +85,7 @@ def _read_type(parameters: Mapping[str, Any]) -> RopeType:
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in _ROPE_TYPES:
         raise ValueError(
-            f"rope_type={rope_type!r} in the model's config is not supported: choose one of {', '.join(_ROPE_TYPES)}. "
+            f"rope_type={shown(rope_type)} in the model's config is not supported: choose one of {', '.join(_ROPE_TYPES)}. "
             "If no row is longer than the model's original length, replace it with "
             "engine_kwargs={'hf_overrides': {'rope_parameters': {'rope_type': 'default'}}}"
         )
@@ -129,6 +130,8 @@ def _read_freq_factors(parameters: Mapping[str, Any]) -> tuple[float, ...] | Non
     factors = parameters.get("freq_factors")
     if factors is None:
         return None
+    if not isinstance(factors, list | tuple):
+        raise bad_field("freq_factors", factors, f"it must be a list of numbers; {REMEDY}")
     return tuple(read_number({"freq_factors": factor}, "freq_factors") for factor in factors)
 
 

@@ -8,13 +8,14 @@ Invariant: what `read_header` returns is wholly there; a file cut short is a Val
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from raydata_llm.engine.regular_file import open_regular, parse_json, shown
 from raydata_llm.engine.shard import Cut, cut_shape
 
 _ELEMENT_SIZES = {
@@ -25,6 +26,8 @@ _ELEMENT_SIZES = {
 }
 # The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
+# NumPy and torch have no more.
+_MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -71,38 +74,52 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: when the file is cut short or no safetensors file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = path.stat().st_size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if length < 0 or length > _MAX_HEADER_BYTES or 8 + length > size:
             raise _broken(path, f"its {size} bytes do not hold a whole header")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        header = parse_json(raw, unique=True)
+    except ValueError as error:
         raise _broken(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _broken(path, f"its header is a {type(header).__name__}")
     header.pop("__metadata__", None)
-    return {name: _read_entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    entries = {name: _read_entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_apart(path, entries)
+    return entries
 
 
-def _read_entry(path: Path, name: str, entry: dict[str, Any], data_start: int, size: int) -> StoredTensor:
-    try:
-        begin, end = map(int, entry["data_offsets"])
-        shape = tuple(map(int, entry["shape"]))
-        dtype = str(entry["dtype"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken(path, f"the header of {name} is garbled ({entry!r})") from error
-    if begin < 0 or begin > end:
-        raise _broken(path, f"the header of {name} is garbled ({entry!r})")
+def _read_entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise _broken(path, f"the header of {name[:120]} is garbled ({shown(entry)})")
+    begin, end, shape = *offsets, tuple(shape)
+    if begin > end or len(shape) > _MAX_DIMENSIONS:
+        raise _broken(path, f"the header of {name[:120]} is garbled ({shown(entry)})")
     if data_start + end > size:
-        raise _broken(path, f"{name} ends {data_start + end - size} bytes past the end of the file")
+        raise _broken(path, f"{name[:120]} ends {data_start + end - size} bytes past the end of the file")
     element_size = _ELEMENT_SIZES.get(dtype)
     if element_size is not None and end - begin != element_size * math.prod(shape):
-        raise _broken(path, f"{name} has {end - begin} bytes for {dtype} of shape {shape}")
+        raise _broken(path, f"{name[:120]} has {end - begin} bytes for {dtype} of shape {shape}")
     return StoredTensor(dtype=dtype, shape=shape, path=path, start=data_start + begin, end=data_start + end)
+
+
+def _are_sizes(values: Any) -> bool:
+    # `type`, as JSON's true is an int too; the format counts in 64 bits.
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _check_apart(path: Path, entries: dict[str, StoredTensor]) -> None:
+    """Refuse tensors that share bytes."""
+    taken = sorted((entry.start, entry.end, name) for name, entry in entries.items() if entry.end > entry.start)
+    for (_, end, name), (start, _, other) in pairwise(taken):
+        if start < end:
+            raise _broken(path, f"{name[:120]} and {other[:120]} share bytes")
 
 
 def _broken(path: Path, problem: str) -> ValueError:

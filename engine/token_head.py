@@ -10,13 +10,13 @@ w is the head's weight [vocabulary, hidden], h the last token's state. Settings 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydata_llm.engine.config_fields import bad_field
+from raydata_llm.engine.regular_file import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +96,12 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"classifier_from_token names tokens, but {folder} has no tokenizer.json: give token ids")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    known = content["model"]["vocab"]
-    # A Unigram model lists its pieces with their scores.
-    ids = known if isinstance(known, dict) else {piece: token_id for token_id, (piece, *_) in enumerate(known)}
-    return {**ids, **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
+    content = read_json_object(path)
+    try:
+        known = content["model"]["vocab"]
+        # A Unigram model lists its pieces with their scores.
+        ids = known if isinstance(known, dict) else {piece: token_id for token_id, (piece, *_) in enumerate(known)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} has no vocabulary that can be read: give token ids") from error
+    return {**ids, **added}

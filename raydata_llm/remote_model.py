@@ -108,7 +108,8 @@ def wanted_files(names: Iterable[str], *, weights: bool, load_format: str = "aut
     `consolidated` copy, and subfolders such as `original/` that are not sentence-transformers' modules; a GGUF file
     counts only when it is named itself.
     """
-    names = sorted(names)
+    # A store may call a file `../x`, which would be written outside the folder.
+    names = sorted(name for name in names if ".." not in name.split("/"))
     if len(names) == 1 and names[0].endswith(".gguf"):
         return names
     folders = {name.partition("/")[0] for name in names if name.count("/") == 1}
