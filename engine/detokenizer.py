@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.request import FinishReason
+from raydata_llm.engine.rust_panics import no_panic
 from raydata_llm.engine.sampling_params import SamplingParams
 
 # An output as it grows; an array where it is the engine's own, which is not to be copied for each token.
@@ -42,7 +43,8 @@ class TextEncoder(Protocol):
 
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int], params: SamplingParams) -> str:
     """Text of `token_ids`, as the request wants special tokens treated."""
-    return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+    with no_panic:
+        return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
 
 
 def output_text(

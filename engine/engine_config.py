@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from raydata_llm.engine.known_names import nearest
 from raydata_llm.engine.pooler_config import PoolerConfig
+from raydata_llm.engine.regular_file import shown
 from raydata_llm.engine.sampling_params import SAMPLING_REMEDIES, SamplingParams
 
 # How JSON is written, of `StructuredOutputsParams`.
@@ -125,16 +126,16 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
-        for name in _POSITIVE_INTEGERS:
-            _check_integer(name, getattr(self, name), low=1)
-        _check_integer("seed", self.seed, low=None)
-        _check_integer("steps_ahead", self.steps_ahead, low=0)
+        for name, most in _POSITIVE_INTEGERS.items():
+            _check_integer(name, getattr(self, name), low=1, high=most)
+        _check_integer("seed", self.seed)
+        _check_integer("steps_ahead", self.steps_ahead, low=0, high=_MOST_STEPS_AHEAD)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not valid: give True or False")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization={share!r} is not valid: give a share in (0, 1]")
+            raise ValueError(f"gpu_memory_utilization={shown(share)} is not valid: give a share in (0, 1]")
         _check_choice("load_format", self.load_format, ("auto", "safetensors", "pt", "gguf", "dummy"))
         _check_choice("generation_config", self.generation_config, ("auto", "vllm"))
         _check_choice("runner", self.runner, ("auto", "generate", "pooling"))
@@ -206,19 +207,21 @@ class EngineConfig:
 
 
 FIELD_NAMES = {f.name for f in fields(EngineConfig)}
-_POSITIVE_INTEGERS = (
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "block_size",
-    "kv_cache_memory_bytes",
-    "num_gpu_blocks_override",
-    "num_threads",
-    "max_loras",
-    "max_lora_rank",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-)
+# The largest values that are taken: far above what any device can use, and what is above is a slip of the finger.
+_POSITIVE_INTEGERS = {
+    "max_model_len": 2**31 - 1,
+    "max_num_seqs": 2**20,
+    "max_num_batched_tokens": 2**24,
+    "block_size": 2**16,
+    "kv_cache_memory_bytes": 2**50,
+    "num_gpu_blocks_override": 2**31 - 1,
+    "num_threads": 2**12,
+    "max_loras": 2**12,
+    "max_lora_rank": 2**16,
+    "tensor_parallel_size": 2**12,
+    "pipeline_parallel_size": 2**12,
+}
+_MOST_STEPS_AHEAD = 64
 _FLAGS = (
     "enable_prefix_caching",
     "enable_chunked_prefill",
@@ -245,13 +248,15 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not valid: choose one of {', '.join(choices)}")
 
 
-def _check_integer(name: str, value: Any, *, low: int | None) -> None:
+def _check_integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} is not valid: give a whole number")
+        raise ValueError(f"{name}={shown(value)} is not valid: give a whole number")
     if low is not None and value < low:
-        raise ValueError(f"{name}={value!r} is not valid: give {low} or more")
+        raise ValueError(f"{name}={shown(value)} is not valid: give {low} or more")
+    if high is not None and value > high:
+        raise ValueError(f"{name}={shown(value)} is not valid: give {high} or less")
 
 
 def _check_reasoning(config: Any) -> None:

@@ -22,6 +22,8 @@ from raydata_llm.engine.parameter_check import Parameters
 _CPU_KV_SHARE = 0.25
 # Activations of a step on a GPU, per token: the widest tensors alive at once, as multiples of hidden and intermediate.
 _LIVE_HIDDEN, _LIVE_INTERMEDIATE = 8, 3
+# Of a slot, in the arrays of its state on host and device: some 40 of up to 8 bytes.
+_SLOT_BYTES = 512
 # Embeddings of a prompt, as they come (float32) and in the model's dtype.
 _LIVE_EMBEDS = 3
 
@@ -71,7 +73,7 @@ def check_sizes(config: EngineConfig, model: ModelConfig, device: torch.device) 
 def check_weights_fit(
     model: Parameters, dtype: torch.dtype, device: torch.device, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> None:
-    """Refuse a model whose weights the GPU has no room for, before the first is read.
+    """Refuse a model whose weights the device has no room for, before the first is read.
 
     Args:
         shapes: Of the rank's part, if it is not the whole model.
@@ -79,17 +81,74 @@ def check_weights_fit(
     Raises:
         ValueError: with the memory needed and free.
     """
-    if device.type != "cuda":
-        return
     parts = model.parameter_shapes() if shapes is None else shapes
     needed = sum(math.prod(shape) for shape in parts.values()) * dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(device)
+    free = _free_bytes(device)
     if needed > free:
         raise ValueError(
             f"the weights of this {model.architecture} take {needed / 2**30:.1f} GiB in {dtype} and {device} has "
             f"{free / 2**30:.1f} GiB free: use a smaller model or dtype, a GPU with more room, or a larger "
             "tensor_parallel_size"
         )
+
+
+def check_row_fits(max_model_len: int, row_bytes: int, config: EngineConfig, device: torch.device) -> None:
+    """Refuse a length for which there is no room, before the first tensor is made.
+
+    Args:
+        max_model_len: Tokens of a row at most.
+        row_bytes: What one token of a row takes.
+        config: Whether the length is the user's or the model's.
+        device: Where the memory is.
+
+    Raises:
+        ValueError: with a length that would do.
+    """
+    free = _free_bytes(device)
+    if max_model_len * row_bytes <= free:
+        return
+    source = "" if config.max_model_len else " (the model's max_position_embeddings and its RoPE scaling)"
+    raise ValueError(
+        f"max_model_len={max_model_len}{source} needs {max_model_len * row_bytes / 2**30:.1f} GiB of memory for a "
+        f"single row and {device} has {free / 2**30:.1f} GiB free: set max_model_len={max(1, free // row_bytes // 2)} "
+        "or less"
+    )
+
+
+def rope_bytes(head_dim: int) -> int:
+    """Bytes of RoPE's table for one position, while it is made: angles, cosines and sines beside it."""
+    return 3 * 4 * head_dim
+
+
+def check_slots_fit(
+    config: EngineConfig, model: ModelConfig, sizes: Sizes, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse sizes for which there is no room, before the first tensor is made: of one row, and of all slots.
+
+    Args:
+        model: The rank's part.
+
+    Raises:
+        ValueError: naming the setting to lower.
+    """
+    row_bytes = model.kv_bytes_per_token(dtype.itemsize) + rope_bytes(model.head_dim)
+    check_row_fits(sizes.max_model_len, row_bytes, config, device)
+    # Block tables are on the device and on the host.
+    slot_bytes = 2 * 4 * -(-sizes.max_model_len // sizes.block_size) + _SLOT_BYTES
+    token_bytes = 0
+    if device.type == "cuda":  # where the largest step's memory is put aside
+        slot_bytes += 4 * model.vocab_size
+        token_bytes = (model.hidden_size + model.intermediate_size) * dtype.itemsize
+    free = _free_bytes(device)
+    for name, needed in (
+        ("max_num_seqs", sizes.max_num_seqs * slot_bytes),
+        ("max_num_batched_tokens", sizes.max_num_batched_tokens * token_bytes),
+    ):
+        if needed > free:
+            raise ValueError(
+                f"{name}={getattr(sizes, name)} needs {needed / 2**30:.1f} GiB of memory and {device} has "
+                f"{free / 2**30:.1f} GiB free: lower {name}"
+            )
 
 
 def num_kv_blocks(
@@ -132,7 +191,7 @@ def num_kv_blocks(
 
 def _check_room(kv_bytes: int, source: str, device: torch.device) -> None:
     """Refuse KV memory that was asked for by figure and is not there."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    free = _free_bytes(device)
     if kv_bytes > free:
         raise ValueError(
             f"{source} makes {kv_bytes / 2**30:.1f} GiB of KV memory and {device} has {free / 2**30:.1f} GiB free: "
@@ -165,6 +224,10 @@ def _activation_bytes(model: ModelConfig, sizes: Sizes, dtype: torch.dtype, *, e
     per_token = live_hidden * model.hidden_size + _LIVE_INTERMEDIATE * model.intermediate_size
     logits = 3 * sizes.max_num_seqs * model.vocab_size * 4
     return sizes.max_num_batched_tokens * per_token * dtype.itemsize + logits
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
 
 
 def _free_host_memory() -> int:

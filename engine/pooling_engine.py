@@ -27,7 +27,8 @@ from raydata_llm.engine.encoder_config import EncoderConfig
 from raydata_llm.engine.engine_config import NO_POOLED_EMBEDS, NO_POOLING_INVARIANCE, EngineConfig
 from raydata_llm.engine.engine_stats import EngineStats
 from raydata_llm.engine.idle_clock import IdleClock
-from raydata_llm.engine.kv_budget import check_weights_fit
+from raydata_llm.engine.kv_budget import check_row_fits, check_weights_fit, rope_bytes
+from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.packed_rows import PackedRows
 from raydata_llm.engine.phases import announce
@@ -72,6 +73,8 @@ class PoolingEngine:
         device = choose_device(config)
         dtype = choose_dtype(config, model.backbone, device)
         self.max_model_len, self.max_num_seqs, self._max_tokens = _sizes(config, model, device)
+        if isinstance(model.backbone, ModelConfig):
+            check_row_fits(self.max_model_len, rope_bytes(model.backbone.head_dim), config, device)
         check_weights_fit(model, dtype, device)
         announce("loading the weights")
         weights = load_weights(

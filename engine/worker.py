@@ -16,7 +16,7 @@ from raydata_llm.engine.device import check_batch_invariant, choose_dtype
 from raydata_llm.engine.device_errors import explained
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.guides import Bitmask
-from raydata_llm.engine.kv_budget import Sizes, check_sizes, check_weights_fit, num_kv_blocks
+from raydata_llm.engine.kv_budget import Sizes, check_sizes, check_slots_fit, check_weights_fit, num_kv_blocks
 from raydata_llm.engine.laid_by import LaidBy
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles
@@ -49,6 +49,7 @@ class Worker:
         self._shard = ModelShard(model_config, parallel.place)
         self._dtype = choose_dtype(config, model_config, self.device)
         self.sizes: Sizes = check_sizes(config, model_config, self.device)
+        check_slots_fit(config, self._shard.config, self.sizes, self._dtype, self.device)
         check_weights_fit(model_config, self._dtype, self.device, self._shard.shapes)
         self._files, self._model_config = files, model_config
         announce("loading the weights")

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
-import jinja2.sandbox
+import jinja2.nodes
+import jinja2.parser
 import jinja2.utils
+
+from raydata_llm.template_limits import LimitedEnvironment, TemplateLimitError, is_limited, limits
 
 # Arguments of transformers' `apply_chat_template` that are no variables of the template.
 _ARGUMENTS = {
@@ -57,13 +61,60 @@ def render(
         raise Unsupported
     if not _is_plain([messages, tools, variables]):
         raise Unsupported
-    return _compiled(template).render(
-        messages=[{name: value for name, value in message.items() if value is not None} for message in messages],
-        tools=tools,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        **{**special_tokens, **variables},
-    )
+    with limits():
+        return _compiled(template).render(
+            messages=[{name: value for name, value in message.items() if value is not None} for message in messages],
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **{**special_tokens, **variables},
+        )
+
+
+def check_syntax(template: str) -> None:
+    """Check that a template can be parsed, `{% generation %}` of transformers included.
+
+    Raises:
+        ValueError: naming the line.
+    """
+    try:
+        with limits():
+            _environment(_Generation).parse(template)
+    except (jinja2.TemplateSyntaxError, TemplateLimitError, RecursionError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise ValueError(f"the chat template does not parse ({line}{error or 'it is nested too deeply'})") from error
+
+
+@contextmanager
+def limited_transformers() -> Iterator[None]:
+    """Have transformers render the next template of this thread within the same limits.
+
+    Its one function that compiles templates is replaced, for threads within `limits` alone: whoever else uses
+    transformers in this process gets its own.
+    """
+    _limit_compilation()
+    with limits():
+        yield
+
+
+@functools.cache
+def _limit_compilation() -> None:
+    from transformers.utils import chat_template_utils
+
+    compiled = chat_template_utils._compile_jinja_template
+
+    def compile_limited(template: str) -> jinja2.Template:
+        if is_limited():
+            return _compiled_for_transformers(template)
+        theirs: jinja2.Template = compiled(template)
+        return theirs
+
+    chat_template_utils._compile_jinja_template = compile_limited
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_for_transformers(template: str) -> jinja2.Template:
+    return _environment(_Generation).from_string(template)
 
 
 def _is_plain(value: Any) -> bool:
@@ -83,19 +134,32 @@ def _compiled(template: str) -> jinja2.Template:
         raise Unsupported from error
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, by which templates mark what an assistant says; it changes nothing of the text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The statements between the tag and its end."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
+def _environment(*extensions: type[jinja2.ext.Extension]) -> LimitedEnvironment:
+    variables = {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
         "dict": _Dict(),
         "namespace": _Namespace,
     }
-    return environment
+    return LimitedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, *extensions],
+        filters={"tojson": _to_json},
+        variables=variables,
+    )
 
 
 # Names and defaults of these are what templates rely on. jinja2's own `tojson` escapes HTML.

@@ -21,6 +21,7 @@ from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.pooling_params import PoolingTask
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequestOutput
 from raydata_llm.engine.request import CompletionOutput, Logprob, RequestOutput
+from raydata_llm.engine.rust_panics import no_panic
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.error_kinds import error_kinds
 from raydata_llm.job_link import StatsSender
@@ -237,7 +238,8 @@ class _Block:
         if not self._wants_text(params):
             return None
         if token_id not in self._tokens:
-            self._tokens[token_id] = str(self._load().decode([token_id]))
+            with no_panic:
+                self._tokens[token_id] = str(self._load().decode([token_id]))
         return self._tokens[token_id]
 
     def _wants_text(self, params: SamplingParams) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from raydata_llm.chat_template import Unsupported, render
+from raydata_llm.chat_template import Unsupported, limited_transformers, render
 
 SETTINGS_FILE = "light.json"
 _PROBES = ("", "Hello , world . It 's  <s>odd</s>\n", " naïve café 你好 🦊 ")
@@ -102,15 +102,16 @@ class LightTokenizer:
                 variables=variables,
             )
         except Unsupported:
-            whole: str = self._whole.apply_chat_template(
-                conversation,
-                tools=tools,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **variables,
-            )
+            with limited_transformers():
+                whole: str = self._whole.apply_chat_template(
+                    conversation,
+                    tools=tools,
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **variables,
+                )
             return whole
 
     def is_equal(self, tokenizer: Any) -> bool:

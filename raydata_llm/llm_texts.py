@@ -15,6 +15,7 @@ from raydata_llm.engine.flat_logprobs import FlatLogprobs
 from raydata_llm.engine.pooling_params import PoolingParams
 from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.request import Logprob, RequestOutput
+from raydata_llm.engine.rust_panics import no_panic
 from raydata_llm.pooling_prompts import Tokenization
 from raydata_llm.prompts import Prompt
 from raydata_llm.tokenizer import encode_texts, encode_whole
@@ -82,7 +83,8 @@ class Texts:
             positions.decoded_tokens = [self.decode_token(token_id) for token_id in positions.token_ids]
 
     def _decode_token(self, token_id: int) -> str:
-        text: str = self._tokenizer.decode([token_id])
+        with no_panic:
+            text: str = self._tokenizer.decode([token_id])
         return text
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from raydata_llm.chat_template import limited_transformers
 from raydata_llm.engine.param_values import check_text
+from raydata_llm.engine.rust_panics import no_panic
+from raydata_llm.light_tokenizer import LightTokenizer
 from raydata_llm.tokenizer_cache import load_light, load_prepared, tokenizer_stamp
 
 Messages = Sequence[Mapping[str, Any]]
@@ -48,8 +52,9 @@ def load_light_tokenizer(local_path: str, *, trust_remote_code: bool = False) ->
 def _load(local_path: str, stamp: str, trust_remote_code: bool, light: bool) -> Any:
     load = load_light if light else load_prepared
     try:
-        return load(Path(local_path), stamp, trust_remote_code=trust_remote_code)
-    except (OSError, ImportError, KeyError, TypeError, ValueError) as error:
+        with no_panic:
+            return load(Path(local_path), stamp, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a damaged file anything may come, `Exception` itself above all
         cause = " ".join(str(error).split())
         raise ValueError(
             f"model_source={local_path!r} has no tokenizer that can be read: {cause}; "
@@ -78,13 +83,14 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bo
         check_text("prompt", text)
     if not texts:
         return []
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=add_special_tokens,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
+    with no_panic:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
     token_ids: list[list[int]] = encoded["input_ids"]
     return token_ids
 
@@ -113,16 +119,17 @@ def encode_whole(
         if not isinstance(text, str):
             raise ValueError(f"prompt={text!r} is a {type(text).__name__}: give text")
         check_text("prompt", text)
-    encoded = tokenizer(
-        list(texts),
-        None if pairs is None else list(pairs),
-        add_special_tokens=add_special_tokens,
-        truncation=max_length is not None,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=pairs is not None,
-        verbose=False,
-    )
+    with no_panic:
+        encoded = tokenizer(
+            list(texts),
+            None if pairs is None else list(pairs),
+            add_special_tokens=add_special_tokens,
+            truncation=max_length is not None,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=pairs is not None,
+            verbose=False,
+        )
     types = encoded["token_type_ids"] if pairs is not None else [None] * len(texts)
     return list(zip(encoded["input_ids"], types, strict=True))
 
@@ -212,16 +219,19 @@ def render_chat(
     opens = variables.pop("add_generation_prompt", add_generation_prompt)
     continues = variables.pop("continue_final_message", continue_final_message)
     opens, continues = _choose_ending(conversation, opens, continues)
+    # A `LightTokenizer` has them of its own.
+    limits = nullcontext() if isinstance(tokenizer, LightTokenizer) else limited_transformers()
     try:
-        text: str = tokenizer.apply_chat_template(
-            conversation,
-            tools=tools,
-            chat_template=chat_template,
-            add_generation_prompt=opens,
-            continue_final_message=continues,
-            tokenize=False,
-            **variables,
-        )
+        with limits, no_panic:
+            text: str = tokenizer.apply_chat_template(
+                conversation,
+                tools=tools,
+                chat_template=chat_template,
+                add_generation_prompt=opens,
+                continue_final_message=continues,
+                tokenize=False,
+                **variables,
+            )
     except Exception as error:  # a template is a program: anything may come out of it
         raise ValueError(f"the chat template could not be applied: {type(error).__name__}: {error}") from error
     return text

@@ -22,6 +22,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+from raydata_llm.engine.regular_file import check_regular
 from raydata_llm.light_tokenizer import SETTINGS_FILE, LightSettings, LightTokenizer
 from raydata_llm.model_cache import cache_folder, locked
 
@@ -51,6 +52,8 @@ def tokenizer_stamp(source: Path) -> str:
     for library in ("transformers", "tokenizers"):
         digest.update(f"{library} {_version(library)}\n".encode())
     for file in _tokenizer_files(source):
+        if not file.is_dir():  # whoever reads one by that name says so
+            check_regular(file)
         state = file.stat()
         digest.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()

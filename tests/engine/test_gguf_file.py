@@ -237,7 +237,7 @@ def test_a_file_cut_short_anywhere_is_refused(tiny_model: TinyModel, tmp_path: P
         (b"NOPE" + bytes(60), "it begins with b'NOPE'"),
         (b"GGUF\x01\x00\x00\x00" + bytes(60), "version 1 is not 2 or 3"),
         (b"GGUF\x00\x00\x00\x03" + bytes(60), "version 50331648 is not 2 or 3"),
-        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 60, "ends too early"),
+        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 60, "its header counts"),
     ],
 )
 def test_what_is_no_gguf_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:

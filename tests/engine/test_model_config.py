@@ -301,8 +301,8 @@ def test_kv_bytes_count_keys_and_values_of_all_layers() -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures=.*the engine runs LlamaForCausalLM"),
         ({"model_type": None, "architectures": ["GPT2LMHeadModel"]}, "architectures=.*choose from LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' .*silu only"),
-        ({"hidden_size": -96}, "hidden_size=-96 .*whole number from 1 on"),
-        ({"vocab_size": 0}, "vocab_size=0 .*whole number from 1 on"),
+        ({"hidden_size": -96}, "hidden_size=-96 .*whole number from 1"),
+        ({"vocab_size": 0}, "vocab_size=0 .*whole number from 1"),
         ({"vocab_size": None}, "vocab_size=None .*whole number"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5 .*whole number"),
         ({"num_attention_heads": True}, "num_attention_heads=True .*whole number"),
@@ -343,7 +343,7 @@ def test_a_config_that_the_engine_does_not_run_is_refused(changes: dict[str, Any
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"sliding_window": 0}, "sliding_window=0 .*from 1 on"),
+        ({"sliding_window": 0}, "sliding_window=0 .*from 1"),
         ({"layer_types": ["full_attention"]}, "layer_types=.*each of 3 layers"),
         ({"layer_types": ["full_attention", "mamba", "mamba"]}, "layer_types='mamba' .*full_attention and sliding"),
     ],
