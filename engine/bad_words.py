@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from raydata_llm.engine.bits import clear_bits
 from raydata_llm.engine.detokenizer import TextEncoder
+from raydata_llm.engine.rust_panics import no_panic
 
 TokenIds = tuple[int, ...]
 
@@ -27,7 +28,8 @@ def bad_word_tokens(tokenizer: TextEncoder, words: Sequence[str]) -> list[TokenI
     for word in words:
         bare = word.lstrip()
         for text in (bare, " " + bare) if bare else (word,):
-            token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            with no_panic:
+                token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
             if not token_ids:
                 raise ValueError(f"bad_words={word!r} is not valid: the tokenizer makes no token of it")
             found[token_ids] = None

@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raydata_llm.engine.config_fields import MOST_HEADS, MOST_HIDDEN, MOST_LAYERS, REMEDY, bad_field, read_flag, read_integer, read_number
+from raydata_llm.engine.config_fields import (
+    MOST_HEADS,
+    MOST_HIDDEN,
+    MOST_LAYERS,
+    REMEDY,
+    bad_field,
+    read_flag,
+    read_integer,
+    read_number,
+)
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 _DTYPES = ("float32", "bfloat16", "float16")

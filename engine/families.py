@@ -83,7 +83,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
     if model_type is None:
         model_type = _model_type_of(architectures)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type={shown(model_type)} in the model's config is not supported: {_advice(model_type)}")
+        raise ValueError(
+            f"model_type={shown(model_type)} in the model's config is not supported: {_advice(model_type)}"
+        )
     family = FAMILIES[model_type]
     if architectures and family.architecture not in architectures:
         raise ValueError(
@@ -99,7 +101,9 @@ def _model_type_of(architectures: list[str]) -> str:
             return family.model_type
     if architectures:
         known = ", ".join(family.architecture for family in FAMILIES.values())
-        raise ValueError(f"architectures={shown(architectures)} in the model's config is not supported: choose from {known}")
+        raise ValueError(
+            f"architectures={shown(architectures)} in the model's config is not supported: choose from {known}"
+        )
     raise ValueError("model_type is missing from the model's config: give a folder of a Hugging Face causal model")
 
 

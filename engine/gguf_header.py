@@ -159,7 +159,9 @@ class _Reader:
     def _locate(self, data_start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
         type_name, block_size, type_size = _type_of(self._path, name, kind)
         if shape[-1] % block_size:
-            raise _broken(self._path, f"{name[:120]} has rows of {shape[-1]}, no multiple of {type_name}'s {block_size}")
+            raise _broken(
+                self._path, f"{name[:120]} has rows of {shape[-1]}, no multiple of {type_name}'s {block_size}"
+            )
         start = data_start + offset
         end = start + math.prod(shape) // block_size * type_size
         if end > len(self._data):

@@ -11,8 +11,8 @@ from types import TracebackType
 _PANICS = "pyo3_runtime"
 
 
-class RustPanicError(RuntimeError):
-    """A library gave up on what it was handed; it can be called again."""
+class RustPanicError(ValueError):
+    """A library gave up on what a request brings, which is refused; it can be called again."""
 
 
 class _NoPanic:

@@ -125,6 +125,7 @@ class Scheduler:
             grammar = sequence.grammar
             if grammar is not None and grammar.error is not None:
                 sequence.error = grammar.error
+            if sequence.error is not None:
                 finished.append(self._finish(slot, "error", None))
             elif text_end is not None:
                 finished.append(self._finish(slot, "stop", text_end))
@@ -316,8 +317,14 @@ class Scheduler:
         return token if token in self._sequence(slot).request.sampling_params.stop_token_ids else None
 
     def _stop_string(self, slot: int) -> str | None:
-        watch = self._sequence(slot).stop_watch
-        return watch.advance(self.table.outputs(slot)) if watch else None
+        sequence = self._sequence(slot)
+        if sequence.stop_watch is None:
+            return None
+        try:
+            return sequence.stop_watch.advance(self.table.outputs(slot))
+        except ValueError as error:  # a tokenizer that cannot decode this output
+            sequence.error = f"{type(error).__name__}: {error}"
+            return None
 
     def _latest_admitted(self) -> int:
         slots = self.table.running()

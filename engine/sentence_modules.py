@@ -6,13 +6,14 @@ layers. Invariant: what is read is run as sentence-transformers runs it; any oth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from raydata_llm.engine.pooler_config import PoolingType
+from raydata_llm.engine.regular_file import check_regular, read_json, shown
 
 LayerKind = Literal["dense", "layer_norm", "normalize"]
 LayerActivation = Literal["identity", "tanh", "relu", "gelu", "silu", "sigmoid"]
@@ -117,7 +118,7 @@ class SentenceModules:
             ValueError: for a module or a setting that is not run, naming the file.
         """
         path = folder / "modules.json"
-        if not path.is_file():
+        if not lexists(path):
             return None
         layers: list[SentenceLayer] = []
         for module in _read_modules(path):
@@ -169,7 +170,8 @@ def layer_weight_file(folder: Path, layer: SentenceLayer, load_format: str) -> P
     """
     names = {"pt": ["pytorch_model.bin"], "safetensors": ["model.safetensors"]}
     for name in names.get(load_format, ["model.safetensors", "pytorch_model.bin"]):
-        if (folder / layer.folder / name).is_file():
+        if lexists(folder / layer.folder / name):
+            check_regular(folder / layer.folder / name)
             return folder / layer.folder / name
     raise ValueError(
         f"{folder / layer.folder} has no model.safetensors or pytorch_model.bin, which modules.json needs for its "
@@ -178,21 +180,14 @@ def layer_weight_file(folder: Path, layer: SentenceLayer, load_format: str) -> P
 
 
 def _read_modules(path: Path) -> list[Mapping[str, Any]]:
-    modules = _read_json(path)
+    modules = read_json(path)
     if not isinstance(modules, list) or not all(isinstance(module, Mapping) for module in modules):
         raise ValueError(f"{path} is not a list of modules: download it again")
     return modules
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
-
-
 def _read_settings(path: Path) -> Mapping[str, Any]:
-    settings = _read_json(path) if path.is_file() else {}
+    settings = read_json(path) if lexists(path) else {}
     if not isinstance(settings, Mapping):
         raise ValueError(f"{path} is not a JSON object: download it again")
     return settings
@@ -203,17 +198,19 @@ def _place(modules: Path, given: Any) -> str:
     place = "" if given is None else given
     parts = PurePosixPath(place).parts if isinstance(place, str) else ("..",)
     if not isinstance(place, str) or place.startswith("/") or ".." in parts or "\\" in place or "\0" in place:
-        raise ValueError(f"{modules} has path={given!r}, which is not a folder below the model's: download it again")
+        raise ValueError(
+            f"{modules} has path={shown(given)}, which is not a folder below the model's: download it again"
+        )
     return place
 
 
 def _pooling(folder: Path, place: str) -> PoolingType | None:
     path = folder / place / "config.json"
-    if not path.is_file():
+    if not lexists(path):
         return None
     settings = _read_settings(path)
     given = settings.get("pooling_mode")
-    modes = [given] if isinstance(given, str) else list(given or ())
+    modes = [given] if isinstance(given, str) else list(given) if isinstance(given, list) else []
     modes = modes or [mode for switch, mode in _POOLING_SWITCHES.items() if settings.get(switch)] or ["mean"]
     if len(modes) != 1 or modes[0] not in _POOLING_MODES:
         raise ValueError(
@@ -229,7 +226,7 @@ def _layer(folder: Path, place: str, kind: str) -> SentenceLayer:
     for name in ("module_input_name", "module_output_name"):
         if settings.get(name) not in (None, _EMBEDDING):
             raise ValueError(
-                f"{path} has {name}={settings[name]!r}: only modules that turn one {_EMBEDDING} into another are run; "
+                f"{path} has {name}={shown(settings[name])}: only modules that turn one {_EMBEDDING} into another are run; "
                 "choose another model"
             )
     if kind == "Normalize":
@@ -251,14 +248,14 @@ def _layer(folder: Path, place: str, kind: str) -> SentenceLayer:
 def _size(path: Path, settings: Mapping[str, Any], name: str) -> int:
     size = settings.get(name)
     if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 1 << 24:
-        raise ValueError(f"{path} has {name}={size!r}: it must be a whole number from 1 on; download it again")
+        raise ValueError(f"{path} has {name}={shown(size)}: it must be a whole number from 1 on; download it again")
     return size
 
 
 def _switch(path: Path, settings: Mapping[str, Any], name: str, default: bool) -> bool:
     value = settings.get(name, default)
     if not isinstance(value, bool):
-        raise ValueError(f"{path} has {name}={value!r}: it must be true or false; download it again")
+        raise ValueError(f"{path} has {name}={shown(value)}: it must be true or false; download it again")
     return value
 
 
@@ -268,6 +265,6 @@ def _activation(path: Path, settings: Mapping[str, Any]) -> LayerActivation:
     activation = _ACTIVATIONS.get(name) if isinstance(name, str) else None
     if activation is None:
         raise ValueError(
-            f"{path} has activation_function={name!r}: run are {', '.join(_ACTIVATIONS)}; choose another model"
+            f"{path} has activation_function={shown(name)}: run are {', '.join(_ACTIVATIONS)}; choose another model"
         )
     return activation

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from raydata_llm.engine.bits import keep_only
 from raydata_llm.engine.detokenizer import TextEncoder
+from raydata_llm.engine.rust_panics import no_panic
 
 _DEFAULT = ("<think>", "</think>")
 # By the names of vLLM's parsers: what models think between.
@@ -46,7 +47,8 @@ class Markers:
                 'reasoning_config={"reasoning_start_str": ..., "reasoning_end_str": ...}'
             )
         texts = [one or other for one, other in zip(given, _MARKERS.get(parser, _DEFAULT), strict=True)]
-        start, end = (list(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        with no_panic:
+            start, end = (list(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
         if not start or not end:
             raise ValueError(f"reasoning_config={dict(reasoning_config)!r} is not valid: its texts have no tokens")
         return cls(start, end)

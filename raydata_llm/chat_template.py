@@ -22,7 +22,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
 
-from raydata_llm.template_limits import LimitedEnvironment, TemplateLimitError, is_limited, limits
+from raydata_llm.template_limits import LimitedEnvironment, is_limited, limits
 
 # Arguments of transformers' `apply_chat_template` that are no variables of the template.
 _ARGUMENTS = {
@@ -71,18 +71,17 @@ def render(
         )
 
 
-def check_syntax(template: str) -> None:
-    """Check that a template can be parsed, `{% generation %}` of transformers included.
-
-    Raises:
-        ValueError: naming the line.
-    """
+@functools.lru_cache(maxsize=64)
+def syntax_error(template: str) -> str | None:
+    """Why a template does not parse, `{% generation %}` of transformers included; None if it does."""
     try:
         with limits():
-            _environment(_Generation).parse(template)
-    except (jinja2.TemplateSyntaxError, TemplateLimitError, RecursionError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise ValueError(f"the chat template does not parse ({line}{error or 'it is nested too deeply'})") from error
+            _environment(_Generation).from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    except (RecursionError, SyntaxError):  # of Python's own compiler too
+        return "it is nested too deeply"
+    return None
 
 
 @contextmanager
@@ -130,7 +129,10 @@ def _is_plain(value: Any) -> bool:
 def _compiled(template: str) -> jinja2.Template:
     try:
         return _environment().from_string(template)
-    except jinja2.TemplateSyntaxError as error:  # `{% generation %}`, a tag that transformers adds, or a mistake
+    except (
+        jinja2.TemplateSyntaxError,
+        SyntaxError,
+    ) as error:  # `{% generation %}`, a tag that transformers adds, or a mistake
         raise Unsupported from error
 
 

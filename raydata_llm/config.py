@@ -12,9 +12,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
+from raydata_llm.config_model import MOST_COUNT, ConfigModel, Flag, Fraction, PositiveInt, Seconds
 from raydata_llm.adapter_names import check_sources
-from raydata_llm.config_model import ConfigModel, Flag, PositiveInt, PositiveNumber
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.regular_file import shown as shown_value
 from raydata_llm.pooled_rows import TASK_TYPES, TaskType
 from raydata_llm.redaction import redact
 from raydata_llm.replica_resources import bundle_resources, placement_group
@@ -30,6 +31,8 @@ from raydata_llm.stage_config import (
 from raydata_llm.store_address import check_bucket
 from raydata_llm.vllm_settings import split_vllm_settings
 
+# What Ray runs of actors in a cluster.
+_MOST_REPLICAS = 40_000
 _Stage = TypeVar("_Stage", bound="StageConfig")
 
 
@@ -52,7 +55,7 @@ class ProcessorConfig(ConfigModel):
         bounds = list(value) if isinstance(value, (tuple, list)) and len(value) == 2 else [value]
         if not all(_is_count(bound) for bound in bounds) or bounds != sorted(bounds):
             raise ValueError(
-                f"concurrency={value!r} is not valid: give a number of replicas from 1 on, "
+                f"concurrency={shown_value(value)} is not valid: give a number of replicas from 1 to {_MOST_REPLICAS}, "
                 "or (m, n) with 1 <= m <= n for a pool that grows from m to n"
             )
         return tuple(bounds) if isinstance(value, (tuple, list)) else value
@@ -110,11 +113,11 @@ class EngineProcessorConfig(ProcessorConfig):
     resources_per_bundle: dict[str, float] | None = None
     max_concurrent_batches: PositiveInt | None = None
     max_tasks_in_flight_per_actor: PositiveInt | None = None
-    max_pending_requests: Annotated[int, Field(strict=True)] | None = None
-    hang_timeout_s: PositiveNumber = 600.0
-    placement_timeout_s: PositiveNumber = 30.0
+    max_pending_requests: Annotated[int, Field(strict=True, ge=-MOST_COUNT, le=MOST_COUNT)] | None = None
+    hang_timeout_s: Seconds = 600.0
+    placement_timeout_s: Seconds = 30.0
     should_continue_on_error: Flag = False
-    max_error_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_error_fraction: Fraction | None = None
     preserve_order: Flag = False
     resume: ResumeConfig | None = None
     chat_template_stage: bool | dict[str, Any] | ChatTemplateStageConfig = True
@@ -336,4 +339,4 @@ def _as_stage(value: object, kind: type[_Stage]) -> _Stage:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_REPLICAS

@@ -8,14 +8,28 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from raydata_llm.engine.known_names import nearest
 from raydata_llm.redaction import mask_environment, redact, redact_tree, shown
 
-PositiveInt = Annotated[int, Field(strict=True, ge=1)]
-PositiveNumber = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0)]
+
+def _no_flag(value: Any) -> Any:
+    """A number, or text that says one, as YAML reads 1e9; True is 1 in Python, and none here."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is given where a number is asked for: give a number")
+    return value
+
+
+# Far above what any job needs: what is above is a slip of the finger. Seconds: 30 years; bytes: of the largest store.
+_LONGEST_VALUE = 120
+MOST_COUNT, MOST_SECONDS, MOST_AMOUNT = 1_000_000, 1e9, 2.0**60
+_Number = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(strict=True, ge=1, le=MOST_COUNT)]
+PositiveNumber = Annotated[_Number, Field(gt=0, le=MOST_AMOUNT)]
+Seconds = Annotated[_Number, Field(gt=0, le=MOST_SECONDS)]
+Share = Annotated[_Number, Field(ge=0, le=MOST_AMOUNT)]
+Fraction = Annotated[_Number, Field(ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -66,6 +80,12 @@ class ConfigModel(BaseModel):
             yield name, mask_environment(value) if name == "runtime_env" else redact_tree(value)
 
 
+def _brief(field: str, value: Any) -> str:
+    # A number may have thousands of digits.
+    text = shown(field, value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
 def _describe(config: type[BaseModel], error: ValidationError) -> str:
     return redact("; ".join(_describe_one(config, detail) for detail in error.errors()))
 
@@ -73,11 +93,12 @@ def _describe(config: type[BaseModel], error: ValidationError) -> str:
 def _describe_one(config: type[BaseModel], detail: Any) -> str:
     field = ".".join(str(part) for part in detail["loc"][:1])
     if detail["type"] == "value_error":
-        return f"{config.__name__}: {detail['ctx']['error']}"
+        told = str(detail["ctx"]["error"])
+        return f"{config.__name__}: {told if '=' in told else f'{field}: {told}'}"
     if detail["type"] == "missing":
         return f"{config.__name__}: {field} is missing: give {field}=..."
     if detail["type"] == "extra_forbidden":
         hint = nearest(field, config.model_fields)
         return f"{config.__name__}: {field}={shown(field, detail['input'])} is not a setting: {hint}"
     remedy = str(detail["msg"])
-    return f"{config.__name__}: {field}={shown(field, detail['input'])} is not valid: {remedy[:1].lower()}{remedy[1:]}"
+    return f"{config.__name__}: {field}={_brief(field, detail['input'])} is not valid: {remedy[:1].lower()}{remedy[1:]}"

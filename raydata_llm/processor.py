@@ -40,6 +40,7 @@ from raydata_llm.resume import PLAN_SETTING
 from raydata_llm.resume_plan import resume_plan
 from raydata_llm.sink_dataset import refuse_ray_checkpoint, with_setting
 from raydata_llm.stage_config import StageConfig
+from raydata_llm.tokenizer import check_chat_template
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -247,11 +248,22 @@ def build_llm_processor(
         chat_template_kwargs=_chat_template_kwargs(builder_kwargs or {}),
         output_schema=output_schema,
     )
+    _check_template(processor)
     check_model(config.model_source, config.engine_config(), task=pooling_task(config.task_type))
     return processor
 
 
 build_processor = build_llm_processor
+
+
+def _check_template(processor: Processor) -> None:
+    plan = processor._prepare_plan
+    given = plan.chat_template or plan.chat_template_kwargs.get("chat_template")
+    if given is None:
+        return
+    if not isinstance(given, str):
+        raise ValueError(f"chat_template={given!r} is a {type(given).__name__}: give a Jinja template as text")
+    check_chat_template(None, given)
 
 
 def _type_name(value: object) -> str:

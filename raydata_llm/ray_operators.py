@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig
 from raydata_llm.engine.known_names import nearest
+from raydata_llm.engine.regular_file import shown
 from raydata_llm.redaction import hide_environment
 from raydata_llm.replica_pool import Cluster, ReplicaPool
 from raydata_llm.stage_config import StageConfig
@@ -51,6 +52,15 @@ _TASK_OPTIONS = (
     "runtime_env",
     "scheduling_strategy",
 )
+# Whether it is a whole number, the smallest and the largest.
+_MOST_OF: Mapping[str, tuple[bool, int, int]] = {
+    "concurrency": (True, 1, 1_000_000),
+    "max_calls": (True, 0, 1_000_000_000),
+    "max_retries": (True, -1, 1_000_000_000),
+    "memory": (False, 0, 2**60),
+    "num_cpus": (False, 0, 1_000_000),
+    "num_gpus": (False, 0, 1_000_000),
+}
 
 
 def task_options(
@@ -70,8 +80,20 @@ def task_options(
             hint = nearest(option, (*_TASK_OPTIONS, *_BINDABLE))
             raise ValueError(f"{name}[{option!r}]={value!r} is not valid: {hint}")
         if option in _TASK_OPTIONS:
+            _check_number(name, option, value)
             options[option] = value
     return _given(options)
+
+
+def _check_number(name: str, option: str, value: Any) -> None:
+    """Refuse amounts that Ray would take without a word, and wait for ever."""
+    if option not in _MOST_OF or value is None or (option == "concurrency" and isinstance(value, tuple)):
+        return
+    whole, low, most = _MOST_OF[option]
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= most:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{name}[{option!r}]={shown(value)} is not valid: give a {kind} from {low} to {most}")
 
 
 def tell_of_waiting_tasks(function: str, options: Mapping[str, Any], cluster: Cluster) -> None:

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from raydata_llm.engine.regular_file import shown
+
+# A memory of bytes is the largest of them.
+_MOST = 2**60
 _STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -20,8 +24,8 @@ def bundle_resources(value: object, field: str) -> dict[str, float]:
     if not isinstance(value, Mapping) or not value:
         raise ValueError(f'{field}={value!r} is not valid: give resources and amounts, such as {{"GPU": 1, "CPU": 2}}')
     for name, amount in value.items():
-        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0:
-            raise ValueError(f"{field}[{name!r}]={amount!r} is not valid: give 0 or a positive number")
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= _MOST:
+            raise ValueError(f"{field}[{name!r}]={shown(amount)} is not valid: give 0, or a number up to 2**60")
     if value.get("GPU", 0) > 1:
         raise ValueError(f"{field}['GPU']={value['GPU']!r} is not supported yet: a rank runs on one GPU")
     return {str(name): float(amount) for name, amount in value.items()}

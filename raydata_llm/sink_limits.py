@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from raydata_llm.engine.regular_file import shown
+
 if TYPE_CHECKING:
     from raydata_llm.sink_task import WrittenFile
 
 # Blocks that wait for their file, or are in one that is being written, stay in the object store. Five files' worth
 # (four under way and one that fills) take less than a third of it.
 _STORE_SHARE = 1 / 16
+# S3 takes 5 TB in one object.
+_MOST_BYTES, _MOST_FILES, _MOST_SECONDS = 5 << 40, 1024, 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +35,14 @@ class FileLimits:
     def __post_init__(self) -> None:
         for name in ("file_bytes", "files_at_once"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not valid: give a whole number from 1 on")
-        if isinstance(self.file_seconds, bool) or not isinstance(self.file_seconds, (int, float)):
-            raise ValueError(f"file_seconds={self.file_seconds!r} is not valid: give seconds")
-        if not self.file_seconds > 0:
-            raise ValueError(f"file_seconds={self.file_seconds!r} is not valid: give more than 0 seconds")
+            most = _MOST_BYTES if name == "file_bytes" else _MOST_FILES
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name}={shown(value)} is not valid: give a whole number from 1 to {most}")
+        seconds = self.file_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise ValueError(f"file_seconds={shown(seconds)} is not valid: give seconds")
+        if not 0 < seconds <= _MOST_SECONDS:
+            raise ValueError(f"file_seconds={shown(seconds)} is not valid: give more than 0 seconds, 1e9 at most")
 
     def block_bytes(self, written: Sequence[WrittenFile]) -> float:
         """Bytes of blocks that fill a file, by how far rows shrank in files so far."""

@@ -44,6 +44,7 @@ _WIDTH = re.compile(r"\d{7}|%[^%a-zA-Z]*\*|\{[^{}]*\{")
 _IDLE = frozenset(("length", "count", "first", "last", "list", "map", "select", "selectattr", "reject", "rejectattr"))
 _IDLE |= {"default", "d", "items", "attr", "batch", "slice", "reverse", "random", "trim", "safe", "upper", "lower"}
 _SLOW = frozenset(("wordwrap", "urlize", "striptags", "title", "xmlattr", "pprint", "wordcount", "truncate"))
+_OF_NO_TEXT, _FORMATTING = ("to_bytes", "generate_lorem_ipsum"), ("format", "format_map")
 _COMPARING = frozenset(("eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "gt", "greaterthan", ">", "le", "<="))
 _COMPARING |= {"ge", ">=", "in"}
 _TURN, _MADE, _SEEN = "__raydata_llm_turn__", "__raydata_llm_made__", "__raydata_llm_seen__"
@@ -299,8 +300,9 @@ def _check_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     rest = (*args[1:], *kwargs.values())
     check = _CHECKS.get(name)
     if check is not None:
-        figures = [abs(one) for one in (*args, *kwargs.values()) if isinstance(one, int | float)]
-        if any(not one <= _MOST_FIGURE for one in figures):
+        given = (*args, *kwargs.values()) if name in _OF_NO_TEXT else rest
+        figures = [abs(one) for one in given if isinstance(one, int | float)]
+        if name not in _FORMATTING and any(not one <= _MOST_FIGURE for one in figures):
             raise TemplateLimitError(f"the chat template gives {name} {max(figures)}: give {_MOST_FIGURE} at most")
         texts = [len(one) for one in rest if isinstance(one, str)]
         check(args[0] if args else None, rest, int(max(figures, default=0)), max(texts, default=0))
@@ -340,7 +342,7 @@ def _check_each(text: Any, rest: tuple[Any, ...], figure: int, longest: int) -> 
 
 
 def _check_json(value: Any, rest: tuple[Any, ...], figure: int, longest: int) -> None:
-    if max(figure if not isinstance(value, int | float) else 0, longest) > _MOST_INDENT:
+    if max(figure, longest) > _MOST_INDENT:
         raise TemplateLimitError(f"the chat template writes JSON with an indent above {_MOST_INDENT}: lower it")
     _check_product(_size(value), 8)
 

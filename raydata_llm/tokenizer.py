@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from raydata_llm.chat_template import limited_transformers
+from raydata_llm.chat_template import limited_transformers, syntax_error
 from raydata_llm.engine.param_values import check_text
 from raydata_llm.engine.rust_panics import no_panic
 from raydata_llm.light_tokenizer import LightTokenizer
@@ -240,10 +240,10 @@ def render_chat(
 def check_chat_template(
     tokenizer: Any, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> None:
-    """Check that there is a chat template.
+    """Check that there is a chat template, and that it parses.
 
     Raises:
-        ValueError: when neither the caller nor the tokenizer has one.
+        ValueError: when neither the caller nor the tokenizer has one, or it does not.
     """
     given = chat_template or (chat_template_kwargs or {}).get("chat_template")
     if isinstance(given, str) and "{" not in given and given.endswith(_TEMPLATE_SUFFIXES):
@@ -253,6 +253,11 @@ def check_chat_template(
             "chat_template=None, but the model's tokenizer has none of its own: give chat_template, "
             "or give `prompt` instead of `messages`"
         )
+    template = given or tokenizer.chat_template
+    problem = syntax_error(template) if isinstance(template, str) else None
+    if problem is not None:
+        name = "chat_template" if given else "the chat template of the model's tokenizer"
+        raise ValueError(f"{name} does not parse ({problem}): mend it, or give another chat_template")
 
 
 def _choose_ending(conversation: list[Any], opens: bool | None, continues: bool | None) -> tuple[bool, bool]:

@@ -278,8 +278,12 @@ SCALARS = st.one_of(
     st.floats(),
     st.sampled_from([10**6, 2**31, 2**63, 10**30, 10**400, 1e300, -1e300, 1e-320]),
     st.text(max_size=6),
-    st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert", "yarn", "linear", "llama3"]),
-    st.sampled_from(["BertForSequenceClassification", "Qwen3ForCausalLM", "bfloat16", "from_2_way_softmax", "Qwen2Model"]),
+    st.sampled_from(
+        ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert", "yarn", "linear", "llama3"]
+    ),
+    st.sampled_from(
+        ["BertForSequenceClassification", "Qwen3ForCausalLM", "bfloat16", "from_2_way_softmax", "Qwen2Model"]
+    ),
 )
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)

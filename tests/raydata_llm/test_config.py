@@ -37,7 +37,7 @@ def test_a_model_is_all_that_is_needed() -> None:
         ({"batch_size": "8"}, "batch_size='8' is not valid: input should be a valid integer"),
         ({"batch_size": True}, "batch_size=True is not valid"),
         ({"bacth_size": 8}, "bacth_size=8 is not a setting: did you mean batch_size?"),
-        ({"concurrency": 0}, "concurrency=0 is not valid: give a number of replicas from 1 on"),
+        ({"concurrency": 0}, "concurrency=0 is not valid: give a number of replicas from 1 to 40000"),
         ({"concurrency": (3, 2)}, "concurrency=(3, 2) is not valid"),
         ({"concurrency": (1, 2, 3)}, "concurrency=(1, 2, 3) is not valid"),
         ({"concurrency": True}, "concurrency=True is not valid"),
