@@ -82,7 +82,8 @@ class GgufFile:
         if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
             raise ValueError(
-                f"general.architecture={shown(architecture)} of model={str(path)!r} is not supported: choose one of {known}"
+                f"general.architecture={shown(architecture)} of model={str(path)!r} is not supported: "
+                f"choose one of {known}"
             )
         count = header.metadata.get("split.count", 0)
         if count not in (0, 1):

@@ -85,7 +85,8 @@ def _read_type(parameters: Mapping[str, Any]) -> RopeType:
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in _ROPE_TYPES:
         raise ValueError(
-            f"rope_type={shown(rope_type)} in the model's config is not supported: choose one of {', '.join(_ROPE_TYPES)}. "
+            f"rope_type={shown(rope_type)} in the model's config is not supported: "
+            f"choose one of {', '.join(_ROPE_TYPES)}. "
             "If no row is longer than the model's original length, replace it with "
             "engine_kwargs={'hf_overrides': {'rope_parameters': {'rope_type': 'default'}}}"
         )

@@ -226,8 +226,8 @@ def _layer(folder: Path, place: str, kind: str) -> SentenceLayer:
     for name in ("module_input_name", "module_output_name"):
         if settings.get(name) not in (None, _EMBEDDING):
             raise ValueError(
-                f"{path} has {name}={shown(settings[name])}: only modules that turn one {_EMBEDDING} into another are run; "
-                "choose another model"
+                f"{path} has {name}={shown(settings[name])}: only modules that turn one {_EMBEDDING} "
+                "into another are run; choose another model"
             )
     if kind == "Normalize":
         return SentenceLayer(kind="normalize", folder=place)

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.exceptions
@@ -129,17 +129,15 @@ def _is_plain(value: Any) -> bool:
 def _compiled(template: str) -> jinja2.Template:
     try:
         return _environment().from_string(template)
-    except (
-        jinja2.TemplateSyntaxError,
-        SyntaxError,
-    ) as error:  # `{% generation %}`, a tag that transformers adds, or a mistake
+    # `{% generation %}`, a tag that transformers adds, or a mistake.
+    except (jinja2.TemplateSyntaxError, SyntaxError) as error:
         raise Unsupported from error
 
 
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`, by which templates mark what an assistant says; it changes nothing of the text."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         """The statements between the tag and its end."""

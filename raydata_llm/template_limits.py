@@ -163,7 +163,7 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """As jinja2's; the hash of a tuple looks at all that it holds."""
         return super().getitem(obj, _seen(argument) if type(argument) is tuple else argument)
 
-    def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls."""
         if __obj == _meter.turn:
             return _meter.turn()

@@ -71,5 +71,5 @@ def test_a_pooling_models_positions_without_room_are_refused(
         device="cpu",
         hf_overrides={"max_position_embeddings": 2**31 - 1},
     )
-    with pytest.raises(ValueError, match="max_model_len=2147483647 .the model's max_position_embeddings"):
+    with pytest.raises(ValueError, match=r"max_model_len=2147483647 .the model's max_position_embeddings"):
         PoolingEngine(config)

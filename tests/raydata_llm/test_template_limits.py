@@ -14,6 +14,7 @@ import pytest
 
 from raydata_llm import LLM, EngineProcessorConfig, build_llm_processor, template_limits
 from raydata_llm.chat_template import render
+from raydata_llm.engine.pooling_params import PoolingParams
 from raydata_llm.pooling_prompts import PairForm, PooledPrompt
 from raydata_llm.prepare import prepare
 from raydata_llm.prepare_plan import PreparePlan
@@ -31,13 +32,13 @@ def grown(start: str, step: str, end: str = "{{ ns.x|length }}") -> str:
 
 
 TWICE = "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}"
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}"
 ENDLESS = {
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops": LOOP + "{% endfor %}{% endfor %}",
     "loops that write": "{% for i in range(99999) %}{% for j in range(99999) %}"
     + "a" * 99
     + "{% endfor %}{% endfor %}",
-    "loops into a variable": "{% set x %}{% for i in range(99999) %}{% for j in range(99999) %}abc{% endfor %}{% endfor %}"
-    "{% endset %}{{ x }}",
+    "loops into a variable": "{% set x %}" + LOOP + "abc{% endfor %}{% endfor %}{% endset %}{{ x }}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}",
     "a macro without end": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "a block without end": "{% block a %}{{ self.a() }}{% endblock %}",
@@ -106,7 +107,7 @@ def short_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_would_not_end_is_an_error_soon(folder: Path, template: str, load: Callable[[str], Any]) -> None:
     tokenizer = load(str(folder))
     began = time.thread_time()
-    with pytest.raises(ValueError, match="the chat template could not be applied: [A-Z]") as told:
+    with pytest.raises(ValueError, match=r"the chat template could not be applied: [A-Z]") as told:
         render_chat(tokenizer, CHAT, chat_template=template)
     assert time.thread_time() - began < 5 and len(str(told.value)) < 300
     assert render_chat(tokenizer, CHAT) == "<|user|>hello</s><|assistant|>".join(["<s>", ""])
@@ -138,7 +139,7 @@ def test_a_template_that_a_continued_message_or_a_pair_needs_is_bounded_too(fold
         render_chat(
             tokenizer, [*CHAT, {"role": "assistant", "content": "so"}], chat_template="{# content #}" + ENDLESS["loops"]
         )
-    pair = PooledPrompt(0, ("a", "b"), None, text="a", pair="b")
+    pair = PooledPrompt(0, ("a", "b"), None, text="a", pair="b", pooling=PoolingParams(task="score"))
     with pytest.raises(ValueError, match="ran for more than"):
         PairForm(chat_template=ENDLESS["loops"]).apply(pair, load_tokenizer(str(folder)))
 
@@ -172,9 +173,11 @@ HONEST = (
     "{% for m in messages %}{% call say(m) %}x{{ m.content|trim|upper }}{% endcall %}{% endfor %}",
     "{{ messages|tojson(indent=4) }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}"
     "{{ messages|map(attribute='content')|join(', ') }}{{ messages[0].content.replace('e', 'EE').split('E') }}",
-    "{{ '{:>8}|{}'.format('a', 1234567890) }}{{ 1234567890|tojson }}{{ 'x' * 3 }}{{ 2 ** 10 }}{{ 7 // 2 }}{{ nothing }}{{ nothing is defined }}"
+    "{{ '{:>8}|{}'.format('a', 1234567890) }}{{ 1234567890|tojson }}{{ 'x' * 3 }}{{ 2 ** 10 }}{{ 7 // 2 }}"
+    "{{ nothing }}{{ nothing is defined }}"
     "{{ {'a': [1, (2, 3)]} }}{{ dict(a=1)|items|list }}{{ none }}{{ true ~ 1.5 ~ none ~ nothing }}",
-    "{% block a %}{{ messages[0]['content'][1:3] }}{% endblock %}{% set x %}so {{ 1 + 1 }}{% endset %}{{ x }}{{ x|length }}"
+    "{% block a %}{{ messages[0]['content'][1:3] }}{% endblock %}{% set x %}so {{ 1 + 1 }}{% endset %}{{ x }}"
+    "{{ x|length }}"
     "{% for k, v in messages[0].items() %}{{ k }}={{ v }}{% else %}none{% endfor %}{{ 'a' in 'abc' and 1 in [1, 2] }}",
 )
 
@@ -221,7 +224,7 @@ def test_a_template_that_does_not_parse_is_refused_when_the_processor_is_built(t
 
 def test_a_template_of_the_models_own_that_does_not_parse_is_named_so(tmp_path: Path) -> None:
     tokenizer = load_light_tokenizer(str(save_tokenizer(tmp_path / "broken", chat_template=BROKEN)))
-    with pytest.raises(ValueError, match="template of the model's tokenizer does not parse .line 2"):
+    with pytest.raises(ValueError, match=r"template of the model's tokenizer does not parse .line 2"):
         render_chat(tokenizer, CHAT)
 
 
