@@ -12,8 +12,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from raydata_llm.config_model import MOST_COUNT, ConfigModel, Flag, Fraction, PositiveInt, Seconds
 from raydata_llm.adapter_names import check_sources
+from raydata_llm.config_model import MOST_COUNT, ConfigModel, Flag, Fraction, PositiveInt, Seconds
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.regular_file import shown as shown_value
 from raydata_llm.pooled_rows import TASK_TYPES, TaskType
