@@ -175,7 +175,7 @@ class Engine:
                 token_bytes=token_bytes,
             )
             self._attach_logprobs(sequence)
-            sequence.stop_watch = watch_of(params, self._tokenizer)
+            sequence.stop_watch = watch_of(params, self._tokenizer, prompt if embeds is None else ())
             self._guides.attach(sequence)
             self._next_seq_id += 1
             sequences.append(sequence)

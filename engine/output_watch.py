@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from raydata_llm.engine.detokenizer import OutputTokens, StopStringWatch, Tokenizer
+from raydata_llm.engine.detokenizer import OutputTokens, PromptTokens, StopStringWatch, Tokenizer
 from raydata_llm.engine.repetition import RepetitionWatch
 from raydata_llm.engine.sampling_params import SamplingParams
 
@@ -29,11 +29,15 @@ class _Watches:
         return next((reason for reason in reasons if reason is not None), None)
 
 
-def watch_of(params: SamplingParams, tokenizer: Tokenizer | None) -> OutputWatch | None:
-    """The watch over an output of the request; None if its tokens alone end it."""
+def watch_of(params: SamplingParams, tokenizer: Tokenizer | None, prompt_token_ids: PromptTokens) -> OutputWatch | None:
+    """The watch over an output of the request; None if its tokens alone end it.
+
+    Args:
+        prompt_token_ids: Empty for a prompt of embeddings.
+    """
     watches: list[OutputWatch] = []
     if params.stop and tokenizer is not None:
-        watches.append(StopStringWatch(tokenizer, params))
+        watches.append(StopStringWatch(tokenizer, params, prompt_token_ids))
     if params.repetition_detection is not None:
         watches.append(RepetitionWatch(params.repetition_detection, params.min_tokens))
     return _Watches(watches) if len(watches) > 1 else watches[0] if watches else None

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from raydata_llm.block_memory import memory_of
-from raydata_llm.engine.detokenizer import output_text
+from raydata_llm.engine.detokenizer import PromptTokens, output_text
 from raydata_llm.engine.pooling_params import PoolingTask
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequestOutput
 from raydata_llm.engine.request import CompletionOutput, Logprob, RequestOutput
@@ -229,10 +229,10 @@ class _Block:
         self._tokenizer: Any = None
         self._tokens: dict[int, str] = {}
 
-    def of_output(self, output: CompletionOutput, params: SamplingParams) -> str:
+    def of_output(self, prompt: PromptTokens, output: CompletionOutput, params: SamplingParams) -> str:
         if not self._wants_text(params):
             return ""
-        return output_text(self._load(), output.token_ids, params, output.stop_reason, output.finish_reason)
+        return output_text(self._load(), prompt, output.token_ids, params, output.stop_reason, output.finish_reason)
 
     def of_token(self, token_id: int, params: SamplingParams) -> str | None:
         if not self._wants_text(params):
@@ -255,10 +255,11 @@ def _engine_columns(row: RowOutput, output: AnyOutput, request: RowRequest, besi
     if not isinstance(output, RequestOutput):
         return _pooled_columns(row, output, request, beside, block)
     params = _params(row.sampling_params)
-    choices = [_choice(choice, params, block) for choice in output.outputs]
-    first = choices[0]
     assert request.prompt_token_ids is not None, "it was answered"
     prompt_token_ids = output.prompt_token_ids or request.prompt_token_ids.tolist()
+    before = prompt_token_ids if request.prompt_embeds is None else ()
+    choices = [_choice(before, choice, params, block) for choice in output.outputs]
+    first = choices[0]
     columns = {
         "prompt": beside.prompt,
         "prompt_token_ids": prompt_token_ids,
@@ -310,10 +311,10 @@ def _params(text: str) -> SamplingParams:
     return SamplingParams.from_mapping(json.loads(text))
 
 
-def _choice(output: CompletionOutput, params: SamplingParams, block: _Block) -> Row:
+def _choice(prompt: PromptTokens, output: CompletionOutput, params: SamplingParams, block: _Block) -> Row:
     return {
         "index": output.index,
-        "text": block.of_output(output, params),
+        "text": block.of_output(prompt, output, params),
         "token_ids": output.token_ids,
         "num_tokens": len(output.token_ids),
         "finish_reason": output.finish_reason,

@@ -76,6 +76,15 @@ class LightTokenizer:
         """The text of the tokens."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
+    def convert_ids_to_tokens(self, token_ids: Sequence[int]) -> list[str | None]:
+        """What the vocabulary calls the tokens."""
+        return [self._backend.id_to_token(token_id) for token_id in token_ids]
+
+    @functools.cached_property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The tokens that stand beside the vocabulary, special ones among them, by id."""
+        return dict(self._backend.get_added_tokens_decoder())
+
     def apply_chat_template(
         self,
         conversation: list[dict[str, Any]],

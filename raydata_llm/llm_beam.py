@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from raydata_llm.beam_call import BeamCall
 from raydata_llm.engine.beam_params import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
+from raydata_llm.engine.detokenizer import TokenDecoder
 from raydata_llm.engine.request import Logprob, LoRARequest
-from raydata_llm.engine.rust_panics import no_panic
+from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.generation import Encode
 from raydata_llm.llm_texts import Texts
 from raydata_llm.progress import Progress
@@ -87,8 +88,8 @@ class BeamMethods(ABC):
             return
         is_cut = sequence.finish_reason == "stop" and not params.include_stop_str_in_output
         # As vLLM's: special tokens of the prompt are shown.
-        with no_panic:
-            sequence.text = self._tokenizer.decode(sequence.tokens[:-1] if is_cut else sequence.tokens)
+        decoder = TokenDecoder(self._tokenizer, SamplingParams(skip_special_tokens=False))
+        sequence.text = decoder.decode_complete(sequence.tokens[:-1] if is_cut else sequence.tokens)
         sequence.logprobs = [self._name_tokens(position) for position in sequence.logprobs]
 
     def _name_tokens(self, position: Mapping[int, Logprob]) -> dict[int, Logprob]:

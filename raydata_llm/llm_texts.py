@@ -72,8 +72,11 @@ class Texts:
         if self._tokenizer is None or prompt.params is None or not prompt.params.detokenize:
             return
         self._name_positions(output.prompt_logprobs)
+        before = () if prompt.embeds is not None else output.prompt_token_ids
         for one in output.outputs:
-            one.text = output_text(self._tokenizer, one.token_ids, prompt.params, one.stop_reason, one.finish_reason)
+            one.text = output_text(
+                self._tokenizer, before, one.token_ids, prompt.params, one.stop_reason, one.finish_reason
+            )
             self._name_positions(one.logprobs)
 
     def _name_positions(self, positions: Sequence[dict[int, Logprob] | None] | None) -> None:
