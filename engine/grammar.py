@@ -12,7 +12,9 @@ rows whose masks take long (those within a bounded string) are spread.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,11 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from raydata_llm.engine.relaxed_schema import relax
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 from raydata_llm.engine.tag_grammar import tag_grammar
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
+
+logger = logging.getLogger(__name__)
 
 Words = npt.NDArray[np.int32]
 # Tables that are kept: 0.1 MB each, and 2 MB once 16 rows have written 150 tokens of objects with bounded strings.
@@ -39,6 +44,15 @@ _OUTPUTS_A_TABLE = 8
 _TABLES_A_THREAD = 4
 # Grammars that take longer to compile have one table a thread.
 _QUICK_SECONDS = 0.01
+# Alternatives that may begin at one place: llguidance allows 2,000, too few for some forms. A mask looks at 50,000 at
+# most in any case, which takes 2.5 ms.
+_MOST_ALTERNATIVES = 50_000
+# Of the lists of texts that grammars and choices are: 500,000 labels of 12 characters take 3 s to compile.
+_LEXER_FUEL = 20_000_000
+# Rules that name each other in a row are compiled by recursion, 3 to 4 kB each: 3,000 of them end a process whose
+# threads have the usual 8 MB, as no error could. Grammars' text is bounded, so that these are enough.
+_STACK_BYTES = 512 << 20
+_MOST_ERROR = 500
 # What may stand in a JSON string as it is. llguidance takes the tokens of a slice as allowed without a look at each if
 # all that the slice describes is: one slice a length serves strings that end somewhere. Its own three (10, 30, any)
 # take 229 us for a mask within a string of 40 characters at most, these 139 (median of all masks: 3 us with both).
@@ -119,7 +133,10 @@ class GrammarCompiler:
         num_cores = os.cpu_count() or 2
         # All cores: whoever asks for masks waits for them.
         self._num_threads = min(32, num_cores)
-        self._compilers = ThreadPoolExecutor(max(1, min(8, num_cores // 2)), "compile-grammar")
+        self._compilers = _deep_threads(max(1, min(8, num_cores // 2)))
+        # Keywords of schemas that were relaxed, each told once.
+        self._told: set[str] = set()
+        self._telling = threading.Lock()
         # Made here, not by the threads, which would all make one.
         self._tokens: Future[Any] = self._compilers.submit(self._load_tokens)
 
@@ -185,41 +202,109 @@ class GrammarCompiler:
         return make_guide
 
     def _compile(self, params: StructuredOutputsParams, table: int) -> Callable[[], GrammarGuide]:
+        params.check_size()
+        template, error = self._template(self._grammar(params))
+        if error is not None and params.has_schema:
+            params = self._relaxed(params, error)
+            template, error = self._template(self._grammar(params))
+        if error is not None:
+            raise _refused(params, error)
+        return lambda: GrammarGuide(template.deep_copy(), table, self._eos_token_ids, self._mask_threads)
+
+    def _template(self, make_grammar: Callable[[], str]) -> tuple[Any, str | None]:
+        """llguidance's matcher of a grammar, and why it cannot be compiled."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(max_items_in_row=_MOST_ALTERNATIVES, initial_lexer_fuel=_LEXER_FUEL)
+        try:
+            template = LLMatcher(self._tokens.result(), make_grammar(), log_level=0, limits=limits)
+        except BaseException as error:  # a panic of its is no Exception; nothing interrupts these threads
+            return None, f"{type(error).__name__}: {error}"
+        return template, template.get_error() if template.is_error() else None
+
+    def _relaxed(self, params: StructuredOutputsParams, error: str) -> StructuredOutputsParams:
+        """The form with schemas that compile, as near to its own as that takes."""
+        from llguidance import LLMatcher
+
+        def find_error(schema: Any) -> str | None:
+            options = _json_options(params)
+            return self._template(lambda: LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=options))[1]
+
+        relaxed: dict[str, None] = {}
+
+        def relax_one(schema: Any) -> Any:
+            changed, names = relax(schema, find_error)
+            relaxed.update(dict.fromkeys(names))
+            return changed
+
+        try:
+            changed = params.with_schemas(relax_one)
+        except ValueError as refusal:
+            raise _refused(params, str(refusal)) from None
+        if not relaxed:
+            raise _refused(params, error)
+        self._tell(list(relaxed))
+        return changed
+
+    def _tell(self, names: list[str]) -> None:
+        with self._telling:
+            fresh = [name for name in names if name not in self._told]
+            self._told.update(fresh)
+        if fresh:
+            logger.warning(
+                "structured_outputs: grammars cannot enforce %s of JSON schemas; outputs follow the rest of their "
+                "schemas and may break these (told once)",
+                ", ".join(fresh),
+            )
+
+    def _grammar(self, params: StructuredOutputsParams) -> Callable[[], str]:
+        """What makes the form's grammar in llguidance's terms."""
+        tags = params.tags()
+        if tags is None:
+            return lambda: _grammar(params)
         from llguidance import LLMatcher
 
         tokens = self._tokens.result()
-        name, grammar = self._grammar(params, tokens)
-        template = LLMatcher(tokens, grammar, log_level=0)
-        if template.is_error():
-            cause = " ".join(template.get_error().split())  # its excerpts and arrows are lines of their own
-            raise ValueError(f"structured_outputs: {name} cannot be compiled: {cause}")
-        return lambda: GrammarGuide(template.deep_copy(), table, self._eos_token_ids, self._mask_threads)
-
-    def _grammar(self, params: StructuredOutputsParams, tokens: Any) -> tuple[str, str]:
-        """The form's name and its grammar in llguidance's terms."""
-        tags = params.tags()
-        if tags is None:
-            return _grammar(params)
-        from llguidance import LLMatcher
-
         added = self._tokenizer.get_added_vocab()
         special = {text: token_id for text, token_id in added.items() if tokens.is_special_token(token_id)}
-        return "structural_tag", str(LLMatcher.grammar_from_lark(tag_grammar(tags, special)))
+        return lambda: LLMatcher.grammar_from_lark(tag_grammar(tags, special))
 
 
-def _grammar(params: StructuredOutputsParams) -> tuple[str, str]:
+def _deep_threads(count: int) -> ThreadPoolExecutor:
+    """Threads with room for deep recursion; the memory is taken as it is used."""
+    made = ThreadPoolExecutor(count, "compile-grammar")
+    all_there = threading.Barrier(count + 1)
+    before = threading.stack_size(_STACK_BYTES)
+    try:  # a thread is started for each piece of work that none is free for
+        for _ in range(count):
+            made.submit(all_there.wait)
+    finally:
+        threading.stack_size(before)
+    all_there.wait()
+    return made
+
+
+def _refused(params: StructuredOutputsParams, error: str) -> ValueError:
+    # Its excerpts, arrows and frames of a panic are lines of their own.
+    cause = " ".join(error.split("<backtrace>")[0].split("\n<state>")[0].split())
+    cause = cause if len(cause) <= _MOST_ERROR else f"{cause[:_MOST_ERROR]}..."
+    return ValueError(f"structured_outputs: {params.form} cannot be compiled: {cause}")
+
+
+def _grammar(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher, grammar_from
 
     schema = params.json_schema()
     if schema is not None:
-        name = "json_object" if params.json_object else "json"
-        return name, LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_json_options(params))
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_json_options(params))
     if params.regex is not None:
-        return "regex", LLMatcher.grammar_from_regex(params.regex)
+        return LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
-        return "choice", grammar_from("choice", json.dumps(params.choice, ensure_ascii=False))
+        # One terminal of all: as alternatives of a rule each would be followed by itself.
+        texts = (json.dumps(text, ensure_ascii=False) for text in params.choice)
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(texts)}")
     assert params.grammar is not None, "it has exactly one form"
-    return "grammar", grammar_from("grammar", params.grammar)
+    return grammar_from("grammar", params.grammar)
 
 
 def _json_options(params: StructuredOutputsParams) -> JsonCompileOptions:

@@ -7,14 +7,22 @@ Importing this must not import torch or llguidance.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from raydata_llm.engine.known_names import named_fields, nearest
 from raydata_llm.engine.param_values import check_text
 
 _FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+# Lists and dicts within each other: llguidance reads JSON to this depth.
+_MOST_NESTED = 120
+# Characters of a form, and of one text that an output must hold whole. A grammar of 1,000,000 characters takes 3 s to
+# compile; a text of 100,000 holds up all rows for half a second while its one way is followed to the end.
+_MOST_CHARACTERS = {"regex": 100_000, "grammar": 1_000_000, "choice": 10_000_000}
+_MOST_SCHEMA = 4_000_000
+_MOST_TEXT = 10_000
 
 
 @named_fields({})
@@ -100,6 +108,45 @@ class StructuredOutputsParams:
         schema: Any = _closed(self.json) if self.disable_additional_properties else self.json
         return None if schema is None else dict(schema) if isinstance(schema, Mapping) else bool(schema)
 
+    @property
+    def form(self) -> str:
+        """Which of the forms it is."""
+        return next(name for name in _FORMS if getattr(self, name) is not None)
+
+    @property
+    def has_schema(self) -> bool:
+        """Whether a JSON schema is a part of it."""
+        return self.json is not None or self.structural_tag is not None
+
+    def with_schemas(self, change: Callable[[Any], Any]) -> StructuredOutputsParams:
+        """The same form with its JSON schemas changed."""
+        if self.json is not None:
+            return replace(self, json=change(self.json_schema()), disable_additional_properties=False)
+        structures = [{**one, "schema": change(one["schema"])} for one in self.tags() or ()]
+        return replace(self, structural_tag={**self.structural_tag, "structures": structures})
+
+    def check_size(self) -> None:
+        """Check what would take long to compile, or hold up other rows.
+
+        Raises:
+            ValueError: naming the form and what it may have at most.
+        """
+        value = getattr(self, self.form)
+        texts = (
+            [one for one in _texts_of(value) if len(one) > _MOST_TEXT] if self.form not in ("regex", "grammar") else []
+        )
+        if texts:
+            remedy = f"a text of {len(texts[0])} characters is longer than {_MOST_TEXT} allows: shorten it"
+            raise _bad(self.form, texts[0], remedy)
+        size = (
+            sum(map(len, value))
+            if self.choice is not None
+            else len(value if isinstance(value, str) else json.dumps(value))
+        )
+        most = _MOST_CHARACTERS.get(self.form, _MOST_SCHEMA)
+        if size > most:
+            raise _bad(self.form, value, f"it has {size} characters: give {most} at most")
+
     def tags(self) -> list[dict[str, Any]] | None:
         """The parts of a structural tag: trigger, begin, schema and end of each."""
         if self.structural_tag is None:
@@ -116,16 +163,64 @@ _FIELD_NAMES = {field.name for field in fields(StructuredOutputsParams)}
 
 
 def _bad(name: str, value: object, remedy: str) -> ValueError:
-    return ValueError(f"structured_outputs: {name}={value!r} is not valid: {remedy}")
+    return ValueError(f"structured_outputs: {name}={_SHORT.repr(value)} is not valid: {remedy}")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 10
+# Not what only describes: an output never holds it.
+_DESCRIBING = ("title", "description", "default", "examples", "$comment")
+
+
+def _check_depth(name: str, value: Any) -> None:
+    """Check how deep lists and dicts lie within each other, without recursion of its own.
+
+    Raises:
+        ValueError: if it is too deep to be read, or endless.
+    """
+    level = [value]
+    for _ in range(_MOST_NESTED):
+        level = [inner for one in level for inner in _within(one)]
+        if not level:
+            return
+        if len(level) > _MOST_SCHEMA:  # lists that hold each other more than once grow with each level
+            raise _bad(name, value, f"it has more than {_MOST_SCHEMA} lists and dicts: give a smaller one")
+    remedy = f"it is nested deeper than {_MOST_NESTED} levels: name its inner schemas in $defs, and refer to them"
+    raise _bad(name, value, remedy)
+
+
+def _within(value: Any) -> list[Any]:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [one for one in inner if isinstance(one, Mapping | list | tuple)]
+
+
+def _texts_of(value: Any) -> list[str]:
+    """All texts in lists and dicts, the names of these too."""
+    texts: list[str] = []
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            texts.append(one)
+        elif isinstance(one, Mapping):
+            texts += [name for name in one if isinstance(name, str)]
+            waiting += [inner for name, inner in one.items() if name not in _DESCRIBING]
+        elif isinstance(one, list | tuple):
+            waiting += one
+    return texts
 
 
 def _read_object(name: str, value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except RecursionError as error:
+            raise _bad(name, value, f"it is nested deeper than {_MOST_NESTED} levels: use $defs and $ref") from error
+        except ValueError as error:
             raise _bad(name, value, f"it is no JSON ({error})") from error
     if isinstance(value, Mapping):
+        _check_depth(name, value)
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pyarrow as pa
 import pytest
 
 from raydata_llm import LLM, SamplingParams, StructuredOutputsParams
@@ -18,6 +19,7 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.grammar import GrammarCompiler
 from raydata_llm.engine.request import RequestOutput
 from raydata_llm.tokenizer import load_tokenizer
+from tests.raydata_llm.processor_chain import answered
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_model_len": 256, "max_num_seqs": 64}
@@ -262,3 +264,159 @@ def test_how_json_is_written_can_be_said_for_all_rows(model_folder: Path) -> Non
     assert texts and all(re.fullmatch(r'\{"a":(true|false),"b":(1|22)\}', text) for text in texts), texts
     with pytest.raises(ValueError, match=r"structured_outputs_config=.* is not valid"):
         EngineConfig(model="m", structured_outputs_config={"backend": True})
+
+
+MANY = 5_000
+WIDE: dict[str, dict[str, Any]] = {
+    "choice": {"choice": [f"label {number}" for number in range(MANY)]},
+    "enum": {"json": {"enum": [f"label {number}" for number in range(MANY)]}},
+    "anyOf of constants": {"json": {"anyOf": [{"const": f"label {number}"} for number in range(MANY)]}},
+    "anyOf of objects": {
+        "json": {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {"key": {"const": number}},
+                    "required": ["key"],
+                    "additionalProperties": False,
+                }
+                for number in range(2500)
+            ]
+        },
+        "disable_any_whitespace": True,
+    },
+    "many properties": {
+        "json": {
+            "type": "object",
+            "properties": {f"k{number}": {"const": 1} for number in range(2500)},
+            "additionalProperties": False,
+            "maxProperties": 1,
+        },
+        "disable_any_whitespace": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_thousands_of_alternatives_are_followed_to_their_end(name: str, llm: LLM) -> None:
+    form = WIDE[name]
+    results = llm.generate(["hello", "the quick", "dog"], params(max_tokens=60, **form), use_tqdm=False)
+    assert [result.error for result in results] == [None] * 3
+    texts = texts_that_ended(results)
+    assert len(texts) == 3
+    if "choice" in form:
+        assert set(texts) <= set(form["choice"])
+    else:
+        for text in texts:
+            jsonschema.validate(json.loads(text), form["json"])
+
+
+def test_any_number_of_labels(llm: LLM) -> None:
+    labels = [f"label {number}" for number in range(120_000)]
+    [result] = llm.generate("hello", params(max_tokens=30, choice=labels), use_tqdm=False)
+    assert result.error is None and result.outputs[0].text in set(labels)
+
+
+def test_labels_with_any_characters(llm: LLM) -> None:
+    labels = ['say "x"\\', "two\nlines", "tab\there", "a|b", "/slash/", "☃ naïve", "{}", "\x01", " space", "$x %y"]
+    for label in labels:
+        [result] = llm.generate("hello", params(choice=[label]), use_tqdm=False)
+        assert result.error is None and result.outputs[0].text == label
+
+
+def nested(depth: int, innermost: Any = True) -> Any:
+    for _ in range(depth):
+        innermost = {"type": "array", "items": innermost}
+    return innermost
+
+
+def endless() -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "array"}
+    schema["items"] = schema
+    return schema
+
+
+def doubled(depth: int) -> Any:
+    """Small in memory, and of 2**depth lists as text."""
+    value: Any = {"type": "string"}
+    for _ in range(depth):
+        value = {"anyOf": [value, value]}
+    return value
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "deep": ({"json": nested(2000)}, "json=.* is nested deeper than 120 levels: name its inner schemas in \\$defs"),
+    "a little too deep": ({"json": nested(121)}, "nested deeper than 120 levels"),
+    "far too deep": ({"json": nested(100_000)}, "nested deeper than 120 levels"),
+    "deep text": ({"json": '{"a":' * 5000 + "1" + "}" * 5000}, "nested deeper than 120 levels"),
+    "deep tag": (
+        {"structural_tag": {"structures": [{"begin": "<f", "schema": nested(2000), "end": ""}], "triggers": ["<f"]}},
+        "structural_tag=.* nested deeper than 120 levels",
+    ),
+    "endless": ({"json": endless()}, "nested deeper than 120 levels"),
+    "doubled": ({"json": doubled(50)}, "more than 4000000 lists and dicts"),
+    "huge number": ({"json": '{"maximum": 1' + "0" * 5000 + "}"}, "json="),
+    "long regex": ({"regex": "ab" * 100_000}, "regex=.* it has 200000 characters: give 100000 at most"),
+    "long label": ({"choice": ["a", "b" * 20_000]}, "choice=.* a text of 20000 characters"),
+    "long constant": ({"json": {"const": "b" * 20_000}}, "json=.* a text of 20000 characters"),
+    "long grammar": ({"grammar": 'start: "' + "a" * 1_100_000 + '"'}, "grammar=.* give 1000000 at most"),
+    "deep grammar": ({"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "grammar cannot be compiled"),
+    "too many rules": (
+        {"grammar": "start: r0\n" + "\n".join(f'r{n}: "a" r{n + 1}' for n in range(50_000)) + '\nr50000: "b"'},
+        "grammar",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_form_that_is_too_deep_or_too_large_is_that_rows_error(name: str, llm: LLM) -> None:
+    form, cause = BAD[name]
+    good = {"max_tokens": 5, "structured_outputs": {"choice": ["ab"]}}
+    asked: list[Any] = [good, {"structured_outputs": form}, good]
+    first, bad, last = llm.generate(["hello"] * 3, asked, use_tqdm=False)
+    assert (first.outputs[0].text, last.outputs[0].text) == ("ab", "ab")
+    assert bad.error is not None and re.search(cause, bad.error) and len(bad.error) < 1500, bad.error
+    assert "\n" not in bad.error
+
+
+def test_the_deepest_schema_is_followed(llm: LLM) -> None:
+    schema = nested(119, {"type": "boolean"})
+    [result] = llm.generate("hello", params(max_tokens=250, json=schema), use_tqdm=False)
+    assert result.error is None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"grammar": "start: r0\n" + "\n".join(f'r{n}: "a" r{n + 1}?' for n in range(6000)) + '\nr6000: "b"'},
+        {
+            "json": {
+                "$defs": {**{f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(9000)}, "d9000": {"const": 1}},
+                "$ref": "#/$defs/d0",
+            }
+        },
+    ],
+    ids=["rules", "references"],
+)
+def test_a_long_chain_does_not_end_the_process(form: dict[str, Any], llm: LLM) -> None:
+    """On a thread of 8 MB these were a segmentation fault."""
+    [result] = llm.generate("hello", params(max_tokens=5, **form), use_tqdm=False)
+    assert result.error is None and result.outputs[0].text
+
+
+def test_a_rows_deep_schema_is_its_error_row(model_folder: Path) -> None:
+    def ask(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": "hello", "sampling_params": {"max_tokens": 3, "structured_outputs": row["form"]()}}
+
+    forms = [lambda: {"choice": ["ab"]}, lambda: {"json": nested(2000)}, lambda: {"json": nested(150)}]
+    rows = [{"form": form} for form in forms]
+    table = answered(
+        pa.table({"id": list(range(len(rows)))}),
+        str(model_folder),
+        lambda row: ask(rows[row["id"]]),
+        keep_going=True,
+    )
+    errors = table.column("__inference_error__").to_pylist()
+    assert errors[0] == "" and all(
+        "nested deeper than" in error or "recursion" in error.lower() for error in errors[1:]
+    )
