@@ -130,7 +130,7 @@ def _reference_alone(node: dict[str, Any], target: str, found: dict[str, None]) 
     if not any(isinstance(one, Mapping) and one.get("$ref") == target for one in references):
         return node
     # What only describes, or is referred to, stands for itself.
-    kept = {name: node[name] for name in ("$defs", "definitions", "$schema", "$id") if name in node}
+    kept: dict[str, Any] = {name: node[name] for name in ("$defs", "definitions", "$schema", "$id") if name in node}
     beside = node.keys() - kept.keys() - {"$ref", "title", "description", "default", "examples"}
     if beside == {"allOf"} and len(joined or ()) == 1:
         beside = set()

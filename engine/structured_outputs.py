@@ -23,6 +23,7 @@ _MOST_NESTED = 120
 _MOST_CHARACTERS = {"regex": 100_000, "grammar": 1_000_000, "choice": 10_000_000}
 _MOST_SCHEMA = 4_000_000
 _MOST_TEXT = 10_000
+_MOST_WITHIN = 400_000
 
 
 @named_fields({})
@@ -122,8 +123,9 @@ class StructuredOutputsParams:
         """The same form with its JSON schemas changed."""
         if self.json is not None:
             return replace(self, json=change(self.json_schema()), disable_additional_properties=False)
+        tag: Any = self.structural_tag
         structures = [{**one, "schema": change(one["schema"])} for one in self.tags() or ()]
-        return replace(self, structural_tag={**self.structural_tag, "structures": structures})
+        return replace(self, structural_tag={**tag, "structures": structures})
 
     def check_size(self) -> None:
         """Check what would take long to compile, or hold up other rows.
@@ -184,8 +186,8 @@ def _check_depth(name: str, value: Any) -> None:
         level = [inner for one in level for inner in _within(one)]
         if not level:
             return
-        if len(level) > _MOST_SCHEMA:  # lists that hold each other more than once grow with each level
-            raise _bad(name, value, f"it has more than {_MOST_SCHEMA} lists and dicts: give a smaller one")
+        if len(level) > _MOST_WITHIN:  # lists that hold each other more than once grow with each level
+            raise _bad(name, value, f"it has more than {_MOST_WITHIN} lists and dicts: give a smaller one")
     remedy = f"it is nested deeper than {_MOST_NESTED} levels: name its inner schemas in $defs, and refer to them"
     raise _bad(name, value, remedy)
 
