@@ -16,6 +16,7 @@ from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.rank_launcher import RankHandle
 from raydata_llm.engine.rank_line import LineAddress
 
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _CODE = "from raydata_llm.engine.rank_process import main; main()"
 
 
@@ -45,8 +46,10 @@ class LocalRanks:
             # Threads that spin while they wait keep the other ranks' from running.
             "OMP_WAIT_POLICY": "PASSIVE",
             "OMP_NUM_THREADS": str(threads),
-            "GLOO_SOCKET_IFNAME": "lo",
             **os.environ,
+            # All are on this host: what gloo and NCCL listen on is nobody else's to reach.
+            "GLOO_SOCKET_IFNAME": _LOOPBACK,
+            "NCCL_SOCKET_IFNAME": f"={_LOOPBACK}",
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         }
         return [_LocalRank(address, rank, self._first_gpu + rank, environment) for rank in range(num_ranks)]

@@ -53,6 +53,8 @@ class ParallelState:
         if place.num_ranks == 1:
             return
         assert store is not None, "ranks that are not alone need a store"
+        # torch keeps a store that is written in Python no longer than somebody here does.
+        self._store = store
         self._join(store, timedelta(seconds=timeout_s))
         if small_sums and self._tp_group is not None:
             self.small_sum = SmallSum.make(self._tp_group, device)

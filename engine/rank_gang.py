@@ -1,6 +1,6 @@
 """An engine's ranks: started together, fed the same steps, and ended together as soon as one of them is gone.
 
-Owns the engine's sending ends of the lines and the meeting place of the ranks; `rank_watch.py` listens. Knows no
+Owns the engine's sending ends of the lines; `rank_watch.py` listens, `rank_store.py` is where the ranks meet. Knows no
 requests; how processes are started is the launcher's matter. Takes the place of a worker.
 """
 
@@ -11,8 +11,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-
-from torch._C._distributed_c10d import TCPStore
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.engine_config import EngineConfig
@@ -32,6 +30,7 @@ from raydata_llm.engine.rank_line import (
     LineListener,
     RankError,
 )
+from raydata_llm.engine.rank_store_server import StoreServer
 from raydata_llm.engine.rank_watch import RankWatch, WatchedRank
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sequence import IntArray
@@ -69,17 +68,21 @@ class RankGang:
     def __init__(self, config: EngineConfig, launcher: RankLauncher) -> None:
         self._num_ranks = config.tensor_parallel_size * config.pipeline_parallel_size
         self._encoder = BatchEncoder()
-        host = launcher.host
-        # The engine keeps the meeting place: its port is the system's choice, and known before a rank starts.
-        self._store = TCPStore(host or "127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        listener = LineListener(host)
+        listener = LineListener(launcher.host)
+        # The ranks' other line has the same key, which so crosses no line itself.
+        self._store = StoreServer(LineListener(launcher.host, listener.address.key))
         announce(f"starting {self._num_ranks} ranks")
-        self._ranks = [WatchedRank(handle) for handle in launcher.launch(listener.address, self._num_ranks)]
+        try:
+            self._ranks = [WatchedRank(handle) for handle in launcher.launch(listener.address, self._num_ranks)]
+        except BaseException:
+            listener.close()
+            self._store.close()
+            raise
         self._watch = RankWatch(self._ranks)
         try:
             self._connect(listener)
             self._watch.start()
-            self._load(config, (host or "127.0.0.1", self._store.port))
+            self._load(config)
         except BaseException:
             self.shutdown()
             raise
@@ -115,6 +118,7 @@ class RankGang:
         for rank in self._ranks:
             if rank.line is not None:
                 rank.line.connection.close()
+        self._store.close()
 
     # Start
 
@@ -147,8 +151,8 @@ class RankGang:
         if failed:
             raise RankError(f"a rank could not be connected: {failed[0]}") from failed[0]
 
-    def _load(self, config: EngineConfig, store: tuple[str, int]) -> None:
-        fields = dataclasses.asdict(config)
+    def _load(self, config: EngineConfig) -> None:
+        fields, store = dataclasses.asdict(config), self._store.address
         for number, rank in enumerate(self._ranks):
             assert rank.line is not None
             rank.line.send_json(SETTINGS, {"rank": number, "config": fields, "store": store})

@@ -44,8 +44,17 @@ _TELLING_SECONDS = 3.0
 def main() -> None:
     """A rank in a process of its own: who it is comes by standard input."""
     told = json.loads(sys.stdin.readline())
-    address = told["address"]
-    serve(LineAddress(address if isinstance(address, str) else tuple(address), told["key"]), told["rank"], told["gpu"])
+    code = 1
+    try:
+        serve(LineAddress.read(told["address"], told["key"]), told["rank"], told["gpu"])
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # NCCL's threads ask the store, which is Python, and would wait for an interpreter that takes itself apart.
+        os._exit(code)
 
 
 def serve(address: LineAddress, rank: int, gpu: int, find_model: Callable[[str], str] | None = None) -> None:
@@ -59,7 +68,7 @@ def serve(address: LineAddress, rank: int, gpu: int, find_model: Callable[[str],
     line = address.dial(rank)
     process = _RankProcess(line)
     try:
-        process.run(gpu, find_model)
+        process.run(gpu, address.key, find_model)
     except (EOFError, ConnectionError):
         pass
     except BaseException as error:
@@ -83,8 +92,8 @@ class _RankProcess:
         self._ended.set()
         self._launched.put(None)
 
-    def run(self, gpu: int, find_model: Callable[[str], str] | None) -> None:
-        worker = self._load(gpu, find_model)
+    def run(self, gpu: int, key: str, find_model: Callable[[str], str] | None) -> None:
+        worker = self._load(gpu, key, find_model)
         kind, content = self._line.receive()
         assert kind == START, kind
         worker.start(json.loads(content))
@@ -114,7 +123,7 @@ class _RankProcess:
         assert kind == BITMASK, kind
         return decode_bitmask(content)
 
-    def _load(self, gpu: int, find_model: Callable[[str], str] | None) -> Any:
+    def _load(self, gpu: int, key: str, find_model: Callable[[str], str] | None) -> Any:
         kind, content = self._line.receive()
         assert kind == SETTINGS, kind
         told = json.loads(content)
@@ -123,7 +132,7 @@ class _RankProcess:
             told["config"]["model"] = find_model(told["config"]["load_format"])
         from raydata_llm.engine.rank_worker import load_worker
 
-        worker = load_worker(told, gpu)
+        worker = load_worker(told, gpu, key)
         sizes = dataclasses.asdict(worker.sizes)
         loaded = {"sizes": sizes, "num_blocks": worker.num_kv_blocks(), "device": worker.device.type}
         self._line.send_json(LOADED, loaded)

@@ -1,32 +1,29 @@
-"""Credentials, taken out of any text that leaves a process: messages, reprs, progress lines, reports, metrics.
+"""Credentials, taken out of whatever leaves a process: messages, exceptions, log lines, reprs, reports, metrics.
 
-Owns what counts as a credential: the values of environment variables with telling names (the process's and those of a
-`runtime_env`), and what stands where addresses carry secrets. Knows nothing of where a text goes.
+Owns the ways out. What counts as a credential is said by `secret_names.py` (by its name), `secret_values.py` (the values
+of this process's environment, however they are written) and `secret_shapes.py` (by its look and place). A text is masked
+in the process where it is made, as only that one knows its environment: a `runtime_env` may give variables to workers
+that the driver does not have.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-MASK = "***"
+from raydata_llm.secret_names import is_telling
+from raydata_llm.secret_shapes import MASK, mask_shapes
+from raydata_llm.secret_values import masker_of, secret_values
 
-# Not PWD, the working directory; not max_tokens or TOKENIZERS_PARALLELISM.
-_TELLING_NAME = re.compile(
-    r"SECRET|TOKEN(?!S|I)|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|ACCOUNT_?KEY|CONNECTION_STRING"
-    r"|(^|_)SAS(_|$)|_PWD$",
-    re.I,
-)
-# Where addresses carry secrets: s3://key:secret@bucket, and query parameters such as secret_key= or X-Amz-Signature=.
-# A key with a slash in it makes no address, and is in the message that says so; what follows a port is a path.
-_USER_INFO = re.compile(r"(?<=://)([^/\s'\"@?]+|[^/\s'\"@?:]+:(?!\d{1,5}/)[^\s'\"@?]+)@")
-_QUERY_SECRET = re.compile(
-    r"(?P<name>[?&][\w.-]*(?:secret|token|passw|credential|key|signature|\bsig\b)[\w.-]*=)[^&\s'\"]+", re.I
-)
-# Shorter values ("1", "true") are in every text.
-_SHORTEST = 6
+__all__ = ["MASK", "HiddenVariables", "hide_environment", "is_telling", "mask_environment", "mask_error"]
+__all__ += ["masked_errors", "masked_logger", "redact", "redact_tree", "secret_values", "shown"]
+
+# Causes of an exception that are looked at, as chains may be circles.
+_MOST_CAUSES = 50
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -36,11 +33,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
         text: Anything that is shown or written.
         secrets: Values that are masked beside those of the process's own environment.
     """
-    # Long ones first: one secret may begin with another.
-    for value in sorted({*secrets, *secret_values(os.environ)} - {""}, key=len, reverse=True):
-        text = text.replace(value, MASK)
-    text = _USER_INFO.sub(f"{MASK}@", text)
-    return _QUERY_SECRET.sub(rf"\g<name>{MASK}", text)
+    return mask_shapes(masker_of(tuple(os.environ.items()), frozenset(secrets)).mask(text))
 
 
 def redact_tree(value: Any, secrets: Sequence[str] = ()) -> Any:
@@ -48,15 +41,13 @@ def redact_tree(value: Any, secrets: Sequence[str] = ()) -> Any:
     if isinstance(value, str):
         return redact(value, secrets)
     if isinstance(value, Mapping):
-        return {name: _redact_entry(name, entry, secrets) for name, entry in value.items()}
+        return {
+            redact(name, secrets) if isinstance(name, str) else name: _redact_entry(name, entry, secrets)
+            for name, entry in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [redact_tree(entry, secrets) for entry in value]
     return value
-
-
-def is_telling(name: object) -> bool:
-    """Whether a value under this name is a credential, by the name."""
-    return _TELLING_NAME.search(str(name)) is not None
 
 
 def shown(name: object, value: Any) -> str:
@@ -64,16 +55,14 @@ def shown(name: object, value: Any) -> str:
     return repr(_redact_entry(name, value, ()))
 
 
-def secret_values(environment: Mapping[str, str]) -> list[str]:
-    """The values of variables with telling names."""
-    return [value for name, value in environment.items() if is_telling(name) and len(value) >= _SHORTEST]
-
-
 def mask_environment(runtime_env: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """A `runtime_env` to be shown: the names of its variables, none of their values."""
-    if not runtime_env or not isinstance(runtime_env.get("env_vars"), Mapping):
+    if not runtime_env:
         return runtime_env
-    return {**runtime_env, "env_vars": dict.fromkeys(runtime_env["env_vars"], MASK)}
+    shown_env: dict[str, Any] = redact_tree(runtime_env)
+    if isinstance(runtime_env.get("env_vars"), Mapping):
+        shown_env["env_vars"] = dict.fromkeys(runtime_env["env_vars"], MASK)
+    return shown_env
 
 
 class HiddenVariables(dict[str, str]):
@@ -92,7 +81,103 @@ def hide_environment(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
     return {**runtime_env, "env_vars": HiddenVariables(runtime_env["env_vars"])}
 
 
+def mask_error(error: BaseException) -> BaseException:
+    """An exception whose text, traceback and causes hold no credential.
+
+    It is the same one wherever its text can be changed. Where not, it is a plain error with the masked text of the
+    whole chain, a `ValueError` if it was one.
+    """
+    if _is_clean(error):
+        return error
+    for one in _chain(error):
+        _mask_in_place(one)
+    if _is_clean(error):
+        return error
+    text = redact("".join(traceback.format_exception(error)).strip())
+    kind = ValueError if isinstance(error, ValueError) else RuntimeError
+    return kind(f"{redact(f'{type(error).__name__}: {error}')}\n\n{text}")
+
+
+@contextmanager
+def masked_errors() -> Iterator[None]:
+    """Let exceptions leave this process without credentials: Ray prints them, causes and tracebacks included."""
+    try:
+        yield
+    except Exception as error:
+        masked = mask_error(error)
+        if masked is error:
+            raise
+        raise masked from None
+
+
+def masked_logger(name: str) -> logging.Logger:
+    """The logger of this name, whose lines hold no credential."""
+    logger = logging.getLogger(name)
+    if not any(isinstance(one, _MaskLines) for one in logger.filters):
+        logger.addFilter(_MaskLines())
+    return logger
+
+
+class _MaskLines(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):
+            # A call with arguments that do not fit, which logging itself reports.
+            return True
+        record.msg, record.args = redact(message), None
+        if record.exc_info and record.exc_info[1] is not None:
+            # What a formatter finds here it takes for the exception's text.
+            record.exc_text = redact("".join(traceback.format_exception(record.exc_info[1])).rstrip())
+        return True
+
+
+def _is_clean(error: BaseException) -> bool:
+    text = "".join(traceback.format_exception(error))
+    return redact(text) == text and all(redact(str(one)) == str(one) for one in _chain(error))
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception, its causes and the members of groups."""
+    found: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting and len(found) < _MOST_CAUSES:
+        one = waiting.pop()
+        if one is not None and not any(one is other for other in found):
+            found.append(one)
+            waiting += [one.__cause__, one.__context__]
+            if isinstance(one, BaseExceptionGroup):
+                waiting += one.exceptions
+    return found
+
+
+def _mask_in_place(error: BaseException) -> None:
+    error.args = tuple(_masked_argument(argument) for argument in error.args)
+    if isinstance(error, OSError):
+        for name in ("strerror", "filename", "filename2"):
+            if isinstance(value := getattr(error, name), str):
+                setattr(error, name, redact(value))
+    for name, value in list(vars(error).items()):
+        if isinstance(value, (str, bytes, dict, list, tuple)):
+            try:
+                setattr(error, name, _masked_argument(value))
+            except (AttributeError, TypeError):
+                # Read-only: the whole is replaced, see `mask_error`.
+                continue
+
+
+def _masked_argument(value: Any) -> Any:
+    if isinstance(value, bytes):
+        text = value.decode("latin-1")
+        masked = redact(text)
+        return value if masked == text else masked.encode("latin-1")
+    masked_tree = redact_tree(value)
+    return tuple(masked_tree) if isinstance(value, tuple) else masked_tree
+
+
 def _redact_entry(name: object, entry: Any, secrets: Sequence[str]) -> Any:
+    if name == "runtime_env" and isinstance(entry, Mapping):
+        return mask_environment(entry)
     return _masked(entry) if is_telling(name) else redact_tree(entry, secrets)
 
 
