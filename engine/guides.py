@@ -29,6 +29,7 @@ from raydata_llm.engine.detokenizer import TextEncoder
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.grammar import GrammarCompiler, GrammarGuide, Words
 from raydata_llm.engine.logits_processor import LogitsProcessor, RequestProcessor, load_logits_processors
+from raydata_llm.engine.redaction import redact
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.sequence import Sequence, SequenceTable
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
@@ -266,7 +267,7 @@ def _forbid_end(words: Words, sequence: Sequence) -> None:
 def _with_guide(one: _Waiting) -> Sequence:
     failure = one.make_guide.exception()
     if failure is not None:
-        one.sequence.error = f"{type(failure).__name__}: {failure}"
+        one.sequence.error = redact(f"{type(failure).__name__}: {failure}")
     else:
         one.sequence.grammar = one.make_guide.result()()
     return one.sequence

@@ -6,11 +6,11 @@ Knows no listeners; without one, a phase costs nothing and is seen with INFO log
 
 from __future__ import annotations
 
-import logging
+from raydata_llm.engine.redaction import masked_logger
 
 PHASE_LOGGER = "raydata_llm.phase"
 
 
 def announce(phase: str) -> None:
     """Say what begins now, in a few words that fit behind a replica's name: "loading the weights"."""
-    logging.getLogger(PHASE_LOGGER).info(phase)
+    masked_logger(PHASE_LOGGER).info(phase)

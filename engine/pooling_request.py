@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from raydata_llm.engine.pooling_params import PoolingParams
+from raydata_llm.engine.redaction import redact
 from raydata_llm.engine.request import TokenArray
 
 
@@ -32,9 +33,9 @@ class PoolingRequest:
     token_type_ids: TokenArray | None = None
 
     def refused(self, error: str) -> PoolingRequestOutput[PoolingOutput]:
-        """The result of a request that cannot be run."""
+        """The result of a request that cannot be run, its error without credentials."""
         prompt = [int(token_id) for token_id in self.prompt_token_ids]
-        return PoolingRequestOutput(self.request_id, None, prompt, error=error)
+        return PoolingRequestOutput(self.request_id, None, prompt, error=redact(error))
 
 
 @dataclass(eq=False)

@@ -30,7 +30,7 @@ from raydata_llm.engine.rank_line import (
     LineListener,
     RankError,
 )
-from raydata_llm.engine.rank_store_server import StoreServer
+from raydata_llm.engine.rank_store_keeper import StoreKeeper
 from raydata_llm.engine.rank_watch import RankWatch, WatchedRank
 from raydata_llm.engine.sampler import SampledLogprobs
 from raydata_llm.engine.sequence import IntArray
@@ -70,7 +70,7 @@ class RankGang:
         self._encoder = BatchEncoder()
         listener = LineListener(launcher.host)
         # The ranks' other line has the same key, which so crosses no line itself.
-        self._store = StoreServer(LineListener(launcher.host, listener.address.key))
+        self._store = StoreKeeper(LineListener(launcher.host, listener.address.key))
         announce(f"starting {self._num_ranks} ranks")
         try:
             self._ranks = [WatchedRank(handle) for handle in launcher.launch(listener.address, self._num_ranks)]

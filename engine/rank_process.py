@@ -35,6 +35,7 @@ from raydata_llm.engine.rank_line import (
     Line,
     LineAddress,
 )
+from raydata_llm.engine.redaction import mask_error, masked_logger, redact
 
 _HEARTBEAT_SECONDS = 1.0
 # A step that takes longer says where it is.
@@ -49,7 +50,7 @@ def main() -> None:
         serve(LineAddress.read(told["address"], told["key"]), told["rank"], told["gpu"])
         code = 0
     except BaseException:
-        traceback.print_exc()
+        sys.stderr.write(redact(traceback.format_exc()))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -73,7 +74,8 @@ def serve(address: LineAddress, rank: int, gpu: int, find_model: Callable[[str],
         pass
     except BaseException as error:
         _tell_failure(line, error)
-        raise
+        masked = mask_error(error)
+        raise masked from masked.__cause__
     finally:
         process.end()
 
@@ -155,7 +157,7 @@ class _RankProcess:
             stack = None
             if busy > _TELLING_SECONDS:
                 frame = sys._current_frames().get(self._main_thread)
-                stack = "".join(traceback.format_stack(frame)) if frame else None
+                stack = redact("".join(traceback.format_stack(frame))) if frame else None
             told = {"num_steps": self._num_steps, "busy": busy, "cpu": time.process_time(), "stack": stack}
             try:
                 self._line.send_json(HEARTBEAT, told)
@@ -167,14 +169,14 @@ class _RankProcess:
 def _tell_failure(line: Line, error: BaseException) -> None:
     told = {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": redact(str(error)),
         "is_value_error": isinstance(error, ValueError),
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": redact("".join(traceback.format_exception(error))),
     }
     try:
         line.send_json(FAILURE, told)
     except OSError:
-        logging.getLogger(__name__).exception("A rank failed, and its engine is gone")
+        masked_logger(__name__).exception("A rank failed, and its engine is gone")
 
 
 def _relay_phases(line: Line, rank: int) -> None:

@@ -29,7 +29,7 @@ class RankStore(dist.Store):
     process groups of it must.
 
     Args:
-        line: To a `StoreServer`.
+        line: To a `StoreKeeper`.
         timeout_s: How long a key is waited for.
     """
 
@@ -72,8 +72,8 @@ class RankStore(dist.Store):
         return int(self._ask("count"))
 
     # As torch calls them.
-    deleteKey = delete_key  # noqa: N815
-    getNumKeys = num_keys  # noqa: N815
+    deleteKey = delete_key
+    getNumKeys = num_keys
 
     def clone(self) -> RankStore:
         """The store itself: threads may ask at once."""

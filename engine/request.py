@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.prompt_embeds import Embeds
+from raydata_llm.engine.redaction import redact
 from raydata_llm.engine.request_stats import RequestStateStats
 from raydata_llm.engine.sampling_params import SamplingParams
 
@@ -79,8 +80,10 @@ class Request:
         object.__setattr__(self, "prompt_token_ids", np.zeros(len(self.prompt_embeds), dtype=np.int32))
 
     def refused(self, error: str) -> RequestOutput:
-        """The result of a request that cannot be run."""
-        return RequestOutput(self.request_id, [int(token_id) for token_id in self.prompt_token_ids], error=error)
+        """The result of a request that cannot be run, its error without credentials."""
+        return RequestOutput(
+            self.request_id, [int(token_id) for token_id in self.prompt_token_ids], error=redact(error)
+        )
 
 
 @dataclass(frozen=True)

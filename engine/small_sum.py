@@ -6,13 +6,14 @@ what counts, and each GPU reading the others' buffers once is quicker. Multicast
 
 from __future__ import annotations
 
-import logging
 import os
 
 import torch
 import torch.distributed as dist
 
-logger = logging.getLogger(__name__)
+from raydata_llm.engine.redaction import masked_logger
+
+logger = masked_logger(__name__)
 
 # One shot moves (ranks - 1) times the data to each GPU: it pays where latency outweighs that.
 _MOST_BYTES = 256 << 10

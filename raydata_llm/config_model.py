@@ -1,17 +1,28 @@
 """What all our configs are: frozen, without unknown fields, and wrong in one line.
 
 Owns the wording of mistakes (field, value, remedy) and what of a config may be shown. Knows no field.
-Invariant: neither a message nor a repr holds a credential.
+Invariant: no message, repr or JSON holds a credential. `model_dump()` and pickles hold what the user gave, as a config
+is made again of them; the variables of a `runtime_env` do not show their values there.
 """
 
 from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from raydata_llm.engine.known_names import nearest
-from raydata_llm.redaction import mask_environment, redact, redact_tree, shown
+from raydata_llm.redaction import MASK, hide_environment, redact, redact_entry, redact_tree, shown
 
 
 def _no_flag(value: Any) -> Any:
@@ -36,7 +47,9 @@ Flag = Annotated[bool, Field(strict=True)]
 class ConfigModel(BaseModel):
     """A frozen model without unknown fields, whose mistakes are plain one-line `ValueError`s."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
     if not TYPE_CHECKING:  # type checkers keep the signatures that pydantic derives from the fields
 
@@ -75,9 +88,46 @@ class ConfigModel(BaseModel):
         with open(path) as file:
             return cls.parse_yaml(file, **kwargs)
 
+    @field_validator("runtime_env", mode="after", check_fields=False)
+    @classmethod
+    def _hide_environment(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        variables = value.get("env_vars")
+        for name, given in variables.items() if isinstance(variables, dict) else ():
+            if given == MASK:
+                raise ValueError(
+                    f"runtime_env: env_vars[{name!r}]={MASK!r} is a masked value, as JSON of a config has it: give the "
+                    "value itself, or set the variable where the nodes start"
+                )
+        return hide_environment(value)
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return dict(redact_tree(values)) if info.mode == "json" else values
+
+    def model_dump(self, **options: Any) -> dict[str, Any]:
+        """The fields, to make a config of again: variables of a `runtime_env` are there, and do not show their values.
+
+        `mode="json"`, as `model_dump_json()`, masks credentials.
+        """
+        values = super().model_dump(**options)
+        return values if options.get("mode") == "json" else _with_hidden(values)
+
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():
-            yield name, mask_environment(value) if name == "runtime_env" else redact_tree(value)
+            yield name, redact_entry(str(name), value)
+
+
+def _with_hidden(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config, and of those in it, with hidden environments: pydantic makes plain dicts of them."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            values[name] = hide_environment(value) if name == "runtime_env" else value
+            if name.endswith("_stage"):
+                _with_hidden(value)
+    return values
 
 
 def _brief(field: str, value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from raydata_llm.replica import EngineFactory
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ReplicaPlan:
     """How replicas are started.
 
@@ -35,7 +35,7 @@ class ReplicaPlan:
     stats_sender: Any = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DispatchPlan:
     """What the second operator is told.
 

@@ -8,7 +8,6 @@ gives back exactly one block (Ray Data replays retried tasks by block number), i
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from raydata_llm.occurrences import Occurrences
 from raydata_llm.pending_rows import Block, Outcome, Quarantined
 from raydata_llm.plain_errors import told_plainly
 from raydata_llm.ray_blocks import block_rows, block_size_limit, is_cancelled, task_call
+from raydata_llm.redaction import masked_errors, masked_logger
 from raydata_llm.replica_link import ReplicaLink
 from raydata_llm.row_payload import (
     OUTPUT_COLUMN,
@@ -40,7 +40,7 @@ from raydata_llm.row_payload import (
 )
 from raydata_llm.row_ticket import read_tickets
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # Packed requests held outside the object store at once.
 _MAX_BYTES = 512 << 20
@@ -61,6 +61,7 @@ class Dispatcher:
         self._grow(plan.min_replicas)
         threading.Thread(target=self._watch_pool, name="pool watch", daemon=True).start()
 
+    @masked_errors()
     def __call__(self, table: pa.Table) -> pa.Table:
         """Have a block's requests answered and append the outputs.
 

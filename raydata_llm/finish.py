@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from raydata_llm.output_table import ASKED_COLUMNS, OUTPUT_COLUMNS, POOLED_COLUM
 from raydata_llm.pooled_rows import CONSUMED_COLUMNS, pooled_columns
 from raydata_llm.prepare_plan import Row, RowFunction
 from raydata_llm.ray_blocks import block_number, block_part, block_rows, execution_id
-from raydata_llm.redaction import redact
+from raydata_llm.redaction import masked_errors, masked_logger, redact
 from raydata_llm.resume import mark_failed
 from raydata_llm.row_payload import (
     CARRIED_COLUMN,
@@ -53,7 +52,7 @@ from raydata_llm.row_payload import (
 )
 from raydata_llm.tokenizer import load_light_tokenizer
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
 
@@ -62,7 +61,7 @@ _CELLS = (CARRIED_COLUMN, REQUEST_COLUMN, OUTPUT_COLUMN)
 _CONSUMED = ("sampling_params", "tokenized_prompt", "tools", "chat_template_kwargs", *CONSUMED_COLUMNS)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FinishPlan:
     """What the third operator is told; it travels to its tasks.
 
@@ -94,6 +93,7 @@ class FinishPlan:
         return load_light_tokenizer(path, trust_remote_code=self.trust_remote_code)
 
 
+@masked_errors()
 def finish(table: pa.Table, plan: FinishPlan, stats_sender: StatsSender | None = None) -> pa.Table:
     """Turn a block with engine outputs into what the user asked for.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import signal
 import threading
 from collections import Counter, deque
@@ -24,12 +23,13 @@ from raydata_llm.engine.garbage_pause import GarbagePause
 from raydata_llm.engine.request import Request, RequestOutput, request_digest, sampling_key, seeded_key
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import Prompt
+from raydata_llm.redaction import masked_logger
 
 if TYPE_CHECKING:
     from raydata_llm.engine.engine import Engine
     from raydata_llm.engine.engine_group import EngineGroup
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # Prompts are tokenised this many at a time, so that the engine starts on the first while the rest is tokenised.
 _CHUNK = 256

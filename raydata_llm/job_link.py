@@ -8,16 +8,16 @@ Invariant: nobody waits for it. A sender whose actor is gone or busy drops what 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from raydata_llm.job_metrics import JobMetrics
 from raydata_llm.job_stats import ErrorKind, JobStats, Progress, Snapshot, seconds_since
+from raydata_llm.redaction import hide_environment, masked_logger
 from raydata_llm.replica_sample import ReplicaSample
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # Calls under way to one actor from one process; more are dropped.
 _MAX_PENDING_CALLS = 200
@@ -149,7 +149,7 @@ class JobLink:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         node_id = ray.get_runtime_context().get_node_id()
-        options: dict[str, Any] = {"runtime_env": dict(self._runtime_env)} if self._runtime_env else {}
+        options: dict[str, Any] = {"runtime_env": hide_environment(self._runtime_env)} if self._runtime_env else {}
         actor = ray.remote(StatsActor).options(
             num_cpus=0,
             max_restarts=0,

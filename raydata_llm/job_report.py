@@ -166,7 +166,9 @@ class JobReport:
             idle_share=share(idle, observed),
             starved_share=share(starved, observed),
             errors={
-                kind: error._replace(example=redact(error.example, settings.secrets)[:_EXAMPLE_CHARACTERS])
+                redact(kind, settings.secrets): error._replace(
+                    example=redact(error.example, settings.secrets)[:_EXAMPLE_CHARACTERS]
+                )
                 for kind, error in sorted(data.errors.items(), key=lambda entry: -entry[1].rows)
             },
             replicas=replicas,

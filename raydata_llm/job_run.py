@@ -9,7 +9,6 @@ job; what fails while watching is logged.
 
 from __future__ import annotations
 
-import logging
 import platform
 import sys
 import threading
@@ -29,11 +28,11 @@ from raydata_llm.job_progress import progress_line
 from raydata_llm.job_report import JobReport, JobSettings
 from raydata_llm.job_stats import Progress, Snapshot
 from raydata_llm.ray_operators import dispatchers
-from raydata_llm.redaction import secret_values
+from raydata_llm.redaction import masked_logger, secret_values
 from raydata_llm.replica_pool import ReplicaPool
 from raydata_llm.row_payload import RowError
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 _POLL_SECONDS = 1.0
 # A snapshot now and then, for the report of a job whose statistics are lost before its end.
@@ -76,7 +75,9 @@ class Job:
     @classmethod
     def of(cls, config: EngineProcessorConfig, pool: ReplicaPool) -> Job:
         """The job of a processor on a pool."""
-        environment = (config.runtime_env or {}).get("env_vars") or {}
+        # Of the workers, beside the driver's own: they mask what they write, and Ray writes about them here.
+        environments = (config.runtime_env, ray.get_runtime_context().runtime_env)
+        secrets = [value for one in environments for value in secret_values((one or {}).get("env_vars") or {})]
         shown = {
             "model": config.model_source,
             "engine_kwargs": dict(pool.engine_kwargs),
@@ -88,7 +89,7 @@ class Job:
             "versions": f"raydata_llm {__version__}, Ray {ray.__version__}, Python {platform.python_version()}",
         }
         return cls(
-            JobSettings(model=config.model_source, shown=shown, secrets=secret_values(environment)),
+            JobSettings(model=config.model_source, shown=shown, secrets=secrets),
             pool_size=pool.min_size,
             # Sixty-four samples a second in all are enough for any chart.
             interval=max(0.25, pool.max_size / 64),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -24,9 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from raydata_llm.redaction import masked_logger
 from raydata_llm.remote_model import RemoteModel, wanted_files
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # One S3 stream gives 100-250 MB/s: several at once fill a link, and 8 times 16 MiB is little memory.
 _PARALLEL_READS = 8

@@ -6,7 +6,6 @@ Knows no tokens and no rows. Importing it imports neither torch nor transformers
 
 from __future__ import annotations
 
-import logging
 import re
 import tempfile
 from collections.abc import Iterator
@@ -16,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.model_cache import fetch_model
-from raydata_llm.redaction import redact
+from raydata_llm.redaction import masked_logger, redact
 from raydata_llm.remote_model import RemoteModel, wanted_files
 
 if TYPE_CHECKING:
     from raydata_llm.engine.model_files import ModelFiles
     from raydata_llm.engine.pooling_params import PoolingTask
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # How messages about a model begin, here and in `remote_model.py` and `tokenizer.py`.
 _FIELD = "model_source="

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from ray.exceptions import UserCodeException
 
+from raydata_llm.redaction import mask_error, redact
+
 
 class JobValueError(UserCodeException, ValueError):
     """A `ValueError` that Ray Data takes for the user's, not for a fault of its own."""
@@ -26,4 +28,4 @@ def told_plainly() -> Iterator[None]:
 
         # The task's own copy: nothing outside this operator sees it.
         DataContext.get_current().raise_original_map_exception = True
-        raise JobValueError(str(error)) from error
+        raise JobValueError(redact(str(error))) from mask_error(error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +19,12 @@ from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, Po
 from raydata_llm.generation import noted_interrupts
 from raydata_llm.pooling_prompts import PooledPrompt
 from raydata_llm.progress import Progress
+from raydata_llm.redaction import masked_logger
 
 if TYPE_CHECKING:
     from raydata_llm.engine.pooling_engine import PoolingEngine
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 _CHUNK = 256
 RawOutput = PoolingRequestOutput[PoolingOutput]

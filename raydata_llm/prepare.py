@@ -21,6 +21,7 @@ from raydata_llm.pooled_rows import read_pooling
 from raydata_llm.pooling_prompts import PooledPrompt
 from raydata_llm.prepare_plan import PreparePlan, RowFunction
 from raydata_llm.ray_blocks import block_number, block_part, block_rows
+from raydata_llm.redaction import masked_errors
 from raydata_llm.row_draft import EMBEDS_COLUMN, Draft, choose_adapter, choose_prompt, read_asked
 from raydata_llm.row_key import row_digest
 from raydata_llm.row_payload import (
@@ -45,6 +46,7 @@ from raydata_llm.tokenizer import encode_texts
 _CHECKED_PARAMS = 16
 
 
+@masked_errors()
 def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None = None) -> pa.Table:
     """Append a request and what passes by the replica to each row of a block.
 

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 RowFunction = Callable[[Row], Mapping[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PreparePlan:
     """What the first operator is told; it travels to its tasks.
 

@@ -33,6 +33,7 @@ from raydata_llm.ray_operators import (
     tell_of_waiting_tasks,
     with_own_context,
 )
+from raydata_llm.redaction import masked_logger
 from raydata_llm.replica import EngineFactory, start_engine
 from raydata_llm.replica_gang import engine_factory
 from raydata_llm.replica_pool import Cluster, ReplicaPool
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from raydata_llm.job_report import JobReport
     from raydata_llm.job_run import Job
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 
 class Processor:

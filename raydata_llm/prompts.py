@@ -18,6 +18,7 @@ from raydata_llm.adapter_source import on_this_node
 from raydata_llm.engine.prompt_embeds import Embeds, as_embeds
 from raydata_llm.engine.request import LoRARequest
 from raydata_llm.engine.sampling_params import SamplingParams
+from raydata_llm.redaction import redact
 from raydata_llm.vllm_settings import refuse_arguments
 
 ParamsLike = SamplingParams | Mapping[str, Any]
@@ -74,7 +75,7 @@ class Prompt:
         try:
             work(self)
         except Exception as error:
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = redact(f"{type(error).__name__}: {error}")
 
 
 def list_prompts(prompts: Any) -> list[Any]:

@@ -7,21 +7,21 @@ Nothing here changes a DataContext. Imports Ray only inside functions, which a d
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig
 from raydata_llm.engine.known_names import nearest
 from raydata_llm.engine.regular_file import shown
-from raydata_llm.redaction import hide_environment
+from raydata_llm.redaction import hide_environment, masked_logger
+from raydata_llm.redaction import shown as shown_setting
 from raydata_llm.replica_pool import Cluster, ReplicaPool
 from raydata_llm.stage_config import StageConfig
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # Times a block is sent again when the dispatcher's process or node is lost (replicas are its own business).
 _BLOCK_RETRIES = 4
@@ -78,7 +78,7 @@ def task_options(
     for option, value in (map_kwargs or {}).items():
         if option not in _TASK_OPTIONS and option not in _BINDABLE:
             hint = nearest(option, (*_TASK_OPTIONS, *_BINDABLE))
-            raise ValueError(f"{name}[{option!r}]={value!r} is not valid: {hint}")
+            raise ValueError(f"{name}[{option!r}]={shown_setting(option, value)} is not valid: {hint}")
         if option in _TASK_OPTIONS:
             _check_number(name, option, value)
             options[option] = value

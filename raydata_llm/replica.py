@@ -24,6 +24,7 @@ from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.job_link import StatsSender
 from raydata_llm.openmp import wait_passively
 from raydata_llm.pending_rows import Outcome
+from raydata_llm.redaction import masked_errors, redact
 from raydata_llm.replica_sampler import ReplicaSampler
 from raydata_llm.row_payload import RowOutput, RowRequest, describe_failure, pack, unpack
 
@@ -162,6 +163,7 @@ class Replica:
 
         return str(ray.util.get_node_ip_address()), os.getpid()  # type: ignore[no-untyped-call]
 
+    @masked_errors()
     def start(self) -> int:
         """Start the engine; returns how many rows it runs at once.
 
@@ -174,6 +176,7 @@ class Replica:
         self._sampler.watch(self._engine.stats)
         return self._engine.max_num_seqs
 
+    @masked_errors()
     def feed(self, rows: Sequence[tuple[int, tuple[int, bytes]]]) -> None:
         """Take rows, as (row id, (noise key, packed `RowRequest`))."""
         started = time.perf_counter()
@@ -217,6 +220,7 @@ class Replica:
         if self._engine.death is None:
             self._engine.submit(requests, deliver)
 
+    @masked_errors()
     def collect(self, timeout: float) -> Collected:
         """Rows that finished, as soon as there are some; none after `timeout` seconds."""
         with self._arrival:
@@ -232,7 +236,7 @@ class Replica:
         outcomes = [Outcome(row.row_id, pack(row.output), row.output.error, row.num_tokens) for row in finished]
         death = self._engine.death
         return Collected(
-            outcomes, self._engine.seconds_silent, None if death is None else f"{type(death).__name__}: {death}"
+            outcomes, self._engine.seconds_silent, None if death is None else redact(f"{type(death).__name__}: {death}")
         )
 
     def _put(self, row: _FinishedRow) -> None:

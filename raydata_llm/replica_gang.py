@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig
+from raydata_llm.redaction import hide_environment
 from raydata_llm.replica import EngineFactory, RunningEngine, start_engine
 from raydata_llm.replica_pool import ReplicaPool
 
@@ -30,7 +31,7 @@ def engine_factory(config: EngineProcessorConfig, pool: ReplicaPool) -> EngineFa
         bundles=[_of_type(bundle, config.accelerator_type) for bundle in bundles],
         strategy=config.placement_strategy,
         placement_timeout_s=config.placement_timeout_s,
-        actor_options={} if config.runtime_env is None else {"runtime_env": config.runtime_env},
+        actor_options={} if config.runtime_env is None else {"runtime_env": hide_environment(config.runtime_env)},
     )
     return functools.partial(start_gang_engine, plan)
 

@@ -7,7 +7,6 @@ replica (its engine's death, its process's, its node's, silence), its rows go ba
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import threading
 import time
@@ -21,9 +20,10 @@ from raydata_llm.dispatch_plan import ReplicaPlan
 from raydata_llm.engine.rank_line import RankError
 from raydata_llm.lease_book import ENGINE_DIED, PROCESS_LOST, LeaseBook
 from raydata_llm.pending_rows import Quarantined
+from raydata_llm.redaction import mask_error, masked_logger, redact
 from raydata_llm.replica import Collected, Replica
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # Rows with a replica at once, as a multiple of what its engine runs: the rest bridges the way there and back.
 _LIMIT = 1.5
@@ -65,7 +65,7 @@ class ReplicaLink:
                 self._serve()
         except Exception as error:
             logger.exception("A replica cannot be kept running")
-            self._book.fail(error)
+            self._book.fail(mask_error(error))
 
     def _serve(self) -> None:
         """One replica's life."""
@@ -137,6 +137,7 @@ class ReplicaLink:
 
     def _note_loss(self, number: int, cause: str, blame: int) -> None:
         self.is_placed = self.is_ready = False
+        cause = redact(cause)
         loss = self._book.lose(number, blame, f"EngineDeadError: {cause}")
         self._on_quarantined(loss.quarantined)
         ray.kill(self._actor)

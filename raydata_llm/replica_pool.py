@@ -6,15 +6,15 @@ knows no rows and no engine.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raydata_llm.config import EngineProcessorConfig
+from raydata_llm.redaction import masked_logger
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # EngineConfig's own defaults of max_num_seqs: how deep the queue is decided before the engines tell theirs.
 _SLOTS_ON_GPU, _SLOTS_ON_CPU = 1024, 64

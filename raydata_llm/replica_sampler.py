@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from raydata_llm.engine.phases import PHASE_LOGGER
 from raydata_llm.job_link import StatsSender
 from raydata_llm.job_stats import RUNNING
+from raydata_llm.redaction import masked_logger
 from raydata_llm.replica_sample import EngineFigures, ReplicaSample, SteadyCounts
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 
 class ReplicaSampler:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,8 +19,9 @@ from raydata_llm.ledger import Ledger
 from raydata_llm.ledger_index import KEY_BYTES, KeyIndex, Mask
 from raydata_llm.ledger_layout import Entry
 from raydata_llm.ray_blocks import task_call
+from raydata_llm.redaction import masked_logger
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # A task finds the broker of the run that it belongs to under this name in its DataContext.
 BROKER_SETTING = "raydata_llm.resume_broker"

@@ -23,6 +23,7 @@ from raydata_llm.engine.param_values import check_text
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequestOutput
 from raydata_llm.engine.prompt_embeds import Embeds
 from raydata_llm.engine.request import LoRARequest, RequestOutput, TokenArray
+from raydata_llm.redaction import redact
 
 REQUEST_COLUMN = "__raydata_llm_request"
 CARRIED_COLUMN = "__raydata_llm_carried"
@@ -35,6 +36,8 @@ ERROR_COLUMN = "__inference_error__"
 
 _ROW_TEXT_LIMIT = 500
 _NAMES_LIMIT = 400
+# Of an error's text: a user's function may put its whole row into one.
+_TEXT_LIMIT = 20_000
 
 
 class RowRequest(NamedTuple):
@@ -88,14 +91,16 @@ def row_error(row: Mapping[str, Any], cause: str) -> RowError:
         cause: From `describe_failure`.
     """
     return RowError(
-        f"a row failed with {cause}. Its input columns: {abbreviate(row)}. "
+        f"a row failed with {redact(cause)}. Its input columns: {abbreviate(row)}. "
         "Mend or filter such rows, or set should_continue_on_error=True to get them as rows with "
         f"{ERROR_COLUMN} set."
     )
 
 
 def describe_failure(error: BaseException | str, stage: str, columns: Collection[str] = ()) -> str:
-    """`Type: message (stage)`; engine errors come with their type already.
+    """`Type: message (stage)`, without credentials; engine errors come with their type already.
+
+    Whoever knows the variables that such a text may hold makes it: the task, the replica, the dispatcher.
 
     Args:
         columns: What a function of the user's was given: named if it looked for another.
@@ -104,7 +109,7 @@ def describe_failure(error: BaseException | str, stage: str, columns: Collection
     if isinstance(error, KeyError) and columns and error.args and _is_missing(error.args[0], columns):
         text += f"; the row has {textwrap.shorten(', '.join(columns), _NAMES_LIMIT, placeholder=' ...')}"
     # No column can hold half a character.
-    return f"{text} ({stage})".encode("utf-8", "backslashreplace").decode()
+    return f"{redact(_shortened(text))} ({stage})".encode("utf-8", "backslashreplace").decode()
 
 
 def _is_missing(key: object, columns: Collection[str]) -> bool:
@@ -135,12 +140,44 @@ def raise_if_cancelled(error: BaseException) -> None:
 
 
 def abbreviate(row: Mapping[str, Any]) -> str:
-    """A row's columns as text of at most 500 characters, long values shortened first."""
-    shortened = reprlib.Repr()
-    shortened.maxstring = shortened.maxother = 120
+    """A row's columns as text of at most 500 characters, credentials masked and long values shortened first."""
+    shortened = _MaskedRepr()
     columns = [f"{name!r}: {shortened.repr(row[name])}" for name in row if name not in RESERVED_COLUMNS]
-    text = f"{{{', '.join(columns)}}}"
+    text = redact(f"{{{', '.join(columns)}}}")
     return text if len(text) <= _ROW_TEXT_LIMIT else f"{text[:_ROW_TEXT_LIMIT]}..."
+
+
+class _MaskedRepr(reprlib.Repr):
+    """Short reprs: a value is masked before it is cut, as half of a credential is too much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 120
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, str):
+            return super().repr1(redact(_shortened(x)), level)
+        if not hasattr(self, f"repr_{type(x).__name__}"):
+            # Of a class that it does not know, reprlib cuts the repr; of one without a repr it tells the name.
+            try:
+                x = _Text(redact(_shortened(repr(x))))
+            except Exception:
+                return super().repr1(x, level)
+        return super().repr1(x, level)
+
+
+class _Text:
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def _shortened(text: str) -> str:
+    """Both ends of a text that is too long to be looked through."""
+    half = _TEXT_LIMIT // 2
+    return text if len(text) <= _TEXT_LIMIT else f"{text[:half]} ... {text[-half:]}"
 
 
 def check_column_names(names: Iterable[str]) -> None:

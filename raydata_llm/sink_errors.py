@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from raydata_llm.redaction import is_telling
+
 _Result = TypeVar("_Result")
 
 _MISSING_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist", "allow_bucket_creation")
@@ -35,7 +37,6 @@ _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISD
 # Stores whose client libraries raise errors of their own beside OSError.
 _STORE_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "obstore")
 _QUOTED = re.compile(r"(?<!\w)'[^']*'")
-_SECRET_NAMES = re.compile(r"secret|token|password|passwd|credential|account_key|sas|access_key|^key$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def secrets_in(options: Any) -> list[str]:
     found: list[str] = []
     if isinstance(options, dict):
         for name, value in options.items():
-            if isinstance(value, str) and len(value) > 3 and _SECRET_NAMES.search(str(name)):
+            if isinstance(value, str) and is_telling(name):
                 found.append(value)
             found += secrets_in(value)
     elif isinstance(options, (list, tuple)):

@@ -7,11 +7,12 @@ botocore, which comes with boto3 and s3fs. Invariant: only uploads to exactly th
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from raydata_llm.redaction import masked_logger
+
+logger = masked_logger(__name__)
 
 
 def abort_uploads(filesystem: Any, paths: Sequence[str]) -> int:

@@ -8,7 +8,6 @@ happens on the way out. Invariant: a block is in exactly one file's task.
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import time
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raydata_llm.redaction import masked_logger
 from raydata_llm.resume_broker import BrokerHandle, nothing_matches
 from raydata_llm.row_payload import RESERVED_COLUMNS
 from raydata_llm.sink_dataset import FinishedBlock, as_table
@@ -24,7 +24,7 @@ from raydata_llm.sink_format import merge_schemas
 from raydata_llm.sink_limits import FileLimits
 from raydata_llm.sink_task import WritePlan, WrittenFile, rewrite_file, write_file
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 _TASK_RETRIES = 4
 _CLOCK_SECONDS = 0.5

@@ -7,16 +7,15 @@ refused unless it has a value that asks for nothing. A name in neither list is t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from raydata_llm.engine.engine_config import FIELD_NAMES, JSON_STYLES
 from raydata_llm.engine.known_names import nearest
 from raydata_llm.engine.sampling_params import SAMPLING_REMEDIES
-from raydata_llm.redaction import shown
+from raydata_llm.redaction import masked_logger, shown
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 # How vLLM runs, watches or places itself: the same answers with or without.
 _LEFT_OUT_FOR = {

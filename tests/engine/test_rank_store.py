@@ -21,7 +21,7 @@ from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.rank_line import LineAddress, LineListener
 from raydata_llm.engine.rank_store import RankStore
-from raydata_llm.engine.rank_store_server import StoreServer
+from raydata_llm.engine.rank_store_keeper import StoreKeeper
 
 HOSTS = pytest.mark.parametrize("host", [None, "127.0.0.1"], ids=["one host", "over TCP"])
 
@@ -29,14 +29,14 @@ HOSTS = pytest.mark.parametrize("host", [None, "127.0.0.1"], ids=["one host", "o
 @contextmanager
 def stores(host: str | None, count: int = 2, timeout_s: float = 20.0) -> Iterator[list[RankStore]]:
     listener = LineListener(host)
-    server = StoreServer(listener)
+    keeper = StoreKeeper(listener)
     lines = [listener.address.dial(rank) for rank in range(count)]
     try:
         yield [RankStore(line, timeout_s) for line in lines]
     finally:
         for line in lines:
             line.connection.close()
-        server.close()
+        keeper.close()
 
 
 @HOSTS
@@ -78,7 +78,7 @@ def test_a_key_that_never_comes_is_an_error_that_names_it() -> None:
 @HOSTS
 def test_a_stranger_reads_and_sets_nothing(host: str | None) -> None:
     listener = LineListener(host)
-    server = StoreServer(listener)
+    keeper = StoreKeeper(listener)
     mine = RankStore(listener.address.dial(0), 20.0)
     mine.set("address", "10.0.0.1")
     with pytest.raises(AuthenticationError):
@@ -96,7 +96,7 @@ def test_a_stranger_reads_and_sets_nothing(host: str | None) -> None:
             rest += data
         assert b"10.0.0.1" not in rest
     assert mine.get("address") == b"10.0.0.1" and mine.num_keys() == 1
-    server.close()
+    keeper.close()
 
 
 def test_one_that_calls_and_says_nothing_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What is a credential by its look or its place, whoever's it is: in addresses, behind telling names, well-known tokens.
+"""Credentials known by their look or place: in addresses, behind telling names, tokens of well-known services.
 
 Owns these forms. Knows no environment.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 
-from raydata_llm.secret_names import is_telling
+from raydata_llm.engine.secret_names import is_telling
 
 MASK = "***"
 
-# scheme://user:password@host, with whatever people put there: "@", "/", "#", "?", quotes. A password with a slash makes no
-# address, and is in the message that says so. Not what follows a port (a path with an "@"), nor an IPv6 host.
+# scheme://user:password@host, with whatever people put there: "@", "/", "#", "?", quotes. A password with a slash makes
+# no address, and is in the message that says so. Not what follows a port (a path with an "@"), nor an IPv6 host.
 _SCHEME = r"(?P<scheme>:(?:\\*/){2})"
 _USER_INFO = re.compile(
     _SCHEME
@@ -24,7 +24,7 @@ _QUOTED_USER_INFO = re.compile(r"(%(?:25)?3A(?:%(?:25)?2F){2})(?:(?!%(?:25)?(?:4
 
 # name=value, as in queries, connection strings, command lines and messages: "?sig=", ";AccountKey=", "password='x'".
 _ASSIGNED = re.compile(
-    r"(?:(?<![\w.-])|(?<=%26)|(?<=%3F))(?P<name>[A-Za-z][\w.-]{0,80})(?P<sign>\s?=\s?|%3D)(?P<value>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s&;,'\"()\[\]{}]+)",
+    r"(?:(?<![\w.])|(?<=%26)|(?<=%3F))(?P<name>[A-Za-z][\w.-]{0,80})(?P<sign>\s?=\s?|%3D)(?P<value>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s&;,'\"()\[\]{}]+)",
     re.I,
 )
 # 'name': 'value', as in JSON and in a dict's repr, quotes escaped or not.
@@ -38,6 +38,12 @@ _HEADER = re.compile(
     r"(?P<sign>: ?)(?P<value>(?:(?:bearer|basic|token|digest|negotiate|apikey)\s+)?[^\s,;'\"]+)",
     re.I,
 )
+# A cookie's or an authorization's whole line: it may have several parts.
+_HEADER_LINE = re.compile(
+    r"(?P<name>\b(?:(?:proxy-)?authorization|(?:set-)?cookie))(?P<sign>:[ \t]*)(?P<value>[^\r\n'\"]+)", re.I
+)
+# --password x, of a command line.
+_FLAG = re.compile(r"(?<=--)(?P<name>[A-Za-z][\w-]{0,80})(?P<sign>\s)(?P<value>[^\s-][^\s]*)")
 _NO_VALUE = re.compile(r"(?i)[\"']?(none|null|true|false|\*+|<[^>]*>|\.{3,}|-?\d{1,5}(\.\d+)?|)[\"']?\.?")
 
 _TOKENS = re.compile(
@@ -53,7 +59,9 @@ _TOKENS = re.compile(
     r")"
 )
 _BEARER = re.compile(r"(?i)\b(bearer|basic)(\s+|%20|\+)(?=[\w.~+/=-]*[\d=])[\w.~+/=-]{8,}")
-_PEM = re.compile(r"-----BEGIN ([A-Z0-9 ]*)PRIVATE KEY( BLOCK)?-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----|\Z)", re.S)
+_PEM = re.compile(
+    r"-----BEGIN ([A-Z0-9 ]*)PRIVATE KEY( BLOCK)?-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----|\Z)", re.S
+)
 
 
 def mask_shapes(text: str) -> str:
@@ -68,8 +76,11 @@ def mask_shapes(text: str) -> str:
     text = _TOKENS.sub(MASK, text)
     text = _BEARER.sub(rf"\1\2{MASK}", text)
     if ":" in text:
+        text = _HEADER_LINE.sub(_mask_value, text)
         text = _HEADER.sub(_mask_value, text)
         text = _NAMED.sub(_mask_entry, text)
+    if "--" in text:
+        text = _FLAG.sub(_mask_value, text)
     if "=" in text or "%3" in text:
         text = _ASSIGNED.sub(_mask_value, text)
     return text

@@ -13,16 +13,69 @@ import re
 from collections.abc import Iterable, Mapping
 from urllib.parse import unquote
 
-from raydata_llm.secret_names import is_telling
-from raydata_llm.secret_shapes import MASK, password_of
+from raydata_llm.engine.secret_names import is_telling
+from raydata_llm.engine.secret_shapes import MASK, password_of
 
 # Values that say nothing, of variables such as USE_TOKEN=1 or AUTH=disabled.
 _TRIVIAL = frozenset(
-    """
-    true false yes no on off none null nil auto default enabled disabled enable disable required optional basic bearer
-    token key secret password pass auth test tests user root admin local localhost login info debug error errors row rows
-    value values text file files model prompt string data name names ray ssl tls http https s3
-    """.split()
+    [
+        "true",
+        "false",
+        "yes",
+        "no",
+        "on",
+        "off",
+        "none",
+        "null",
+        "nil",
+        "auto",
+        "default",
+        "enabled",
+        "disabled",
+        "enable",
+        "disable",
+        "required",
+        "optional",
+        "basic",
+        "bearer",
+        "token",
+        "key",
+        "secret",
+        "password",
+        "pass",
+        "auth",
+        "test",
+        "tests",
+        "user",
+        "root",
+        "admin",
+        "local",
+        "localhost",
+        "login",
+        "info",
+        "debug",
+        "error",
+        "errors",
+        "row",
+        "rows",
+        "value",
+        "values",
+        "text",
+        "file",
+        "files",
+        "model",
+        "prompt",
+        "string",
+        "data",
+        "name",
+        "names",
+        "ray",
+        "ssl",
+        "tls",
+        "http",
+        "https",
+        "s3",
+    ]
 )
 # Shorter ones are masked behind a telling name alone ("pin=123"): they are part of any text.
 _SHORTEST = 4
@@ -58,7 +111,7 @@ def _is_secret(value: str) -> bool:
 
 
 def _parts(value: str) -> Iterable[str]:
-    """A value, and what of it is a secret by itself: lines of a PEM file, entries of JSON, the token of "Bearer ..."."""
+    """A value, and what of it is a secret by itself: lines of a PEM file, entries of JSON, a token after "Bearer"."""
     yield value
     stripped = value.strip()
     yield stripped
@@ -115,7 +168,9 @@ class Masker:
             return text
         for literal in self._literals:
             if literal in text:
-                text = _swallow(literal).sub(MASK, text) if literal not in self._anywhere else text.replace(literal, MASK)
+                text = (
+                    _swallow(literal).sub(MASK, text) if literal not in self._anywhere else text.replace(literal, MASK)
+                )
         if _SIGNS.search(text):
             for pattern in self._spelled:
                 text = pattern.sub(MASK, text)

@@ -8,17 +8,17 @@ text, and is answered at once: waiting is the rank's matter (`rank_store.py`). K
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from raydata_llm.engine.rank_line import Line, LineListener
+from raydata_llm.engine.redaction import masked_logger
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 
-class StoreServer:
+class StoreKeeper:
     """Keeps the table and answers the ranks until it is closed.
 
     Args:
