@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import DistStoreError
+from torch.distributed.distributed_c10d import Store
 
 from raydata_llm.engine.rank_line import Line
 
@@ -22,7 +23,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.05
 _ASK = b"?"
 
 
-class RankStore(dist.Store):
+class RankStore(Store):
     """A `torch.distributed.Store` over a line to the engine.
 
     torch calls these methods from threads of its own as well, and holds no reference to this object: whoever makes
@@ -84,7 +85,7 @@ class RankStore(dist.Store):
         while (values := self._ask("get", list(keys))) is None:
             if time.monotonic() > deadline:
                 seconds = timeout.total_seconds()
-                raise dist.DistStoreError(f"the other ranks did not set {', '.join(keys)} within {seconds:g} s")
+                raise DistStoreError(f"the other ranks did not set {', '.join(keys)} within {seconds:g} s")
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
         return [str(value) for value in values]

@@ -10,60 +10,17 @@ import re
 
 # Words that tell, each in any place of a name.
 _WORDS = frozenset(
-    [
-        "secret",
-        "secrets",
-        "password",
-        "passwords",
-        "passwd",
-        "passphrase",
-        "passcode",
-        "pass",
-        "pwd",
-        "pat",
-        "credential",
-        "credentials",
-        "cred",
-        "creds",
-        "token",
-        "auth",
-        "authorization",
-        "apikey",
-        "apikeys",
-        "key",
-        "signature",
-        "sig",
-        "sas",
-        "cookie",
-        "cookies",
-        "bearer",
-        "jwt",
-        "dsn",
-        "webhook",
-        "connstr",
-    ]
+    """
+    secret secrets password passwords passwd passphrase passcode pass pwd pat credential credentials cred creds
+    token auth authorization apikey apikeys key signature sig sas cookie cookies bearer jwt dsn webhook connstr
+    """.split()  # noqa: SIM905 (a list of words)
 )
 # Plurals that tell where one of these stands before them: API_KEYS does, MAX_TOKENS does not.
 _PLURALS = frozenset({"keys", "tokens"})
 _BEFORE_PLURALS = frozenset(
-    [
-        "api",
-        "access",
-        "account",
-        "auth",
-        "bearer",
-        "refresh",
-        "secret",
-        "session",
-        "private",
-        "signing",
-        "encryption",
-        "hf",
-        "gh",
-        "github",
-        "gitlab",
-        "openai",
-    ]
+    """
+    api access account auth bearer refresh secret session private signing encryption hf gh github gitlab openai
+    """.split()  # noqa: SIM905 (a list of words)
 )
 # What has no gaps between its words: PGPASSWORD, SSHPASS, minioSecretkey, HFTOKEN.
 _RUN_TOGETHER = re.compile(
@@ -73,95 +30,19 @@ _RUN_TOGETHER = re.compile(
 )
 # What stands behind a word that tells and takes that back: TOKEN_FILE, AUTH_MODE, KEY_COLUMN, PASS_RATE.
 _ABOUT = frozenset(
-    [
-        "file",
-        "files",
-        "path",
-        "paths",
-        "dir",
-        "directory",
-        "folder",
-        "name",
-        "names",
-        "mode",
-        "type",
-        "kind",
-        "url",
-        "uri",
-        "endpoint",
-        "host",
-        "port",
-        "sock",
-        "socket",
-        "column",
-        "columns",
-        "size",
-        "length",
-        "len",
-        "limit",
-        "count",
-        "budget",
-        "ttl",
-        "timeout",
-        "expiry",
-        "expiration",
-        "seconds",
-        "age",
-        "enabled",
-        "enable",
-        "disabled",
-        "disable",
-        "policy",
-        "algorithm",
-        "algo",
-        "method",
-        "provider",
-        "version",
-        "format",
-        "region",
-        "arn",
-        "scope",
-        "scopes",
-        "rotation",
-        "parallelism",
-        "backend",
-        "helper",
-        "prefix",
-        "rate",
-        "ratio",
-        "index",
-        "order",
-        "schema",
-        "field",
-        "fields",
-        "heads",
-        "dim",
-        "usage",
-        "hash",
-        "template",
-        "class",
-        "style",
-        "required",
-        "optional",
-    ]
+    """
+    file files path paths dir directory folder name names mode type kind url uri endpoint host port sock socket
+    column columns size length len limit count budget ttl timeout expiry expiration seconds age enabled enable
+    disabled disable policy algorithm algo method provider version format region arn scope scopes rotation
+    parallelism backend helper prefix rate ratio index order schema field fields heads dim usage hash template
+    class style required optional
+    """.split()  # noqa: SIM905 (a list of words)
 )
 # Keys that open nothing, by the word before: PUBLIC_KEY, PRIMARY_KEY.
 _OPEN_KEYS = frozenset(
-    [
-        "public",
-        "primary",
-        "foreign",
-        "sort",
-        "partition",
-        "row",
-        "join",
-        "group",
-        "routing",
-        "hot",
-        "shard",
-        "num",
-        "index",
-    ]
+    """
+    public primary foreign sort partition row join group routing hot shard num index
+    """.split()  # noqa: SIM905 (a list of words)
 )
 _PAIRS = frozenset(
     {("webhook", "url"), ("connection", "string"), ("connection", "str"), ("conn", "str"), ("conn", "string")}

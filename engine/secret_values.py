@@ -10,7 +10,7 @@ import base64
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import unquote
 
 from raydata_llm.engine.secret_names import is_telling
@@ -18,64 +18,11 @@ from raydata_llm.engine.secret_shapes import MASK, password_of
 
 # Values that say nothing, of variables such as USE_TOKEN=1 or AUTH=disabled.
 _TRIVIAL = frozenset(
-    [
-        "true",
-        "false",
-        "yes",
-        "no",
-        "on",
-        "off",
-        "none",
-        "null",
-        "nil",
-        "auto",
-        "default",
-        "enabled",
-        "disabled",
-        "enable",
-        "disable",
-        "required",
-        "optional",
-        "basic",
-        "bearer",
-        "token",
-        "key",
-        "secret",
-        "password",
-        "pass",
-        "auth",
-        "test",
-        "tests",
-        "user",
-        "root",
-        "admin",
-        "local",
-        "localhost",
-        "login",
-        "info",
-        "debug",
-        "error",
-        "errors",
-        "row",
-        "rows",
-        "value",
-        "values",
-        "text",
-        "file",
-        "files",
-        "model",
-        "prompt",
-        "string",
-        "data",
-        "name",
-        "names",
-        "ray",
-        "ssl",
-        "tls",
-        "http",
-        "https",
-        "s3",
-    ]
+    """
+    true false yes no on off none null nil auto default enabled disabled enable disable required optional basic
+    bearer token key secret password pass auth test tests user root admin local localhost login info debug error
+    errors row rows value values text file files model prompt string data name names ray ssl tls http https s3
+    """.split()  # noqa: SIM905 (a list of words)
 )
 # Shorter ones are masked behind a telling name alone ("pin=123"): they are part of any text.
 _SHORTEST = 4
@@ -88,6 +35,9 @@ _SIGNS = re.compile(r"[\\%&\n+]")
 _PIECE = re.compile(r"[,;\s]+")
 _LONG_PIECE = 16
 _GAP = r"(?:[ \t]*\\?\r?\n[ \t]*|(?:\\+r)?\\+n[ \t]*)?"
+# Stands where base64 or hexadecimal stood until all of it is found.
+_CODE = "\ue0ff"
+_AROUND_CODE = re.compile(rf"(?:[A-Za-z0-9+/_-]{{0,2}}{_GAP}{_CODE})+{_GAP}[A-Za-z0-9+/_-]{{0,2}}(?:=|%3D){{0,2}}")
 _NAMES = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "apos"}
 _SHORT_ESCAPES = {"\n": "n", "\t": "t", "\r": "r"}
 
@@ -160,29 +110,34 @@ class Masker:
         chosen = sorted({value for value in values if _is_secret(value)}, key=len, reverse=True)
         self._anywhere = [value for value in chosen if _is_anywhere(value)]
         self._words = [value for value in chosen if not _is_anywhere(value)]
-        self._literals = [*self._anywhere, *sorted(_encoded(self._anywhere), key=len, reverse=True)]
+        self._codes = sorted(_encoded(self._anywhere), key=len, reverse=True)
 
     def mask(self, text: str) -> str:
         """The text without these values."""
-        if not self._literals and not self._words:
+        if not self._anywhere and not self._words:
             return text
-        for literal in self._literals:
-            if literal in text:
-                text = (
-                    _swallow(literal).sub(MASK, text) if literal not in self._anywhere else text.replace(literal, MASK)
-                )
+        for value in self._anywhere:
+            if value in text:
+                text = text.replace(value, MASK)
+        for code in self._codes:
+            if code in text:
+                text = text.replace(code, _CODE)
         if _SIGNS.search(text):
-            for pattern in self._spelled:
-                text = pattern.sub(MASK, text)
+            for pattern, mask in self._spelled:
+                text = pattern.sub(mask, text)
+        if _CODE in text:
+            # The characters beside a code are of the value in part.
+            text = _AROUND_CODE.sub(MASK, text)
         for pattern in self._bounded:
             text = pattern.sub(MASK, text)
         return self._mask_cut(text)
 
     @functools.cached_property
-    def _spelled(self) -> list[re.Pattern[str]]:
+    def _spelled(self) -> list[tuple[re.Pattern[str], str]]:
         """Values and their base64 as they stand in JSON, repr, HTML and addresses, and broken over lines."""
-        codes = [code for value in self._anywhere for code in _base64_of(value)]
-        return [re.compile(_spelling(value)) for value in (*self._anywhere, *codes)]
+        codes = [code for value in self._anywhere for code in sorted(_base64_of(value))]
+        values = [(re.compile(_spelling(value)), MASK) for value in self._anywhere]
+        return [*values, *((re.compile(_spelling(code)), _CODE) for code in codes)]
 
     @functools.cached_property
     def _bounded(self) -> list[re.Pattern[str]]:
@@ -217,14 +172,14 @@ class Masker:
         return text
 
 
-def _longest(size: int, fits: object) -> int:
-    assert callable(fits)
+def _longest(size: int, fits: Callable[[int], bool]) -> int:
+    """The longest part of a value that fits, 0 for none that would give it away."""
     return next((n for n in range(size - 1, _GIVEN_AWAY - 1, -1) if fits(n)), 0)
 
 
 def _is_anywhere(value: str) -> bool:
-    kinds = [str.islower, str.isupper, str.isdigit, lambda c: not c.isalnum()]
-    mixed = sum(any(kind(c) for c in value) for kind in kinds) > 1
+    marks = {"a" if c.islower() else "A" if c.isalpha() else "0" if c.isdigit() else "-" for c in value}
+    mixed = len(marks) > 1
     return len(value) >= (_MIXED_ANYWHERE if mixed else _ANYWHERE)
 
 
@@ -247,12 +202,6 @@ def _base64_of(value: str) -> set[str]:
     return found
 
 
-@functools.lru_cache(maxsize=4096)
-def _swallow(code: str) -> re.Pattern[str]:
-    """An encoded value with the characters around it that are of it in part."""
-    return re.compile(rf"[\w+/-]{{0,2}}{re.escape(code)}[\w+/-]{{0,2}}={{0,2}}")
-
-
 def _spelling(value: str) -> str:
     """A pattern of all the ways in which a value may be written."""
     return _GAP.join(_ways(character) for character in value)
@@ -273,7 +222,8 @@ def _ways(character: str) -> str:
         rf"&(?:amp;)*#[xX]0*{_digits(f'{code:x}')};",
     ]
     if character in _NAMES:
-        ways.append(rf"&(?:amp;)*{_NAMES[character]};")
+        # Escaped for JSON before, as `\&quot;`.
+        ways.append(rf"\\*&(?:amp;)*{_NAMES[character]};")
     if character in _SHORT_ESCAPES:
         ways.append(rf"\\+{_SHORT_ESCAPES[character]}")
     if character in "\"'/\\":

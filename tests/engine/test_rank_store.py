@@ -14,7 +14,8 @@ from multiprocessing import AuthenticationError
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import DistStoreError
+from torch.distributed.distributed_c10d import PrefixStore
 
 from raydata_llm.engine import rank_line
 from raydata_llm.engine.engine import Engine
@@ -43,9 +44,9 @@ def stores(host: str | None, count: int = 2, timeout_s: float = 20.0) -> Iterato
 def test_ranks_see_each_others_keys_under_torchs_prefixes(host: str | None) -> None:
     with stores(host) as (one, two):
         # PrefixStore is C++, and calls the methods by the names that torch's C++ knows.
-        mine, yours = dist.PrefixStore("group/0", one), dist.PrefixStore("group/0", two)
+        mine, yours = PrefixStore("group/0", one), PrefixStore("group/0", two)
         value = bytes(range(256))
-        mine.set("address", value)
+        mine.set("address", value)  # type: ignore[arg-type]  # bytes are taken, the stub says text
         assert yours.get("address") == value and two.get("group/0/address") == value
         assert mine.add("joined", 1) == 1 and yours.add("joined", 2) == 3
         assert yours.check(["address", "joined"]) and not yours.check(["address", "missing"])
@@ -69,9 +70,9 @@ def test_a_key_is_waited_for_and_nobody_else_waits_meanwhile() -> None:
 
 def test_a_key_that_never_comes_is_an_error_that_names_it() -> None:
     with stores(None, 1, timeout_s=0.2) as (store,):
-        with pytest.raises(dist.DistStoreError, match=r"did not set rank 1's address within 0\.2 s"):
+        with pytest.raises(DistStoreError, match=r"did not set rank 1's address within 0\.2 s"):
             store.get("rank 1's address")
-        with pytest.raises(dist.DistStoreError):
+        with pytest.raises(DistStoreError):
             store.wait(["nothing"], timedelta(seconds=0.1))
 
 
