@@ -38,7 +38,7 @@ class RankStore(Store):
         super().__init__()
         self._line = line
         self._turn = threading.Lock()
-        self.set_timeout(timedelta(seconds=timeout_s))
+        self._timeout = timedelta(seconds=timeout_s)
 
     def set(self, key: str, value: str | bytes) -> None:
         """Set a key."""
@@ -46,7 +46,7 @@ class RankStore(Store):
 
     def get(self, key: str) -> bytes:
         """A key's value, waited for."""
-        return self._wait_for([key], self.timeout)[0].encode("latin-1")
+        return self._wait_for([key], self._timeout)[0].encode("latin-1")
 
     def add(self, key: str, amount: int) -> int:
         """Add to a number; returns the sum."""
@@ -62,7 +62,7 @@ class RankStore(Store):
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Wait until all these keys are there."""
-        self._wait_for(keys, timeout or self.timeout)
+        self._wait_for(keys, timeout or self._timeout)
 
     def delete_key(self, key: str) -> bool:
         """Remove a key; returns whether it was there."""

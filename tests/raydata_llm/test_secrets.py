@@ -412,7 +412,7 @@ def test_plans_that_ray_prints_show_nothing() -> None:
 
 
 def test_errors_of_the_engine(canary: str) -> None:
-    request = Request(request_id="0", prompt_token_ids=[1], sampling_params=SamplingParams(), key=0)  # type: ignore[arg-type]
+    request = Request(request_id="0", prompt_token_ids=[1], sampling_params=SamplingParams(), key=0)
     assert not gives_away(str(request.refused(f"ValueError: {canary}").error), canary)
 
 

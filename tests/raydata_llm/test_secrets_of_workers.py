@@ -151,7 +151,7 @@ def test_the_error_that_stops_a_job(
 
 
 def test_no_file_of_a_workers_output_holds_them() -> None:
-    folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())  # type: ignore[union-attr]
     # Ray's own files about the runtime environment that it sets up are Ray's to write.
     ours = [path for path in folder.glob("worker-*") if path.is_file()]
     assert ours
