@@ -71,9 +71,9 @@ def mask_error(error: BaseException) -> BaseException:
     if _is_clean(error):
         return error
     text = redact("".join(traceback.format_exception(error)).strip())
-    if redact(str(error)) != str(error):
+    if redact(_message(error)) != _message(error):
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        error = kind(redact(f"{type(error).__name__}: {error}"))
+        error = kind(redact(f"{type(error).__name__}: {_message(error)}"))
     # Its causes or the lines of code in its traceback hold one: they become text.
     error.__cause__, error.__context__ = _MaskedCauses(text), None
     return error.with_traceback(None)
@@ -119,7 +119,15 @@ class _MaskLines(logging.Filter):
 
 def _is_clean(error: BaseException) -> bool:
     text = "".join(traceback.format_exception(error))
-    return redact(text) == text and all(redact(str(one)) == str(one) for one in _chain(error))
+    return redact(text) == text and all(redact(_message(one)) == _message(one) for one in _chain(error))
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        # A user's class that cannot say it shows nothing.
+        return ""
 
 
 def _chain(error: BaseException) -> list[BaseException]:
