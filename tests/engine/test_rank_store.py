@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import AuthenticationError
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from torch.distributed import DistStoreError
 from torch.distributed.distributed_c10d import PrefixStore
@@ -20,9 +22,12 @@ from torch.distributed.distributed_c10d import PrefixStore
 from raydata_llm.engine import rank_line
 from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.local_ranks import LocalRanks
 from raydata_llm.engine.rank_line import LineAddress, LineListener
 from raydata_llm.engine.rank_store import RankStore
 from raydata_llm.engine.rank_store_keeper import StoreKeeper
+from raydata_llm.engine.request import Request
+from raydata_llm.engine.sampling_params import SamplingParams
 
 HOSTS = pytest.mark.parametrize("host", [None, "127.0.0.1"], ids=["one host", "over TCP"])
 
@@ -193,3 +198,29 @@ def test_ranks_of_other_hosts_are_heard_at_this_hosts_own_address_alone() -> Non
     away = LineListener("203.0.113.7")
     assert away.address.address[0] == "203.0.113.7"
     away.close()
+
+
+class HostedRanks(LocalRanks):
+    """Ranks that call over TCP, as those of other nodes do."""
+
+    host = "127.0.0.1"
+
+
+def test_ranks_that_call_over_tcp_write_what_one_rank_writes(tiny_model: Callable[..., Path]) -> None:
+    folder = str(tiny_model("llama"))
+    answers = []
+    for size in (1, 2):
+        config = EngineConfig(model=folder, device="cpu", tensor_parallel_size=size, max_model_len=64)
+        engine = Engine(config, None, HostedRanks)
+        try:
+            params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+            prompt = np.asarray([5, 6, 7], dtype=np.int32)
+            request = Request(request_id="0", prompt_token_ids=prompt, sampling_params=params, key=0)
+            engine.add_request(request)
+            outputs: list[Any] = []
+            while not outputs:
+                outputs += engine.step()
+            answers.append(outputs[0].outputs[0].token_ids)
+        finally:
+            engine.shutdown()
+    assert answers[0] == answers[1]
