@@ -2,8 +2,8 @@
 
 Owns the wording and the units. Knows no Ray and no terminal.
 
-    raydata_llm  12,345/100,000 rows (12%) | 310 rows/s | in 45.2k out 71.9k tokens/s | running 1,021 waiting 410 |
-    KV 73% | 3 errors | 4m 42s left
+    raydata_llm  12,345/100,000 rows (12%), 9,000 written | 310 rows/s | in 45.2k out 71.9k tokens/s |
+    running 1,021 waiting 410 | KV 73% | 3 errors | 4m 42s left
     raydata_llm  starting, 38s | loading the weights (3 replicas, 21s) | fetching the model (1 replica, 38s)
 """
 
@@ -16,14 +16,25 @@ from raydata_llm.job_stats import Progress
 WAITING_FOR_PLACE = "waiting for a place in the cluster"
 
 
-def progress_line(progress: Progress, *, pool_size: int) -> str:
+def progress_line(
+    progress: Progress, *, pool_size: int, restarting_s: float | None = None, rows_written: int | None = None
+) -> str:
     """The line.
 
     Args:
         progress: The job now.
         pool_size: Replicas that are expected at least.
+        restarting_s: How long ago the dispatcher was lost, until another one serves.
+        rows_written: Rows in files that a sink of ours has committed; None without one.
     """
-    return "raydata_llm  " + " | ".join(_parts(progress, pool_size))
+    return "raydata_llm  " + " | ".join(_parts(progress, pool_size, restarting_s, rows_written))
+
+
+def stop_line(rows_answered: int, rows_written: int) -> str:
+    """What a job that was stopped early leaves, so that nobody takes an answered row for a written one."""
+    rest = max(0, rows_answered - rows_written)
+    unwritten = f"; {count(rest)} more were answered, in blocks that are not complete, and are not written"
+    return f"raydata_llm  stopped: {count(rows_written)} rows are written{unwritten if rest else ''}"
 
 
 def count(number: float) -> str:
@@ -56,11 +67,11 @@ def duration(seconds: float) -> str:
     return f"{hours}h {minutes:02d}m" if hours < 48 else f"{hours // 24}d {hours % 24}h"
 
 
-def _parts(progress: Progress, pool_size: int) -> Iterator[str]:
+def _parts(progress: Progress, pool_size: int, restarting_s: float | None, rows_written: int | None) -> Iterator[str]:
     totals = progress.totals
     begun = totals.rows_answered > 0
     if begun:
-        yield _rows(progress)
+        yield _rows(progress) + ("" if rows_written is None else f", {count(rows_written)} written")
         yield f"{rate(progress.rows_per_second)} rows/s"
     else:
         verb = "waiting for the first row" if progress.num_ready else "starting"
@@ -70,7 +81,11 @@ def _parts(progress: Progress, pool_size: int) -> Iterator[str]:
     if begun:
         yield f"{count(totals.rows_failed)} error{'' if totals.rows_failed == 1 else 's'}"
         yield "time left unknown" if progress.eta_seconds is None else f"{duration(progress.eta_seconds)} left"
-    yield from _phases(progress, pool_size)
+    if restarting_s is None:
+        yield from _phases(progress, pool_size)
+    else:
+        # Its replicas ended with it, and the next one starts new ones.
+        yield f"the dispatcher's process was lost, another one is starting ({duration(restarting_s)})"
 
 
 def _engines(progress: Progress) -> Iterator[str]:

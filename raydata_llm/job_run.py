@@ -24,10 +24,10 @@ from ray.experimental.tqdm_ray import safe_print
 from raydata_llm import __version__, ray_loop
 from raydata_llm.config import EngineProcessorConfig
 from raydata_llm.job_link import JobLink
-from raydata_llm.job_progress import progress_line
+from raydata_llm.job_progress import progress_line, stop_line
 from raydata_llm.job_report import JobReport, JobSettings
 from raydata_llm.job_stats import Progress, Snapshot
-from raydata_llm.ray_operators import dispatchers
+from raydata_llm.ray_operators import claim_priority, dispatchers, starting
 from raydata_llm.redaction import masked_logger, secret_values
 from raydata_llm.replica_pool import ReplicaPool
 from raydata_llm.row_payload import RowError
@@ -53,6 +53,8 @@ class Job:
         with_metrics: Whether to export Prometheus metrics.
         report_folder: Where each run's report is written; None writes none.
         runtime_env: Of the statistics actor.
+
+    A sink of ours sets `rows_written`, which says how many rows it has committed.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Job:
         self.report_folder = report_folder
         self.job_id = uuid.uuid4().hex[:8]
         self.link = JobLink(self.job_id, with_metrics=with_metrics, interval=interval, runtime_env=runtime_env)
+        self.rows_written: Callable[[], int] | None = None
         self._run: JobRun | None = None
 
     @classmethod
@@ -127,6 +130,11 @@ class Job:
         """Make a run the latest: our operators have a part in it."""
         self._run = run
 
+    def tell_stopped(self) -> None:
+        """Say what a sink had written when the job was stopped early."""
+        if self._run is not None and self.rows_written is not None:
+            self._run.tell_stopped(self.rows_written())
+
     def report(self) -> JobReport:
         """The latest run's report; of a run under way, so far.
 
@@ -175,6 +183,8 @@ class JobRun:
         self._stop = threading.Event()
         self._looked_at = 0.0
         self._dispatchers: list[Any] = []
+        self._lost_at: float | None = None
+        self._rows_answered = 0
         self._looks_often = False
 
     def connect(self, actor: Any) -> None:
@@ -211,6 +221,11 @@ class JobRun:
             for dispatcher in self._dispatchers:
                 ray.kill(dispatcher)
         self._end("failed", error)
+
+    def tell_stopped(self, rows_written: int) -> None:
+        """Say how many rows are written, and how many were answered beside these."""
+        answered = self._rows_answered if self._report is None else self._report.generated_rows
+        self._show(stop_line(answered, rows_written))
 
     def report(self) -> JobReport:
         """The run's report, final or so far."""
@@ -263,14 +278,31 @@ class JobRun:
         news = _News(_LINE_SECONDS_ON_TERMINAL if sys.stderr.isatty() else _LINE_SECONDS_IN_LOG)
         last_snapshot = time.monotonic()
         while not self._stop.wait(_POLL_SECONDS) and self._lost is None:
+            restarting_s = self._watch_dispatchers()
             progress: Progress | None = self._ask("progress", self._total_rows)
             if progress is None:
                 continue
             now = time.monotonic()
-            if news.worth_a_line(progress, now):
-                self._show(progress_line(progress, pool_size=self._job.pool_size))
+            self._rows_answered = progress.totals.rows_answered
+            if news.worth_a_line(progress, now, is_restarting=restarting_s is not None):
+                written = None if self._job.rows_written is None else self._job.rows_written()
+                size = self._job.pool_size
+                self._show(progress_line(progress, pool_size=size, restarting_s=restarting_s, rows_written=written))
             if now - last_snapshot > _SNAPSHOT_SECONDS:
                 self._snapshot, last_snapshot = self._ask("snapshot") or self._snapshot, now
+
+    def _watch_dispatchers(self) -> float | None:
+        """For how many seconds a dispatcher that was lost has not been replaced; None if all serve."""
+        if not ray.is_initialized():
+            return None
+        waiting = starting(self._dispatchers)
+        for dispatcher in waiting:
+            claim_priority(dispatcher)
+        if not any(waiting.values()):
+            self._lost_at = None
+            return None
+        self._lost_at = self._lost_at or time.monotonic()
+        return time.monotonic() - self._lost_at
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """The actor's answer; None when it is lost or late."""
@@ -310,10 +342,10 @@ class _News:
         self._shown_at = 0.0
         self._stage: object = None
 
-    def worth_a_line(self, progress: Progress, now: float) -> bool:
+    def worth_a_line(self, progress: Progress, now: float, *, is_restarting: bool) -> bool:
         """Whether to show it now; what is worth it counts as shown."""
         begun = progress.totals.rows_answered > 0
-        stage = begun or (tuple(progress.phases), progress.num_ready)
+        stage = (is_restarting, begun or (tuple(progress.phases), progress.num_ready))
         # What a start does is news for people who wait.
         every = self._every if begun else min(self._every, _LINE_SECONDS_AT_START)
         if stage == self._stage and now - self._shown_at < every:

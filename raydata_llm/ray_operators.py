@@ -7,7 +7,9 @@ Nothing here changes a DataContext. Imports Ray only inside functions, which a d
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydata_llm.config import EngineProcessorConfig
@@ -240,3 +242,33 @@ def dispatchers(execution: Any) -> list[Any]:
             actors += getattr(pool, "_running_actors", {})
             actors += getattr(pool, "_pending_actors", {}).values()
     return actors
+
+
+def starting(actors: Sequence[Any]) -> dict[Any, bool]:
+    """The actors that have no process yet that serves calls; whether each had one and lost it.
+
+    Args:
+        actors: Handles that a call was made through, so that this process is told their states.
+    """
+    from ray.core.generated.gcs_pb2 import ActorTableData
+
+    states = {actor: actor._get_local_state() for actor in actors}
+    pending = (ActorTableData.DEPENDENCIES_UNREADY, ActorTableData.PENDING_CREATION, ActorTableData.RESTARTING)
+    return {actor: state == ActorTableData.RESTARTING for actor, state in states.items() if state in pending}
+
+
+def claim_priority(actor: Any) -> None:
+    """Give an actor's process on this machine the priority of this process, where the system allows that.
+
+    Ray starts its processes at nice 15. On a machine that others keep busy, a new dispatcher's imports (two seconds of
+    CPU) take minutes, in which the whole job waits. Raising a priority needs root's rights.
+    """
+    from ray._private.state import actors as actor_table
+
+    pid = int(actor_table(actor._actor_id.hex()).get("Pid") or 0)
+    try:
+        if pid and b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            for thread in os.listdir(f"/proc/{pid}/task"):  # each has a priority of its own
+                os.setpriority(os.PRIO_PROCESS, int(thread), os.getpriority(os.PRIO_PROCESS, 0))
+    except OSError:  # it has ended, we may not, or this is no Linux: it starts as slowly as Ray has it
+        return

@@ -194,11 +194,18 @@ def _run_resumable(dataset: Dataset, plan: WritePlan, limits: FileLimits, resume
 
 
 def _write_blocks(dataset: Dataset, writer: FileWriter) -> None:
+    from raydata_llm.job_run import jobs_of  # imports Ray
+
+    jobs = jobs_of(dataset)
+    for job in jobs:
+        job.rows_written = lambda: writer.rows_written
     try:
         for block in finished_blocks(dataset):
             writer.add(block)
     except BaseException:  # Ctrl-C and SIGTERM too: what is finished is not lost
         writer.stop()
+        for job in jobs[-1:]:
+            job.tell_stopped()
         raise
     writer.finish()
 

@@ -79,6 +79,11 @@ class FileWriter:
         self._stopped.set()
         self._clock.join()
 
+    @property
+    def rows_written(self) -> int:
+        """Rows in the files that are known to be there."""
+        return sum(file.rows for file in self.files)
+
     def add(self, block: FinishedBlock) -> None:
         """Take a finished block.
 

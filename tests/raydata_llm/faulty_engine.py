@@ -145,6 +145,18 @@ def pids_of_replicas() -> list[int]:
     return [actor["Pid"] for actor in known if actor["ActorClassName"] == "Replica" and actor["State"] == "ALIVE"]
 
 
+def pid_of_dispatcher() -> int:
+    """Process of the dispatcher that serves."""
+    from ray._private.state import actors
+
+    (pid,) = (
+        actor["Pid"]
+        for actor in actors().values()
+        if "Dispatcher" in actor["ActorClassName"] and actor["State"] == "ALIVE"
+    )
+    return int(pid)
+
+
 def nodes_of_replicas() -> set[str]:
     """Nodes of the replicas that live."""
     from ray._private.state import actors

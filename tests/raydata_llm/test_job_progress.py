@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raydata_llm.job_progress import duration, progress_line, rate
+from raydata_llm.job_progress import duration, progress_line, rate, stop_line
 from raydata_llm.job_stats import JobStats
 from tests.raydata_llm.job_fakes import Clock, figures, sample
 
@@ -86,3 +86,26 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 )
 def test_rates_have_few_digits(number: float, text: str) -> None:
     assert rate(number) == text
+
+
+def test_rows_that_are_answered_are_told_from_rows_that_are_written() -> None:
+    clock = Clock()
+    stats = JobStats(clock)
+    stats.push(sample("a", rows_done=39))
+    clock.now = 10.0
+    assert " 39/60 rows (65%), 0 written | " in progress_line(stats.progress(60), pool_size=1, rows_written=0)
+    assert stop_line(39, 20) == (
+        "raydata_llm  stopped: 20 rows are written; 19 more were answered, in blocks that are not complete, "
+        "and are not written"
+    )
+    assert stop_line(20, 20) == "raydata_llm  stopped: 20 rows are written"
+
+
+def test_a_lost_dispatcher_is_named_and_not_taken_for_a_full_cluster() -> None:
+    clock = Clock()
+    stats = JobStats(clock)
+    stats.push(sample("a", rows_done=39))
+    clock.now = 10.0
+    line = progress_line(stats.progress(60), pool_size=2, restarting_s=35.0)
+    assert line.endswith("| the dispatcher's process was lost, another one is starting (35s)")
+    assert "waiting for a place" not in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import threading
 import time
@@ -137,7 +138,10 @@ def test_a_job_run_again_does_what_is_left(model: str, tmp_path: Path) -> None:
     assert ray.data.read_parquet(str(out)).count() == 41, "the ledger is no reader's concern"
 
 
-def test_a_signal_writes_what_is_finished_and_the_rest_comes_later(model: str, tmp_path: Path) -> None:
+def test_a_signal_writes_what_is_finished_and_the_rest_comes_later(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "raydata_llm")
     out, progress = tmp_path / "out", tmp_path / "progress"
     progress.mkdir()
 
@@ -156,6 +160,8 @@ def test_a_signal_writes_what_is_finished_and_the_rest_comes_later(model: str, t
         write_parquet(ds, out)
     finished = ids_in(out)
     assert 0 < len(finished) < 160
+    (said,) = (line for line in caplog.messages if line.startswith("raydata_llm  stopped: "))
+    assert said.startswith(f"raydata_llm  stopped: {len(finished)} rows are written"), said
     summary = write_parquet(processor(model, ResumeConfig(str(out)))(ray.data.range(160)), out)
     assert (summary.rows, summary.skipped_rows) == (160 - len(finished), len(finished))
     assert ids_in(out) == list(range(160))
