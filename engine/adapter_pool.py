@@ -7,7 +7,6 @@ is needed for another, least recently used first. Knows no tensors: what is to b
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 
 from raydata_llm.engine.prefix_cache import ROOT
 from raydata_llm.engine.request import LoRARequest
@@ -25,7 +24,6 @@ class AdapterPool:
         self._unused: OrderedDict[LoRARequest, None] = OrderedDict()
         self._loads: list[tuple[int, LoRARequest]] = []
         self._roots: dict[LoRARequest, int] = {}
-        self._distrusted: set[LoRARequest] = set()
 
     @property
     def in_use(self) -> bool:
@@ -70,24 +68,11 @@ class AdapterPool:
         if not self._users[adapter]:
             del self._users[adapter]
             self._unused[adapter] = None
-            self._drop_distrusted()
 
     def take_loads(self) -> list[tuple[int, LoRARequest]]:
         """What is to be copied to which slot before the next step."""
         loads, self._loads = self._loads, []
         return loads
-
-    def distrust(self, adapters: Iterable[LoRARequest]) -> None:
-        """Keep no slot for these once nobody uses them: the step that was to copy them failed."""
-        self._distrusted.update(adapters)
-        self._drop_distrusted()
-
-    def _drop_distrusted(self) -> None:
-        for adapter in self._distrusted - self._users.keys():
-            self._distrusted.remove(adapter)
-            if adapter in self._slot_of:
-                del self._unused[adapter]
-                self._free.append(self._slot_of.pop(adapter))
 
     def forget(self) -> None:
         """Take all slots for empty; no running sequence has an adapter."""

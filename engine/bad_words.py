@@ -36,22 +36,37 @@ def bad_word_tokens(tokenizer: TextEncoder, words: Sequence[str]) -> list[TokenI
     return list(found)
 
 
+class BadWords:
+    """Token sequences, in the form in which outputs are compared with them; shared by all that may not hold them."""
+
+    def __init__(self, sequences: Sequence[TokenIds]) -> None:
+        self.always = tuple(one[0] for one in sequences if len(one) == 1)
+        # By the token that comes before their last: few of some thousands go with an output's last token.
+        self.longer: dict[int, list[tuple[list[int], int]]] = {}
+        for one in sequences:
+            if len(one) > 1:
+                self.longer.setdefault(one[-2], []).append((list(one[:-1]), one[-1]))
+        self.longest = max(map(len, sequences), default=1) - 1
+
+
 class BadWordsGuide:
     """Bans the last token of each sequence whose other tokens the output ends with."""
 
-    def __init__(self, sequences: Sequence[TokenIds]) -> None:
-        self._always = tuple(one[0] for one in sequences if len(one) == 1)
-        self._longer = [(list(one[:-1]), one[-1]) for one in sequences if len(one) > 1]
-        self._kept = max((len(before) for before, _ in self._longer), default=0)
-        # The output's end, as much of it as matters.
+    def __init__(self, words: BadWords) -> None:
+        self._words = words
+        # The output's end: as much of it as matters, or up to twice that.
         self._tail: list[int] = []
 
     def advance(self, token_id: int) -> None:
         """Take in a drawn token."""
-        if self._kept:
-            self._tail = [*self._tail, token_id][-self._kept :]
+        longest = self._words.longest
+        if longest:
+            self._tail.append(token_id)
+            if len(self._tail) > 2 * longest:
+                del self._tail[:-longest]
 
     def forbid(self, words: npt.NDArray[np.int32]) -> None:
         """Clear the bits of tokens that would complete a word."""
-        completing = (last for before, last in self._longer if self._tail[-len(before) :] == before)
-        clear_bits(words, (*self._always, *completing))
+        near = self._words.longer.get(self._tail[-1], []) if self._tail else []
+        completing = (last for before, last in near if self._tail[-len(before) :] == before)
+        clear_bits(words, (*self._words.always, *completing))

@@ -5,16 +5,27 @@ Knows no tensors (importing it must not import torch).
 
 from __future__ import annotations
 
-import reprlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from raydata_llm.engine.known_names import named_fields
+from raydata_llm.engine.param_values import (
+    LARGEST_COUNT,
+    invalid,
+    read_flag,
+    read_number,
+    read_token_ids,
+    shown,
+    whole_number,
+)
 from raydata_llm.engine.request import FinishReason, Logprob, LoRARequest, TokenArray
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 
 MOST_BEAMS = 16
+# A length to this power is still a float: 2**20 to the 50th is 1e301.
+_MOST_LENGTH_PENALTY = 50.0
 
 
 @named_fields({})
@@ -55,21 +66,17 @@ class BeamSearchParams:
         self._check_whole("beam_width", high=MOST_BEAMS)
         self._check_whole("max_tokens")
         for name in ("ignore_eos", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
-                raise self._wrong(name, "give True or False")
-        for name in ("temperature", "length_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-                raise self._wrong(name, "give a number")
-        if self.temperature < 0:
-            raise self._wrong("temperature", "give 0 or more")
+            object.__setattr__(self, name, read_flag(name, getattr(self, name)))
+        object.__setattr__(self, "temperature", read_number("temperature", self.temperature, 0.0, math.inf))
+        penalty = read_number("length_penalty", self.length_penalty, -_MOST_LENGTH_PENALTY, _MOST_LENGTH_PENALTY)
+        object.__setattr__(self, "length_penalty", penalty)
         if self.structured_outputs is not None:
             object.__setattr__(self, "structured_outputs", StructuredOutputsParams.from_value(self.structured_outputs))
             if self.ignore_eos:
                 raise self._wrong("ignore_eos", "an output that has its whole form ends: leave it at False")
-        if self.rules not in ("vllm", "transformers"):
+        if not isinstance(self.rules, str) or self.rules not in ("vllm", "transformers"):
             raise self._wrong("rules", "choose vllm or transformers")
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, (bool, str)) or self.early_stopping not in (True, False, "never"):
             raise self._wrong("early_stopping", "choose True, False or 'never'")
         if self.early_stopping and self.rules == "vllm":
             raise self._wrong("early_stopping", "it is of rules='transformers': set these, or leave it out")
@@ -85,9 +92,7 @@ class BeamSearchParams:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
-            raise ValueError(
-                f"params={reprlib.repr(value)} is a {type(value).__name__}: give BeamSearchParams or a dict"
-            )
+            raise ValueError(f"params={shown(value)} is a {type(value).__name__}: give BeamSearchParams or a dict")
         known = [one.name for one in fields(cls)]
         unknown = [str(name) for name in value if name not in known]
         missing = [name for name in ("beam_width", "max_tokens") if name not in value]
@@ -103,20 +108,21 @@ class BeamSearchParams:
         return None if self.structured_outputs is None else StructuredOutputsParams.from_value(self.structured_outputs)
 
     def _check_whole(self, name: str, high: int | None = None) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (high is not None and value > high):
+        number = whole_number(getattr(self, name))
+        if number is None or number < 1 or (high is not None and number > high):
             raise self._wrong(name, f"give a whole number from 1{'' if high is None else f' to {high}'}")
+        object.__setattr__(self, name, min(number, LARGEST_COUNT))
 
     def _check_allowed(self) -> None:
-        allowed = self.allowed_token_ids
-        if allowed is None:
+        if self.allowed_token_ids is None:
             return
-        whole = not isinstance(allowed, (str, bytes)) and isinstance(allowed, Sequence) and len(allowed) > 0
-        if not whole or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in allowed):
+        allowed = tuple(dict.fromkeys(read_token_ids("allowed_token_ids", self.allowed_token_ids)))
+        if not allowed:
             raise self._wrong("allowed_token_ids", "give a list with at least one token id")
+        object.__setattr__(self, "allowed_token_ids", allowed)
 
     def _wrong(self, name: str, remedy: str) -> ValueError:
-        return ValueError(f"{name}={getattr(self, name)!r} is not valid: {remedy}")
+        return invalid(name, getattr(self, name), remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

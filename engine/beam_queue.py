@@ -111,6 +111,11 @@ class BeamQueue:
             self.release(group)
         self._admitted = []
 
+    def forget(self) -> None:
+        """Drop everything, and give nothing back: slots and blocks are made anew."""
+        self._waiting.clear()
+        self.groups, self._admitted = [], []
+
     def check_integrity(self) -> None:
         """Assert that blocks and slots are held by groups or free (for tests)."""
         self._blocks.check_integrity([held for group in self.groups for held in group.blocks_of.values()])

@@ -66,8 +66,21 @@ class BeamSearch:
         return not self._queue.is_empty
 
     def step(self) -> list[tuple[str, BeamSearchOutput]]:
-        """Run a step; returns the results of requests that ended, by request id."""
+        """Run a step; returns the results of requests that ended, by request id.
+
+        Whatever is raised, the search is closed then, and the engine takes new requests.
+        """
         self._check_open()
+        try:
+            return self._step()
+        except BaseException:
+            # It may have ended anywhere: nothing that it left half done is kept.
+            self._queue.forget()
+            self._scheduler.reset()
+            self._is_open = False
+            raise
+
+    def _step(self) -> list[tuple[str, BeamSearchOutput]]:
         ended = [self._fail(group, error) for group, error in self._queue.grow()]
         decoding = [group for group in self._queue.groups if not group.is_in_prefill]
         budget = self._limits.max_num_batched_tokens - sum(len(one.beam_slots) for one in decoding)

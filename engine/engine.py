@@ -131,7 +131,7 @@ class Engine:
         """Queue a request.
 
         Raises:
-            ValueError: for one that cannot be run; nothing else is affected.
+            ValueError: for one that cannot be run; whatever is raised, nothing else is affected.
             RuntimeError: while a beam search is open.
         """
         self._check_no_beams()
@@ -144,11 +144,15 @@ class Engine:
             self._idle_clock.work_arrived()
         stats = RequestStateStats.queued(request.arrival_time)
         self._unfinished[request.request_id] = UnfinishedRequest(request, prompt, [None] * params.n, stats)
-        if params.structured_outputs is not None:
-            self._guides.hold(sequences)
-            return
-        for sequence in sequences:
-            self._scheduler.add(sequence)
+        try:
+            if params.structured_outputs is not None:
+                self._guides.hold(sequences)
+                return
+            for sequence in sequences:
+                self._scheduler.add(sequence)
+        except BaseException:
+            self._forget(request.request_id)
+            raise
 
     def _sequences_of(self, request: Request, prompt: TokenArray) -> list[Sequence]:
         """A request's n sequences, with what follows each of them."""
@@ -175,7 +179,9 @@ class Engine:
                 token_bytes=token_bytes,
             )
             self._attach_logprobs(sequence)
-            sequence.stop_watch = watch_of(params, self._tokenizer, prompt if embeds is None else ())
+            most_tokens = sequence.max_tokens - sequence.num_prompt
+            seen = prompt if embeds is None else ()
+            sequence.stop_watch = watch_of(params, self._tokenizer, seen, most_tokens)
             self._guides.attach(sequence)
             self._next_seq_id += 1
             sequences.append(sequence)
@@ -205,10 +211,16 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Launch a step if there is one, read the oldest if enough are in flight; returns finished requests.
 
+        Whatever is raised, the requests under way are gone then, and the engine takes new ones.
+
         Raises:
             RuntimeError: while a beam search is open.
         """
         self._check_no_beams()
+        with self._starting_over_if_it_fails():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         finished = self._take_ready() if self._guides.any_waiting else []
         batch = self._scheduler.schedule(len(self._in_flight))
         if batch is not None:
@@ -221,7 +233,7 @@ class Engine:
                 return self._guides.bitmask(batch, self._scheduler.table)
 
             has_guided = bool(self._scheduler.table.guided[batch.sample_slots].any())
-            with self._distrusted_if_it_fails(batch, "launching"):
+            with explained(f"launching a step of {batch.num_tokens} tokens", _STEP_REMEDY):
                 launched = self._live_worker().launch(batch, bitmask if has_guided else None)
             assert launched is not None, "a worker alone samples"
             self._in_flight.append((batch, launched))
@@ -247,8 +259,7 @@ class Engine:
             )
         self._live_worker()
         # What is still in flight belongs to requests that have ended; its slots and blocks are the search's from now.
-        while self._in_flight:
-            self._read_oldest()
+        self._read_all()
         self._beams = BeamSearch(self._scheduler, self._eos_token_ids, self._run_beams, self._guides.maker)
         return self._beams
 
@@ -281,6 +292,31 @@ class Engine:
         if params.form is not None:
             self._guides.maker(params.form, 0)
 
+    @contextmanager
+    def _starting_over_if_it_fails(self) -> Iterator[None]:
+        """If a step fails, forget every request, every slot and every cached prefix.
+
+        The step may have ended anywhere: with blocks that are shared but were never computed, or a sequence half
+        admitted. What is in flight is still read later; of its rows nobody is left.
+        """
+        try:
+            yield
+        except BaseException:
+            self._guides.abort(set(self._unfinished))
+            self._unfinished.clear()
+            self._ended.clear()
+            self._scheduler.reset()
+            self._idle_clock.work_ended()
+            raise
+
+    def _forget(self, request_id: str) -> None:
+        """Drop a request that was not wholly taken in."""
+        self._guides.abort({request_id})
+        self._scheduler.abort({request_id})
+        del self._unfinished[request_id]
+        if not self._unfinished:
+            self._idle_clock.work_ended()
+
     def _check_no_beams(self) -> None:
         if self._beams is not None and self._beams.is_open:
             raise RuntimeError("a beam search has the engine to itself: finish it, and close() it first")
@@ -288,29 +324,13 @@ class Engine:
     def _run_beams(self, batch: ScheduledBatch) -> SampledLogprobs | None:
         """Launch a beam search's step and read it."""
         self._idle_clock.step_launched()
-        with self._distrusted_if_it_fails(batch, "running"):
+        with explained(f"running a step of {batch.num_tokens} tokens", _STEP_REMEDY):
             launched = self._live_worker().launch(batch)
             assert launched is not None, "a worker alone samples"
             _, logprobs = launched.read()
         self._idle_clock.steps_read()
         self._count(batch)
         return logprobs
-
-    @contextmanager
-    def _distrusted_if_it_fails(self, batch: ScheduledBatch, doing: str) -> Iterator[None]:
-        """Name a device's error; whatever a step fails of, nobody is to find what it would have written.
-
-        Blocks can be shared, and adapters have slots, from when a step is scheduled. Requests that come after those
-        that failed were aborted would have found KV that was never computed.
-        """
-        try:
-            with explained(f"{doing} a step of {batch.num_tokens} tokens", _STEP_REMEDY):
-                yield
-        except BaseException:
-            self._scheduler.blocks.reset_prefix_cache()
-            self._scheduler.intake.adapters.distrust(adapter for _, adapter in batch.adapter_loads)
-            self._scheduler.note_released(batch.released)
-            raise
 
     def _count(self, batch: ScheduledBatch) -> None:
         self._num_steps += 1
@@ -382,8 +402,7 @@ class Engine:
             )
         self._check_no_beams()
         assert not self._unfinished, "the caller waits, or aborts"
-        while self._in_flight:
-            self._read_oldest()
+        self._read_all()
         self.reset_prefix_cache()
         self._scheduler.intake.adapters.forget()
         worker.sleep(keep_weights=level == 1)
@@ -423,10 +442,16 @@ class Engine:
             raise RuntimeError("the engine was shut down")
         return self._worker
 
+    def _read_all(self) -> None:
+        """Read what is in flight, of requests that have ended."""
+        with self._starting_over_if_it_fails():
+            while self._in_flight:
+                self._read_oldest()
+
     def _read_oldest(self, *, under_way: bool = False) -> None:
         """Read a step; `under_way`: the device has another one's forward pass to run."""
         batch, launched = self._in_flight.popleft()
-        with self._distrusted_if_it_fails(batch, "running"):
+        with explained(f"running a step of {batch.num_tokens} tokens", _STEP_REMEDY):
             token_ids, logprobs = launched.read()
         if not self._in_flight and not under_way:
             self._idle_clock.steps_read()

@@ -164,9 +164,9 @@ class _Member:
     def _add(self, request: Request) -> None:
         try:
             self.engine.add_request(request)
-        except ValueError as error:
+        except Exception as error:
             # What needs more than a look at the request: its guides, and users' logits processors.
-            self._give([request.refused(f"ValueError: {error}")])
+            self._give([request.refused(f"{type(error).__name__}: {error}")])
 
     def _take(self) -> Iterable[Request]:
         """Requests that it has room for; with nothing to do it waits for one."""

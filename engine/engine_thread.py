@@ -22,8 +22,6 @@ from raydata_llm.engine.request import Request, RequestOutput
 if TYPE_CHECKING:
     from raydata_llm.engine.engine_stats import EngineStats
 
-# What the values of a request can raise, though it should be a ValueError: the others go on.
-_OF_A_REQUEST = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 AnyRequest = Request | PoolingRequest
 AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
 # The outputs are of the kind that the requests ask for.
@@ -102,7 +100,7 @@ class EngineThread:
 
     @property
     def seconds_silent(self) -> float:
-        """How long the loop, with something to do, has given no sign of life."""
+        """How long the loop, with something to do, has neither ended a step nor taken in a request."""
         return time.monotonic() - self._last_sign if self._running or self._inbox else 0.0
 
     def stats(self) -> EngineStats:
@@ -147,6 +145,7 @@ class EngineThread:
             arrived = [self._inbox.popleft() for _ in range(min(wanted, len(self._inbox)))]
         for request, deliver in arrived:
             self._add(request, deliver)
+            self._last_sign = time.monotonic()
         return not self._stopping
 
     def _add(self, request: AnyRequest, deliver: Deliver) -> None:
@@ -154,7 +153,9 @@ class EngineThread:
         self._running[engine_id] = (request, deliver)
         try:
             self._engine.add_request(dataclasses.replace(request, request_id=engine_id))
-        except _OF_A_REQUEST as error:
+        except Exception as error:
+            # Whatever a request's values make of the checks (an adapter's path, say, that no system takes): the engine
+            # is as it was before, and the others go on.
             del self._running[engine_id]
             deliver(request.refused(f"{type(error).__name__}: {error}"))
 

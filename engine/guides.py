@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raydata_llm.engine.bad_words import BadWordsGuide, TokenIds, bad_word_tokens
+from raydata_llm.engine.bad_words import BadWords, BadWordsGuide, bad_word_tokens
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.bits import clear_bits
 from raydata_llm.engine.detokenizer import TextEncoder
@@ -135,10 +135,10 @@ class Guides:
         made = (_request_processor(processor, params) for processor in self._processors)
         sequence.processors = [one for one in made if one is not None]
 
-    def _encoded_bad_words(self, words: tuple[str, ...]) -> list[TokenIds]:
+    def _encoded_bad_words(self, words: tuple[str, ...]) -> BadWords:
         sequences = bad_word_tokens(self._encoder("bad_words"), words)
         # A tokenizer may have more tokens than its model, which writes none of these.
-        return [one for one in sequences if max(one) < self._vocab_size]
+        return BadWords([one for one in sequences if max(one) < self._vocab_size])
 
     def _encoded_markers(self, name: str) -> Markers:
         markers = Markers.of(self._encoder(name), self._reasoning_config, self._reasoning_parser)
@@ -265,9 +265,8 @@ def _forbid_end(words: Words, sequence: Sequence) -> None:
 
 
 def _with_guide(one: _Waiting) -> Sequence:
-    failure = one.make_guide.exception()
-    if failure is not None:
-        one.sequence.error = redact(f"{type(failure).__name__}: {failure}")
-    else:
+    try:
         one.sequence.grammar = one.make_guide.result()()
+    except Exception as failure:
+        one.sequence.error = redact(f"{type(failure).__name__}: {failure}")
     return one.sequence

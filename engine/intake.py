@@ -87,7 +87,8 @@ class Intake:
         dropped = [sequence for sequence in waiting if sequence.request.request_id in request_ids]
         for sequence in dropped:
             sequence.aborted = True  # it stays in the queue, which does not show it
-        self.num_waiting -= len(dropped)
+        # Counted, not subtracted: of a request that was half taken in, the last may be in the queue alone.
+        self.num_waiting = len(waiting) - len(dropped)
         return dropped
 
     def continue_prefills(self, lane: int, budget: int) -> tuple[list[Chunk], int]:

@@ -29,15 +29,18 @@ class _Watches:
         return next((reason for reason in reasons if reason is not None), None)
 
 
-def watch_of(params: SamplingParams, tokenizer: Tokenizer | None, prompt_token_ids: PromptTokens) -> OutputWatch | None:
+def watch_of(
+    params: SamplingParams, tokenizer: Tokenizer | None, prompt_token_ids: PromptTokens, most_tokens: int
+) -> OutputWatch | None:
     """The watch over an output of the request; None if its tokens alone end it.
 
     Args:
         prompt_token_ids: Empty for a prompt of embeddings.
+        most_tokens: That the output may have.
     """
     watches: list[OutputWatch] = []
     if params.stop and tokenizer is not None:
         watches.append(StopStringWatch(tokenizer, params, prompt_token_ids))
     if params.repetition_detection is not None:
-        watches.append(RepetitionWatch(params.repetition_detection, params.min_tokens))
+        watches.append(RepetitionWatch(params.repetition_detection, params.min_tokens, most_tokens))
     return _Watches(watches) if len(watches) > 1 else watches[0] if watches else None

@@ -6,12 +6,12 @@ Invariant: a PoolingParams is valid on its own; what depends on the model is che
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from raydata_llm.engine.known_names import named_fields, nearest
+from raydata_llm.engine.param_values import LARGEST_COUNT, invalid, read_flag, read_token_ids, shown, whole_number
 
 PoolingTask = Literal["embed", "classify", "score", "token_embed", "token_classify"]
 POOLING_TASKS: tuple[PoolingTask, ...] = get_args(PoolingTask)
@@ -62,20 +62,20 @@ class PoolingParams:
 
     def __post_init__(self) -> None:
         for name, least in (("truncate_prompt_tokens", -1), ("dimensions", 1), ("step_tag_id", 0)):
-            object.__setattr__(self, name, _integer(name, getattr(self, name), least))
+            object.__setattr__(self, name, _count(name, getattr(self, name), least))
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens=0 is not valid: use -1, or 1 or more")
         object.__setattr__(self, "returned_token_ids", returned_ids("returned_token_ids", self.returned_token_ids))
         object.__setattr__(self, "skip_reading_prefix_cache", None)
         object.__setattr__(self, "extra_kwargs", _pair_limits(self.extra_kwargs, self.task))
         for name in ("normalize", "use_activation", *_OLDER):
-            if getattr(self, name) not in (None, True, False):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not valid: give True, False or None")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, read_flag(name, getattr(self, name)))
         for name in _OLDER:
             if getattr(self, name) is not None and self.use_activation is None:
                 object.__setattr__(self, "use_activation", getattr(self, name))
-        if self.task is not None and self.task not in POOLING_TASKS:
-            raise ValueError(f"task={self.task!r} is not valid: choose one of {', '.join(POOLING_TASKS)}")
+        if self.task is not None:
+            as_task(self.task, "task")
 
     @classmethod
     def from_mapping(cls, params: Mapping[str, Any] | PoolingParams | None) -> PoolingParams:
@@ -88,14 +88,12 @@ class PoolingParams:
             return params
         if params is not None and not isinstance(params, Mapping):
             kind = type(params).__name__
-            raise ValueError(
-                f'pooling_params={reprlib.repr(params)} is a {kind}: give a dict such as {{"dimensions": 256}}'
-            )
+            raise ValueError(f'pooling_params={shown(params)} is a {kind}: give a dict such as {{"dimensions": 256}}')
         given = {name: value for name, value in (params or {}).items() if value is not None}
-        unknown = sorted(set(map(str, given)) - _FIELD_NAMES - _REFUSED.keys())
+        unknown = sorted(str(name) for name in given if name not in _FIELD_NAMES and name not in _REFUSED)
         if unknown:
             hint = nearest(unknown[0], _FIELD_NAMES)
-            raise ValueError(f"pooling_params has unknown field(s) {', '.join(unknown)}: {hint}")
+            raise ValueError(f"pooling_params has unknown field(s) {', '.join(unknown[:8])[:400]}: {hint}")
         return cls(**given)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -125,14 +123,14 @@ _OLDER = ("softmax", "activation")
 TOKEN_TASKS: tuple[PoolingTask, ...] = ("token_embed", "token_classify")
 
 
-def as_task(name: Any) -> PoolingTask:
+def as_task(name: Any, field: str = "pooling_task") -> PoolingTask:
     """A task's name, checked.
 
     Raises:
         ValueError: for any other.
     """
-    if name not in POOLING_TASKS:
-        raise ValueError(f"pooling_task={name!r} is not valid: choose one of {', '.join(POOLING_TASKS)}")
+    if not isinstance(name, str) or name not in POOLING_TASKS:
+        raise invalid(field, name, f"choose one of {', '.join(POOLING_TASKS)}")
     task: PoolingTask = name
     return task
 
@@ -141,16 +139,14 @@ def returned_ids(name: str, value: Any) -> tuple[int, ...] | None:
     """A list of class numbers, checked; None and an empty one are all classes."""
     if value is None:
         return None
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"{name}={value!r} is not valid: give a list of whole numbers")
-    return tuple(_integer(name, one, 0) or 0 for one in value) or None
+    return read_token_ids(name, value) or None
 
 
 def _pair_limits(given: Any, task: str | None) -> dict[str, int] | None:
     """`extra_kwargs`, checked; None values and an empty dict count as absent."""
     if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"extra_kwargs={reprlib.repr(given)} is a {type(given).__name__}: give a dict")
-    limits = {name: _integer(f"extra_kwargs[{name!r}]", value, 1) for name, value in (given or {}).items()}
+        raise ValueError(f"extra_kwargs={shown(given)} is a {type(given).__name__}: give a dict")
+    limits = {name: _count(f"extra_kwargs[{name!r}]", value, 1) for name, value in (given or {}).items()}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     for name in limits:
         if name not in _PAIR_LIMITS:
@@ -161,13 +157,10 @@ def _pair_limits(given: Any, task: str | None) -> dict[str, int] | None:
     return {name: limit for name, limit in limits.items() if limit is not None} or None
 
 
-def _integer(name: str, value: Any, least: int) -> int | None:
-    # Arrow and JSON hand integers over as 5.0 or numpy scalars; a whole number is taken for what it means.
+def _count(name: str, value: Any, least: int) -> int | None:
     if value is None:
         return None
-    is_whole = not isinstance(value, bool) and (
-        hasattr(value, "__index__") or (isinstance(value, float) and value.is_integer())
-    )
-    if not is_whole or value < least:
-        raise ValueError(f"{name}={value!r} is not valid: give a whole number from {least} on, or None")
-    return int(value)
+    number = whole_number(value)
+    if number is None or number < least:
+        raise invalid(name, value, f"give a whole number from {least} on, or None")
+    return min(number, LARGEST_COUNT)

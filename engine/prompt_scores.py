@@ -30,19 +30,8 @@ class PromptScores:
 
     def __init__(self, params: SamplingParams, num_prompt: int) -> None:
         self.start = params.prompt_logprob_start or 0
-        num_rows = num_prompt - 1 - self.start
-        if num_rows < 0:
-            raise ValueError(
-                f"prompt_logprob_start={self.start} is outside the prompt of {num_prompt} tokens: give "
-                f"{num_prompt - 1} or less"
-            )
-        each = ids_of_each_row(params)
-        if each is not None and len(each) != num_rows:
-            raise ValueError(
-                f"prompt_logprob_token_ids has {len(each)} rows where the prompt of {num_prompt} tokens has {num_rows} "
-                f"positions from prompt_logprob_start={self.start} to the last but one: give each a row, or one list"
-            )
-        self._each = each
+        num_rows = scored_rows(params, num_prompt)
+        self._each = each = ids_of_each_row(params)
         width = len(params.prompt_logprob_token_ids or ()) if each is None else max(map(len, each), default=0)
         # What a row does not name stays as unlikely as can be.
         self._values: Scores = np.full((num_rows, width), -np.inf, dtype=np.float32)
@@ -68,6 +57,26 @@ class PromptScores:
         for row, ids in zip(rows, () if self._each is None else self._each[first:], strict=False):
             row[[place >= len(ids) or ids[place] < 0 for place in range(len(row))]] = -np.inf
         self._num_known = max(self._num_known, first + len(rows))
+
+
+def scored_rows(params: SamplingParams, num_prompt: int) -> int:
+    """Rows of a prompt's matrix.
+
+    Raises:
+        ValueError: for a start outside the prompt, or another number of rows than there are.
+    """
+    start, each = params.prompt_logprob_start or 0, ids_of_each_row(params)
+    num_rows = num_prompt - 1 - start
+    if num_rows < 0:
+        raise ValueError(
+            f"prompt_logprob_start={start} is outside the prompt of {num_prompt} tokens: give {num_prompt - 1} or less"
+        )
+    if each is not None and len(each) != num_rows:
+        raise ValueError(
+            f"prompt_logprob_token_ids has {len(each)} rows where the prompt of {num_prompt} tokens has {num_rows} "
+            f"positions from prompt_logprob_start={start} to the last but one: give each a row, or one list"
+        )
+    return num_rows
 
 
 def ids_of_each_row(params: SamplingParams) -> tuple[NamedIds, ...] | None:

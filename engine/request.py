@@ -54,8 +54,8 @@ class Request:
         prompt_token_ids: At least one token id; left out where there are `prompt_embeds`, then a 0 for each of these.
             The result has the very list, if it is one and is not truncated.
         sampling_params: Complete parameters.
-        key: 64-bit key of the sampling noise (see `sampling_key`); the draw depends on it, the index in n and the
-            position alone.
+        key: 64-bit key of the sampling noise (`sampling_key`, or `seeded_key`); the draw depends on it, the index in n
+            and the position alone.
         lora_request: The adapter it is run with, if any.
         prompt_embeds: The prompt, [tokens, hidden_size], instead of token ids (`prompt_embeds.as_embeds` makes it).
         arrival_time: When it was made, in seconds since 1970.
@@ -199,9 +199,17 @@ def sampling_key(job_seed: int, row_digest: bytes, occurrence: int = 0) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def seeded_key(seed: int) -> int:
-    """The 64-bit noise key of a row that names a seed."""
-    return int.from_bytes(hashlib.blake2b(f"seed/{seed}".encode(), digest_size=8).digest(), "little")
+def seeded_key(seed: int, prompt_token_ids: Sequence[int] | TokenArray, prompt_embeds: Embeds | None = None) -> int:
+    """The 64-bit noise key of a row that names a seed.
+
+    The prompt is part of it: else all prompts with one seed would draw the same noise, and so, where the noise decides,
+    the same tokens. Rows that have seed and prompt in common draw alike.
+    """
+    digest = hashlib.blake2b(f"seed/{seed}/".encode(), digest_size=8)
+    digest.update(token_array(prompt_token_ids).tobytes())
+    if prompt_embeds is not None:
+        digest.update(prompt_embeds.data)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def request_digest(

@@ -5,16 +5,22 @@ Owns the checks of requests against one model and one engine's settings. Knows n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain
-from typing import Any
+from collections.abc import Collection
+from typing import cast
 
 from raydata_llm.engine.adapter_cache import adapter_stamp, load_adapter
 from raydata_llm.engine.engine_config import EngineConfig
+from raydata_llm.engine.logprobs import wanted_of_outputs, wanted_of_prompt
 from raydata_llm.engine.model_config import ModelConfig
+from raydata_llm.engine.param_values import shown
+from raydata_llm.engine.position_logprobs import Wanted
 from raydata_llm.engine.prompt_embeds import check_embeds
-from raydata_llm.engine.prompt_scores import PromptScores, ids_of_each_row
+from raydata_llm.engine.prompt_scores import NamedIds, ids_of_each_row, scored_rows
 from raydata_llm.engine.request import Request, TokenArray, token_array
+from raydata_llm.engine.sampling_params import SamplingParams
+
+# Log-probabilities of one request at most: all of a vocabulary of 128,256 tokens at 4,186 positions.
+_MOST_LOGPROB_BYTES = 1 << 32
 
 
 class RequestCheck:
@@ -39,10 +45,11 @@ class RequestCheck:
         prompt = self._checked_prompt(request)
         params = request.sampling_params
         self._check_token_ids(request)
+        self._check_logprob_bytes(params, len(prompt))
         if params.stop and not self._has_tokenizer:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer: use stop_token_ids, or load the tokenizer")
+            raise ValueError(f"stop={shown(params.stop)} needs a tokenizer: use stop_token_ids, or load the tokenizer")
         if params.prompt_logprob_token_ids is not None:
-            PromptScores(params, len(prompt))
+            scored_rows(params, len(prompt))
         self._check_adapter(request)
         if request.prompt_embeds is not None:
             check_embeds(
@@ -91,23 +98,51 @@ class RequestCheck:
     def _check_token_ids(self, request: Request) -> None:
         params = request.sampling_params
         each = ids_of_each_row(params)
-        named: dict[str, Any] = {
+        named: dict[str, Collection[int]] = {
             "stop_token_ids": params.stop_token_ids,
             "allowed_token_ids": params.allowed_token_ids or (),
             "logit_bias": tuple(params.logit_bias or ()),
             "logprob_token_ids": params.logprob_token_ids or (),
-            "prompt_logprob_token_ids": chain.from_iterable(each) if each else params.prompt_logprob_token_ids or (),
+            "prompt_logprob_token_ids": (
+                [max(row) for row in each if row] if each else cast(NamedIds, params.prompt_logprob_token_ids or ())
+            ),
         }
         for name, token_ids in named.items():
             self.check_in_vocabulary(name, token_ids)
 
-    def check_in_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
+    def _check_logprob_bytes(self, params: SamplingParams, num_prompt: int) -> None:
+        """Refuse what would fill the host's memory with log-probabilities, before any is computed."""
+        vocab_size, room = self._model.vocab_size, self._max_model_len - num_prompt
+        num_outputs = params.n * min(room, room if params.max_tokens is None else params.max_tokens)
+        named, each = params.prompt_logprob_token_ids or (), ids_of_each_row(params)
+        width = len(named) if each is None else max(map(len, each), default=0)
+        asked = {
+            "logprobs": num_outputs * _record_bytes(wanted_of_outputs(params, vocab_size)),
+            "prompt_logprobs": num_prompt * _record_bytes(wanted_of_prompt(params, vocab_size)),
+            "prompt_logprob_token_ids": num_prompt * width * 4,
+        }
+        name = max(asked, key=lambda name: asked[name])
+        if asked[name] > _MOST_LOGPROB_BYTES:
+            raise ValueError(
+                f"{name} asks for {asked[name] / 2**30:.1f} GiB of log-probabilities, more than the "
+                f"{_MOST_LOGPROB_BYTES / 2**30:g} GiB of one request: ask for fewer a position, shorten the prompt, or "
+                "lower max_tokens or n"
+            )
+
+    def check_in_vocabulary(self, name: str, token_ids: Collection[int]) -> None:
         """Refuse tokens that the model does not have.
 
         Raises:
             ValueError: naming the field.
         """
         vocab_size = self._model.vocab_size
-        bad = [token_id for token_id in token_ids if token_id >= vocab_size]
-        if bad:
-            raise ValueError(f"{name} names token {bad[0]}, outside the vocabulary of {vocab_size} tokens")
+        if token_ids and max(token_ids) >= vocab_size:
+            bad = next(token_id for token_id in token_ids if token_id >= vocab_size)
+            raise ValueError(
+                f"{name} names token {bad}, outside the vocabulary of {vocab_size} tokens: use the tokenizer of this "
+                "model"
+            )
+
+
+def _record_bytes(wanted: Wanted | None) -> int:
+    return 0 if wanted is None else wanted.top_bytes + wanted.named_bytes

@@ -14,13 +14,16 @@ from typing import Any
 
 from raydata_llm.engine.known_names import named_fields, nearest
 from raydata_llm.engine.param_values import (
-    check_flag,
+    invalid,
     read_bias,
+    read_count,
+    read_flag,
     read_ids_or_rows,
     read_integer,
     read_number,
     read_strings,
     read_token_ids,
+    shown,
 )
 from raydata_llm.engine.repetition import RepetitionDetectionParams
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
@@ -66,7 +69,8 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens whose probability reaches this.
         top_k: Keep this many most likely tokens; 0 or -1 keeps all.
         min_p: Keep tokens at least this fraction as likely as the likeliest.
-        seed: Makes the draw depend on (seed, index in n, position) alone; -1 is none.
+        seed: Makes the draw depend on (seed, prompt, index in n, position) alone: equal prompts with equal seeds draw
+            alike. At most 64 bits; -1 is none.
         stop: A string or strings that end the output; left out of the text unless `include_stop_str_in_output`.
         stop_token_ids: Token ids that end the output.
         ignore_eos: Go on after the model's end-of-sequence tokens.
@@ -141,19 +145,23 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is True:
                 _set(self, name, 1)
-        for name in _INTEGERS:
+        for name in _EXACT:
             _set(self, name, read_integer(name, getattr(self, name), optional=name in _OPTIONAL_INTEGERS))
+        for name in _COUNTS:
+            _set(self, name, read_count(name, getattr(self, name), optional=name in _OPTIONAL_INTEGERS))
         for name, (low, high) in _RANGES.items():
             _set(self, name, read_number(name, getattr(self, name), low, high))
         for name in _FLAGS:
-            check_flag(name, getattr(self, name))
-        for name in ("stop", "bad_words"):
-            _set(self, name, read_strings(name, getattr(self, name)))
+            _set(self, name, read_flag(name, getattr(self, name)))
+        for name, most in _MOST_STRINGS.items():
+            strings = read_strings(name, getattr(self, name), most=most, most_characters=_MOST_CHARACTERS)
+            _set(self, name, strings)
         for name in ("thinking_token_budget", "seed"):
             if getattr(self, name) == -1:
                 _set(self, name, None)
         _set(self, "extra_args", {} if self.extra_args is None else self.extra_args)
-        _set(self, "stop_token_ids", read_token_ids("stop_token_ids", self.stop_token_ids or ()))
+        stop_token_ids = () if self.stop_token_ids is None else self.stop_token_ids
+        _set(self, "stop_token_ids", tuple(dict.fromkeys(read_token_ids("stop_token_ids", stop_token_ids))))
         for name in _OPTIONAL_TOKEN_IDS:
             if getattr(self, name) is not None:
                 _set(self, name, read_token_ids(name, getattr(self, name)))
@@ -172,6 +180,12 @@ class SamplingParams:
 
     def _check(self) -> None:
         _require(self.n >= 1, "n", self.n, "ask for at least one output")
+        remedy = f"an engine holds at most {MOST_OUTPUTS:,} outputs of one prompt: give the prompt several times"
+        _require(self.n <= MOST_OUTPUTS, "n", self.n, remedy)
+        _require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", self.seed, "give a number of 64 bits")
+        num_stops = len(self.stop_token_ids)
+        remedy = f"it names {num_stops:,} tokens: name at most {MOST_STOP_TOKEN_IDS:,}"
+        _require(num_stops <= MOST_STOP_TOKEN_IDS, "stop_token_ids", self.stop_token_ids, remedy)
         _require(self.top_k >= 0, "top_k", self.top_k, "use 0 (or -1) to keep all tokens, or a positive count")
         _require(self.top_p > 0, "top_p", self.top_p, "use a value in (0, 1]; 1 keeps all tokens")
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "use a value above 0")
@@ -198,10 +212,8 @@ class SamplingParams:
         _require(keep is None or keep == -1 or keep >= 1, "truncate_prompt_tokens", keep, "use -1, or 1 or more")
         if self.stop:
             _require(self.detokenize, "detokenize", self.detokenize, "stop strings need detokenize=True")
-        if self.allowed_token_ids is not None:
-            _require(
-                len(self.allowed_token_ids) > 0, "allowed_token_ids", self.allowed_token_ids, "name at least one token"
-            )
+        allowed = self.allowed_token_ids
+        _require(allowed is None or len(allowed) > 0, "allowed_token_ids", allowed, "name at least one token")
 
     def _read_structured_outputs(self) -> None:
         given = self.structured_outputs
@@ -216,7 +228,10 @@ class SamplingParams:
     def _read_serving_fields(self) -> None:
         """Check what makes a difference to a stream only; kept as the defaults, so that the noise is the same."""
         kinds = [kind.name for kind in RequestOutputKind]
-        is_kind = self.output_kind in (*kinds, *range(len(kinds))) and not isinstance(self.output_kind, bool)
+        given = self.output_kind
+        is_kind = (
+            isinstance(given, (int, str)) and not isinstance(given, bool) and given in (*kinds, *range(len(kinds)))
+        )
         _require(is_kind, "output_kind", self.output_kind, f"choose one of {', '.join(kinds)}")
         interval = self.stream_interval
         _require(interval is None or interval >= 1, "stream_interval", interval, "give 1 or more")
@@ -254,14 +269,14 @@ class SamplingParams:
             return replace(params)
         if params is not None and not isinstance(params, Mapping):
             raise ValueError(
-                f"sampling_params={params!r} is a {type(params).__name__}; "
+                f"sampling_params={shown(params)} is a {type(params).__name__}; "
                 'give a dict such as {"temperature": 0.7, "max_tokens": 64}, or a SamplingParams'
             )
         given = {name: value for name, value in (params or {}).items() if value is not None}
-        unknown = sorted(set(map(str, given)) - _FIELD_NAMES - _REFUSED.keys())
+        unknown = sorted(str(name) for name in given if name not in _FIELD_NAMES and name not in _REFUSED)
         if unknown:
             hint = nearest(unknown[0], _FIELD_NAMES)
-            raise ValueError(f"sampling_params has unknown field(s) {', '.join(unknown)}: {hint}")
+            raise ValueError(f"sampling_params has unknown field(s) {', '.join(unknown[:8])[:400]}: {hint}")
         if "max_tokens" in (params or {}) and "max_tokens" not in given:
             given["max_tokens"] = None  # here None has a meaning of its own: up to the model's length
         return cls(**{**(defaults or {}), **given})
@@ -289,7 +304,16 @@ _OPTIONAL_INTEGERS = (
     "thinking_token_budget",
     "truncate_prompt_tokens",
 )
-_INTEGERS = ("n", "top_k", "min_tokens", *_OPTIONAL_INTEGERS)
+# A seed's value counts, and n is what is given back.
+_EXACT = ("n", "seed")
+_COUNTS = ("top_k", "min_tokens", *(name for name in _OPTIONAL_INTEGERS if name != "seed"))
+# Outputs of one prompt at most, as vLLM's default.
+MOST_OUTPUTS = 16384
+# Each costs every step of its row.
+MOST_STOP_TOKEN_IDS = 1024
+_MOST_STRINGS = {"stop": 1024, "bad_words": 8192}
+# They are tokenised, or searched for, in the engine's thread: about 0.1 s for as many.
+_MOST_CHARACTERS = 1 << 16
 _OPTIONAL_TOKEN_IDS = ("allowed_token_ids", "logprob_token_ids")
 MOST_LOGPROB_TOKEN_IDS = 128
 _FLAGS = (
@@ -321,7 +345,7 @@ def _plain(value: object) -> object:
 
 def _require(holds: bool, name: str, value: object, remedy: str) -> None:
     if not holds:
-        raise ValueError(f"{name}={value!r} is not valid: {remedy}")
+        raise invalid(name, value, remedy)
 
 
 def _set(params: SamplingParams, name: str, value: object) -> None:

@@ -48,13 +48,30 @@ class Scheduler:
         self.blocks = blocks
         self.table = SequenceTable(limits.max_num_seqs, limits.max_model_len, limits.block_size)
         self.lengths = LengthModel()
-        self.intake = Intake(limits, self.table, blocks, self.lengths, row_target or RowTarget({}))
+        self._row_target = row_target or RowTarget({})
+        self.intake = Intake(limits, self.table, blocks, self.lengths, self._row_target)
         self.num_preemptions = 0
         self._released: list[int] = []
         self._lane = 0
         self._num_plans = limits.num_lanes
         self._decoding = [np.zeros(limits.max_num_seqs, dtype=bool) for _ in range(limits.num_lanes)]
         self._plans = [self._plan_of(_NO_INTS, version=lane) for lane in range(limits.num_lanes)]
+
+    def reset(self) -> None:
+        """Forget every sequence and every cached prefix; the device is told that all slots are given up.
+
+        For a step that ended midway with an exception: nothing that it may have left half done is kept.
+        """
+        limits = self.limits
+        self.blocks = BlockManager(self.blocks.num_blocks)
+        self.table = SequenceTable(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+        self.intake = Intake(limits, self.table, self.blocks, self.lengths, self._row_target)
+        self._released = list(range(limits.max_num_seqs))
+        # Plans' numbers go on: the runner knows a plan by its number.
+        for lane in range(limits.num_lanes):
+            self._decoding[lane] = np.zeros(limits.max_num_seqs, dtype=bool)
+            self._plans[lane] = self._plan_of(_NO_INTS, version=self._num_plans + lane)
+        self._num_plans += limits.num_lanes
 
     def add(self, sequence: Sequence) -> None:
         """Take a new sequence, whose tokens fit `max_model_len`."""
@@ -110,7 +127,7 @@ class Scheduler:
         table.token_ids[slots, table.num_known[slots]] = tokens
         table.num_known[slots] += 1
         known = table.num_known[slots]
-        stopped = (tokens[:, None] == table.stop_ids[slots]).any(axis=1) & (known > table.min_tokens[slots])
+        stopped = table.is_stop(slots, tokens) & (known > table.min_tokens[slots])
         ended = stopped | (known >= table.max_tokens[slots])
         finished = []
         guided = np.flatnonzero(~stopped & table.guided[slots])
@@ -121,7 +138,7 @@ class Scheduler:
         for row in np.flatnonzero(looked_at).tolist():
             slot = int(slots[row])
             sequence = self._sequence(slot)
-            text_end = None if stopped[row] else self._stop_string(slot)
+            text_end = None if stopped[row] else self._stop_string(sequence, slot)
             grammar = sequence.grammar
             if grammar is not None and grammar.error is not None:
                 sequence.error = grammar.error
@@ -316,13 +333,12 @@ class Scheduler:
         """The token as a stop reason; None where it is the model's own end of sequence."""
         return token if token in self._sequence(slot).request.sampling_params.stop_token_ids else None
 
-    def _stop_string(self, slot: int) -> str | None:
-        sequence = self._sequence(slot)
+    def _stop_string(self, sequence: Sequence, slot: int) -> str | None:
         if sequence.stop_watch is None:
             return None
         try:
             return sequence.stop_watch.advance(self.table.outputs(slot))
-        except ValueError as error:  # a tokenizer that cannot decode this output
+        except Exception as error:  # a tokenizer may not be able to decode what a model writes: its row's fault alone
             sequence.error = f"{type(error).__name__}: {error}"
             return None
 

@@ -180,6 +180,7 @@ class SequenceTable:
         self.token_ids = _sparse_zeros(num_slots, max_model_len)
         self.block_table = np.full((num_slots, max_blocks), TRASH_BLOCK, dtype=np.int32)
         self.stop_ids = np.full((num_slots, 4), _STOP_PADDING, dtype=np.int32)
+        self.num_stop_ids = np.zeros(num_slots, dtype=np.int32)
         self._free_slots = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -226,7 +227,9 @@ class SequenceTable:
         self.num_known[slot] = self.num_tokens[slot] = self.prefill_end[slot] = known
         self.num_computed[slot] = num_shared * self.block_size
         self.max_tokens[slot] = sequence.max_tokens
-        self.min_tokens[slot] = sequence.num_prompt + sequence.request.sampling_params.min_tokens
+        # No more than it may have: in 32 bits their sum has an end.
+        min_tokens = min(sequence.request.sampling_params.min_tokens, sequence.max_tokens - sequence.num_prompt)
+        self.min_tokens[slot] = sequence.num_prompt + min_tokens
         self.admission[slot] = admission
         self.lane[slot] = lane
         self.num_blocks[slot] = len(blocks)
@@ -241,6 +244,12 @@ class SequenceTable:
         self.block_table[slot, : len(blocks)] = blocks
         self._set_stop_ids(slot, sequence.stop_token_ids)
         return slot
+
+    def is_stop(self, slots: IntArray, tokens: IntArray) -> npt.NDArray[np.bool_]:
+        """[n] whether each slot's token is one that ends it; a row with many is the others' burden while it runs."""
+        width = int(self.num_stop_ids[slots].max(initial=0))
+        found: npt.NDArray[np.bool_] = (tokens[:, None] == self.stop_ids[slots, :width]).any(axis=1)
+        return found
 
     def begin_grammar(self, slot: int) -> None:
         """Have the slot's sequence follow its grammar, unless it still thinks."""
@@ -272,6 +281,7 @@ class SequenceTable:
             wider = np.full((self.num_slots, len(stop_token_ids)), _STOP_PADDING, dtype=np.int32)
             wider[:, :width] = self.stop_ids
             self.stop_ids = wider
+        self.num_stop_ids[slot] = len(stop_token_ids)
         self.stop_ids[slot] = _STOP_PADDING
         self.stop_ids[slot, : len(stop_token_ids)] = stop_token_ids
 

@@ -210,7 +210,7 @@ class Generation:
         if params.greedy:
             key = 0  # nothing is drawn
         elif params.seed is not None:
-            key = seeded_key(params.seed)
+            key = seeded_key(params.seed, prompt.token_ids, prompt.embeds)
         else:
             adapter = "" if prompt.lora_request is None else prompt.lora_request.lora_name
             digest = request_digest(prompt.token_ids, params, adapter, prompt.embeds)

@@ -72,6 +72,11 @@ class LightTokenizer:
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return {"input_ids": [one.ids for one in encoded]}
 
+    @property
+    def backend_tokenizer(self) -> tokenizers.Tokenizer:
+        """As transformers names what tokenises."""
+        return self._backend
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of the tokens."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

@@ -223,7 +223,7 @@ class LLM(SleepMethods, QueueMethods, BeamMethods, PoolingMethods):
         asked = pair_params(list_conversations(messages), sampling_params, defaults)
         render = functools.partial(encode_chat, self._tokenizer, **dataclasses.asdict(options))
         pair_adapters(asked, lora_request)
-        return asked, functools.partial(encode_conversations, render)
+        return asked, functools.partial(encode_conversations, render, self._live_engine().max_model_len)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer.

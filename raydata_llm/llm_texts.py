@@ -7,8 +7,8 @@ engine. Prompts are encoded in a thread of their own, while the caller's fills i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.flat_logprobs import FlatLogprobs
@@ -16,9 +16,18 @@ from raydata_llm.engine.pooling_params import PoolingParams
 from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.request import Logprob, RequestOutput
 from raydata_llm.engine.rust_panics import no_panic
+from raydata_llm.least_tokens import TOO_LONG, check_length
 from raydata_llm.pooling_prompts import Tokenization
 from raydata_llm.prompts import Prompt
 from raydata_llm.tokenizer import encode_texts, encode_whole
+
+
+class Render(Protocol):
+    """Makes a conversation's text and token ids."""
+
+    def __call__(self, messages: Any, /, *, most_tokens: int | None) -> tuple[str, list[int]]:
+        """Text and token ids; a text of more tokens is refused before it is tokenised, if that shows."""
+        ...
 
 
 class Texts:
@@ -39,6 +48,9 @@ class Texts:
             tokenization: As the call's `tokenization_kwargs` say; None: whole, with special tokens.
             max_model_len: The engine's.
         """
+        for prompt in prompts:
+            if prompt.token_ids is None and (tokenization is None or not tokenization.truncation):
+                prompt.attempt(functools.partial(check_prompt_length, self._tokenizer, max_model_len))
         texts = [prompt for prompt in prompts if prompt.error is None and prompt.token_ids is None]
         try:
             encoded = self._token_ids([prompt.text or "" for prompt in texts], tokenization, max_model_len)
@@ -91,11 +103,23 @@ class Texts:
         return text
 
 
-def encode_conversations(render: Callable[[Any], tuple[str, list[int]]], prompts: list[Prompt]) -> None:
+def check_prompt_length(tokenizer: Any, max_model_len: int, prompt: Prompt) -> None:
+    """Refuse a text that is far too long, unless it is to be cut, before it is tokenised.
+
+    Raises:
+        ValueError: for such a text.
+    """
+    if prompt.params is not None and prompt.params.truncate_prompt_tokens is None:
+        # One place is left for an output token.
+        check_length(tokenizer, prompt.text or "", max_model_len - 1, TOO_LONG)
+
+
+def encode_conversations(render: Render, max_model_len: int, prompts: list[Prompt]) -> None:
     """Fill in the text and the token ids, or the errors, of prompts that are conversations."""
     for prompt in prompts:
-        prompt.attempt(functools.partial(_encode_conversation, render))
+        prompt.attempt(functools.partial(_encode_conversation, render, max_model_len))
 
 
-def _encode_conversation(render: Callable[[Any], tuple[str, list[int]]], prompt: Prompt) -> None:
-    prompt.text, prompt.token_ids = render(prompt.given)
+def _encode_conversation(render: Render, max_model_len: int, prompt: Prompt) -> None:
+    is_cut = prompt.params is not None and prompt.params.truncate_prompt_tokens is not None
+    prompt.text, prompt.token_ids = render(prompt.given, most_tokens=None if is_cut else max_model_len - 1)

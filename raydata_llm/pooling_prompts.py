@@ -6,12 +6,15 @@ Knows no engine.
 
 from __future__ import annotations
 
+import functools
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from raydata_llm.engine.param_values import invalid, read_count, read_flag
 from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
+from raydata_llm.least_tokens import check_length
 from raydata_llm.prompts import Prompt, list_prompts
 from raydata_llm.tokenizer import cut_text, encode_whole, render_chat
 
@@ -69,6 +72,16 @@ class Tokenization:
         if keep is not None:
             values |= {"truncation": True} | ({} if keep == -1 else {"max_length": keep})
         return cls(**values)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.truncation, str):  # transformers' strategies, of which there is one here
+            object.__setattr__(self, "truncation", self.truncation != "do_not_truncate")
+        for name in ("truncation", "add_special_tokens"):
+            object.__setattr__(self, name, read_flag(f"tokenization_kwargs[{name!r}]", getattr(self, name)))
+        length = read_count("tokenization_kwargs['max_length']", self.max_length, optional=True)
+        if length is not None and length < 1:
+            raise invalid("tokenization_kwargs['max_length']", length, "give 1 or more, or None")
+        object.__setattr__(self, "max_length", length)
 
     def max_tokens(self, params: PoolingParams, max_model_len: int | None) -> int | None:
         """What a prompt is cut to; None leaves it whole.
@@ -212,6 +225,10 @@ def encode_prompts(
     for prompt in prompts:
         if prompt.error is None and prompt.token_ids is None and prompt.pooling is not None:
             length = tokenization.max_tokens(prompt.pooling, max_model_len)
+            if length is None and max_model_len is not None:
+                prompt.attempt(functools.partial(_check_length, tokenizer, max_model_len))
+            if prompt.error is not None:
+                continue
             alike.setdefault((prompt.pair is not None, length), []).append(prompt)
     for (_, length), group in alike.items():
         try:
@@ -223,6 +240,11 @@ def encode_prompts(
                     _encode([prompt], tokenizer, tokenization, length)
 
                 prompt.attempt(encode)
+
+
+def _check_length(tokenizer: Any, max_model_len: int, prompt: PooledPrompt) -> None:
+    for text in (prompt.text, prompt.pair):
+        check_length(tokenizer, text or "", max_model_len, "shorten it, or set truncate_prompt_tokens=-1")
 
 
 def _encode(group: Sequence[PooledPrompt], tokenizer: Any, tokenization: Tokenization, length: int | None) -> None:

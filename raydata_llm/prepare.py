@@ -17,6 +17,7 @@ import pyarrow as pa
 from raydata_llm.arrow_values import ArrowRow
 from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.job_link import StatsSender
+from raydata_llm.least_tokens import LONG_TEXT, TOO_LONG, check_length
 from raydata_llm.pooled_rows import read_pooling
 from raydata_llm.pooling_prompts import PooledPrompt
 from raydata_llm.prepare_plan import PreparePlan, RowFunction
@@ -194,6 +195,9 @@ def _preprocess(draft: Draft, preprocess: RowFunction | None) -> None:
 
 
 def _tokenize(drafts: Sequence[Draft], plan: PreparePlan, tokenizer: Any) -> None:
+    for draft in drafts:
+        if draft.token_ids is None:
+            _attempt(draft, plan, "tokenize", lambda draft: _check_length(draft, plan, tokenizer))
     for templated in (False, True):
         group = [d for d in drafts if d.error is None and d.token_ids is None and d.templated == templated]
         try:
@@ -202,6 +206,17 @@ def _tokenize(drafts: Sequence[Draft], plan: PreparePlan, tokenizer: Any) -> Non
             raise_if_cancelled(error)
             for draft in group:
                 _attempt(draft, plan, "tokenize", lambda draft: _encode([draft], tokenizer))
+
+
+def _check_length(draft: Draft, plan: PreparePlan, tokenizer: Any) -> None:
+    """Refuse a text that is far too long, unless it is to be cut: tokenising 10 MB takes a minute and gigabytes."""
+    text = draft.prompt or ""
+    if len(text) < LONG_TEXT or plan.most_tokens is None:
+        return
+    params = draft.columns.get("sampling_params")
+    keep = params.get("truncate_prompt_tokens") if isinstance(params, Mapping) else None
+    if keep is None and getattr(params, "truncate_prompt_tokens", None) is None:
+        check_length(tokenizer, text, plan.most_tokens, TOO_LONG)
 
 
 def _tokenize_whole(drafts: Sequence[Draft], plan: PreparePlan, tokenizer: Any) -> None:

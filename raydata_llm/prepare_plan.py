@@ -5,6 +5,7 @@ Owns which tokenizer a task uses, and how a pooling model takes texts. Knows no 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ class PreparePlan:
         adapters_of: The model that such a column may name too.
         prompt_embeds: Take `prompt_embeds` for the prompt, before anything else.
         task: Of a pooling model; None generates.
-        engine: The engine's settings, for a pooling model.
+        engine: The engine's settings.
     """
 
     model_source: str
@@ -74,6 +75,21 @@ class PreparePlan:
             joins=model.joins_pairs, chat_template=self.chat_template, chat_template_kwargs=self.chat_template_kwargs
         )
         return PooledTexts(tokenizer, model.max_model_len(self.engine), form)
+
+    @functools.cached_property
+    def most_tokens(self) -> int | None:
+        """Tokens that a prompt may have, by the settings or the model's files; None where only the engine knows."""
+        if self.engine is None:
+            return None
+        given = self.engine.max_model_len
+        if given is not None and given > 0:
+            return given - 1
+        try:
+            path = resolve_model(self.engine.model, weights=False)
+            files = ModelFiles.open(path, load_format="dummy", hf_overrides=self.engine.hf_overrides)
+            return files.model_config().context_length - 1
+        except (OSError, ValueError):
+            return None  # whatever is wrong with them, the replica says it
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded once per process; None if there is none."""

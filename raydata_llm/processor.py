@@ -96,7 +96,7 @@ class Processor:
             adapters_of=config.model_source,
             prompt_embeds=engine.enable_prompt_embeds,
             task=pooling_task(config.task_type),
-            engine=None if config.task_type == "generate" else engine,
+            engine=engine,
         )
         self._finish_plan = FinishPlan(
             model_source=detokenize.model_source or config.model_source,

@@ -201,12 +201,11 @@ class Replica:
                 failed = RowOutput(None, "", row_id, 0.0, describe_failure(error, stage))
                 self._put(_FinishedRow(row_id, failed, 0, 0))
                 continue
-            seed = params.value.seed
             request = Request(
                 request_id=str(row_id),
                 prompt_token_ids=row.prompt_token_ids,
                 sampling_params=params.value,
-                key=key if seed is None else seeded_key(seed),
+                key=_noise_key(key, params.value, row),
                 lora_request=adapter,
                 prompt_embeds=row.prompt_embeds,
             )
@@ -255,6 +254,13 @@ class Replica:
                 self._known_params.clear()
             self._known_params[given_bytes] = known
         return known
+
+
+def _noise_key(key: int, params: SamplingParams, row: RowRequest) -> int:
+    """The row's own key, or that of its seed, which LLM gives the same prompt too."""
+    if params.seed is None or row.prompt_token_ids is None:
+        return key
+    return seeded_key(params.seed, row.prompt_token_ids, row.prompt_embeds)
 
 
 def _pooling_request(row_id: int, prompt: TokenArray, row: RowRequest) -> PoolingRequest:

@@ -16,6 +16,8 @@ from raydata_llm.resume import ResumePlan
 if TYPE_CHECKING:
     from raydata_llm.config import EngineProcessorConfig
 
+# Another number where rows that name a seed draw otherwise than they did: their answers do not mix with older ones.
+_NOISE = 2
 # All other settings of the engine start a key space of their own, those that are yet to come too. The model is known by
 # its fingerprint.
 _SPEED_SETTINGS = {
@@ -53,6 +55,7 @@ def resume_plan(config: EngineProcessorConfig) -> ResumePlan | None:
         "model": model_fingerprint(config.model_source, load_format=engine.load_format),
         "version": config.resume.version,
         "task_type": config.task_type,
+        "noise": _NOISE,
         "engine": {name: _plain(getattr(engine, name)) for name in sorted(FIELD_NAMES - _SPEED_SETTINGS)},
     }
     if config.task_type != "generate":

@@ -16,6 +16,7 @@ from typing import Any
 from raydata_llm.chat_template import limited_transformers, syntax_error
 from raydata_llm.engine.param_values import check_text
 from raydata_llm.engine.rust_panics import no_panic
+from raydata_llm.least_tokens import TOO_LONG, check_length
 from raydata_llm.light_tokenizer import LightTokenizer
 from raydata_llm.tokenizer_cache import load_light, load_prepared, tokenizer_stamp
 
@@ -165,8 +166,12 @@ def encode_chat(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool | None = None,
     chat_template_content_format: str = "auto",
+    most_tokens: int | None = None,
 ) -> tuple[str, list[int]]:
     """Render a conversation to text and token ids; arguments as `render_chat`'s.
+
+    Args:
+        most_tokens: What the model takes; None leaves a text of any length to be tokenised.
 
     Returns:
         The prompt's text, and its token ids without added special tokens.
@@ -181,6 +186,8 @@ def encode_chat(
         continue_final_message=continue_final_message,
         chat_template_content_format=chat_template_content_format,
     )
+    if most_tokens is not None:
+        check_length(tokenizer, text, most_tokens, TOO_LONG)
     return text, encode_texts(tokenizer, [text], add_special_tokens=False)[0]
 
 

@@ -107,7 +107,12 @@ def outputs_of(model: Path, order: list[int], *, tight: bool = False, **settings
         )
         prompt = prompts[index].astype(np.int32)
         engine.add_request(
-            Request(request_id=str(index), prompt_token_ids=prompt, sampling_params=params, key=seeded_key(100 + index))
+            Request(
+                request_id=str(index),
+                prompt_token_ids=prompt,
+                sampling_params=params,
+                key=seeded_key(100 + index, prompt),
+            )
         )
     found: dict[int, Any] = {}
     while engine.has_unfinished():

@@ -174,10 +174,10 @@ def test_a_draw_depends_on_its_key_alone(model_path: str) -> None:
 
 
 def test_n_outputs_are_different_draws_of_one_prompt(engine: Engine) -> None:
-    output = run(engine, [request(0, prompt=[4] * 40, n=4, temperature=1.0, key=seeded_key(11))])[0]
+    output = run(engine, [request(0, prompt=[4] * 40, n=4, temperature=1.0, key=seeded_key(11, [4] * 40))])[0]
     assert [one.index for one in output.outputs] == [0, 1, 2, 3]
     assert len({tuple(one.token_ids) for one in output.outputs}) == 4
-    single = run(engine, [request(0, prompt=[4] * 40, temperature=1.0, key=seeded_key(11))])[0]
+    single = run(engine, [request(0, prompt=[4] * 40, temperature=1.0, key=seeded_key(11, [4] * 40))])[0]
     assert single.outputs[0].token_ids == output.outputs[0].token_ids
     greedy = run(engine, [request(0, n=3)])[0]
     assert len({tuple(one.token_ids) for one in greedy.outputs}) == 1
@@ -189,7 +189,7 @@ def test_keys_differ_by_seed_row_and_occurrence() -> None:
     assert digests[0] == digests[2] != digests[1]
     keys = {sampling_key(seed, digest, n) for seed in (0, 1) for digest in digests[:2] for n in (0, 1)}
     assert len(keys) == 8
-    assert seeded_key(1) != seeded_key(2)
+    assert len({seeded_key(seed, prompt) for seed in (1, 2) for prompt in ([1, 2], [1, 3], [1])}) == 6
 
 
 def test_rows_of_every_kind_in_one_batch_do_not_disturb_each_other(engine: Engine) -> None:

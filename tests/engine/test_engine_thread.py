@@ -156,3 +156,52 @@ def test_after_shutdown_nothing_is_taken(engine: Engine) -> None:
     assert not outputs.all and served.death is None
     with pytest.raises(EngineDeadError, match="shut down"):
         served.submit(requests(1, 1), outputs.take)
+
+
+def test_a_request_that_is_taken_in_without_end_is_silence(engine: Engine) -> None:
+    """A replica that makes no step hangs, whatever else it does; one that takes in request after request does not."""
+    original, ends, began = engine.check_request, threading.Event(), threading.Event()
+    silences: list[float] = []
+
+    def endless(request: Request) -> Any:
+        if len(request.prompt_token_ids) == 1:
+            began.set()
+            assert ends.wait(60)
+            raise ValueError("it took too long")
+        silences.append(thread.seconds_silent)
+        time.sleep(0.05)
+        return original(request)
+
+    engine.check_request = endless  # type: ignore[method-assign]
+    thread = EngineThread(engine)
+    outputs = Outputs()
+    thread.submit(requests(0, 20, max_tokens=1), outputs.take)
+    outputs.wait_for(20)
+    assert len(silences) == 20 and silences[-1] < 0.05 * 19, "it took in one request after the other"
+    bad = Request(request_id="bad", prompt_token_ids=np.array([9], dtype=np.int32), sampling_params=SamplingParams())
+    thread.submit([bad], outputs.take)
+    assert began.wait(60)
+    deadline = time.monotonic() + 60
+    while thread.seconds_silent < 0.3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert thread.seconds_silent >= 0.3
+    ends.set()
+    outputs.wait_for(21)
+    assert thread.death is None
+    thread.shutdown()
+
+
+def test_whatever_the_checks_raise_is_the_requests_error(served: EngineThread, engine: Engine) -> None:
+    original = engine.check_request
+
+    def breaking(request: Request) -> Any:
+        if len(request.prompt_token_ids) == 1:
+            raise OSError(36, "File name too long")
+        return original(request)
+
+    engine.check_request = breaking  # type: ignore[method-assign]
+    bad = Request(request_id="bad", prompt_token_ids=np.array([9], dtype=np.int32), sampling_params=SamplingParams())
+    outputs = Outputs()
+    served.submit([*requests(0, 1), bad], outputs.take)
+    outputs.wait_for(2)
+    assert "File name too long" in (outputs.all["bad"].error or "") and served.death is None

@@ -89,7 +89,7 @@ def write(engine: Engine, order: list[int], at_once: int = NUM_ROWS) -> dict[int
                     request_id=str(row),
                     prompt_token_ids=np.array(given[row], dtype=np.int32),
                     sampling_params=parameters(row),
-                    key=seeded_key(row),
+                    key=seeded_key(row, given[row]),
                 )
             )
         while engine.has_unfinished():

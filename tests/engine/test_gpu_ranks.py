@@ -45,7 +45,12 @@ def written(folder: Path, **settings: Any) -> list[list[int]]:
             prompt = rng.integers(3, 1000, size=3 + 4 * index % 70).astype(np.int32)
             params = SamplingParams(max_tokens=40, ignore_eos=True, **KINDS[index % len(KINDS)])
             engine.add_request(
-                Request(request_id=str(index), prompt_token_ids=prompt, sampling_params=params, key=seeded_key(index))
+                Request(
+                    request_id=str(index),
+                    prompt_token_ids=prompt,
+                    sampling_params=params,
+                    key=seeded_key(index, prompt),
+                )
             )
         while engine.has_unfinished():
             tokens |= {int(output.request_id): output.outputs[0].token_ids for output in engine.step()}

@@ -82,7 +82,7 @@ def write(engine: Engine, prompts: list[list[int]], order: list[int], temperatur
                 request_id=str(index),
                 prompt_token_ids=np.array(prompts[index], dtype=np.int32),
                 sampling_params=params,
-                key=seeded_key(index),
+                key=seeded_key(index, prompts[index]),
             )
         )
     outputs: dict[int, list[int]] = {}
@@ -129,7 +129,7 @@ def test_every_way_writes_what_the_model_says(
     assert (engine.stats().num_preemptions > 0) == way.startswith("preempted")
     engine.shutdown()
     worst = max(
-        shortfall(reference, prompt, tokens, seeded_key(index), temperature)
+        shortfall(reference, prompt, tokens, seeded_key(index, prompt), temperature)
         for index, (prompt, tokens) in enumerate(zip(prompts, written, strict=True))
     )
     print(f"{way}: worst shortfall {worst:.3f}")

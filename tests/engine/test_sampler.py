@@ -19,7 +19,7 @@ import transformers
 from scipy import stats
 
 from raydata_llm.engine import sampler as sampler_module
-from raydata_llm.engine.bad_words import BadWordsGuide
+from raydata_llm.engine.bad_words import BadWords, BadWordsGuide
 from raydata_llm.engine.guides import Bitmask
 from raydata_llm.engine.request import Request
 from raydata_llm.engine.sampler import Sampler
@@ -61,7 +61,7 @@ def sequence_of(params: SamplingParams, key: int = 0) -> Sequence:
 
 def bitmask_of(words: list[list[int]]) -> Bitmask:
     allowed = np.full(-(-VOCAB // 32), -1, dtype=np.int32)
-    guide = BadWordsGuide([tuple(word) for word in words])
+    guide = BadWordsGuide(BadWords([tuple(word) for word in words]))
     for token_id in OUTPUT:
         guide.advance(token_id)
     guide.forbid(allowed)

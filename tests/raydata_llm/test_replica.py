@@ -58,7 +58,9 @@ class Keys(EchoEngine):
         super().add_request(request)
 
 
-@pytest.mark.parametrize(("defaults", "expected"), [({}, [77, seeded_key(5)]), ({"seed": 6}, [seeded_key(6)] * 2)])
+@pytest.mark.parametrize(
+    ("defaults", "expected"), [({}, [77, seeded_key(5, [1])]), ({"seed": 6}, [seeded_key(6, [1])] * 2)]
+)
 def test_a_rows_or_a_models_seed_replaces_its_key(defaults: Mapping[str, Any], expected: list[int]) -> None:
     engine = Keys()
     given = [request(1), request(1, seed=6 if defaults else 5)]
