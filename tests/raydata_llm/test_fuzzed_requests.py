@@ -319,19 +319,24 @@ def merged(parts: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
     return parts[0] | parts[1]
 
 
+def embedding_of(result: Any) -> list[float]:
+    vector: list[float] = result.outputs.embedding
+    return vector
+
+
 @pytest.mark.parametrize("count", CASES)
 def test_pooling_parameters_of_any_values(tmp_path: Path, count: int) -> None:
     save_pooling_model(tmp_path, "bert", num_hidden_layers=1)
     save_pair_tokenizer(tmp_path)
     llm = LLM(str(tmp_path), device="cpu", runner="pooling")
     outcomes = Counter[str]()
-    expected = [output.outputs.embedding for output in llm.embed(POOLED, use_tqdm=False)]
+    expected = [embedding_of(output) for output in llm.embed(POOLED, use_tqdm=False)]
 
     def check(case: list[tuple[Any, Any]]) -> None:
         params: list[Any] = [None, None, *(params for _, params in case)]
         results = llm.embed([*POOLED, *(prompt for prompt, _ in case)], pooling_params=params, use_tqdm=False)
         for result, vector in zip(results, expected, strict=False):
-            assert np.allclose(result.outputs.embedding, vector, atol=1e-5)
+            assert np.allclose(embedding_of(result), vector, atol=1e-5)
         for result in results[2:]:
             assert_short(result.error or "")
             assert (result.error is None) == (result.outputs is not None)

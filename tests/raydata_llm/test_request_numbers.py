@@ -21,7 +21,7 @@ from raydata_llm.engine.waiting_queue import WaitingQueue
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
 DRAWN = {"top_k": 5, "seed": 3, "temperature": 0.5}
-GREEDY = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,12 @@ def test_a_step_that_ends_anywhere_leaves_an_engine_that_works(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: int
 ) -> None:
     prompts = ["hello world " * 4, "hello world " * 4 + "fox", "the", "lazy dog"]
-    kinds = [{}, {"temperature": 1.0, "seed": 1, "n": 3}, {"repetition_penalty": 1.2}, {"logprobs": 2}]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "seed": 1, "n": 3},
+        {"repetition_penalty": 1.2},
+        {"logprobs": 2},
+    ]
     params = [GREEDY | kind for kind in kinds]
 
     def outputs() -> list[list[list[int]]]:
