@@ -19,6 +19,7 @@ import torch
 from raydata_llm.engine.adapter_config import MERGE, AdapterConfig
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.regular_file import check_regular
+from raydata_llm.engine.safetensors_file import read_header
 
 # A fused linear's parts, in order.
 FUSED_PARTS = {
@@ -156,6 +157,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
+        # Its lengths are checked before memory is taken.
+        read_header(path)
         return load_file(path)
     tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return tensors

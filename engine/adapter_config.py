@@ -6,14 +6,13 @@ all others: a setting that nobody looked at would give wrong answers in silence.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raydata_llm.engine.regular_file import read_json
+from raydata_llm.engine.regular_file import read_json, shown
 
 _Number = TypeVar("_Number", int, float)
 # What a user can do where an adapter is not run as it is.
@@ -36,6 +35,8 @@ _BIASES = ("none", "all", "lora_only")
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
 # PEFT's own, where a file leaves them out.
 _RANK, _ALPHA = 8, 8
+# Far above those in use.
+_MOST_RANK, _MOST_ALPHA = 1 << 20, 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +132,16 @@ def _pattern(folder: Path, settings: Mapping[str, Any], name: str) -> list[tuple
 
 
 def _rank(folder: Path, name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _bad(folder, name, value, "a rank is a number from 1 on")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_RANK:
+        raise _bad(folder, name, value, f"a rank is a number from 1 to {_MOST_RANK}")
     return value
 
 
 def _alpha(folder: Path, name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise _bad(folder, name, value, "give a number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _MOST_ALPHA:
+        raise _bad(folder, name, value, f"give a number of {_MOST_ALPHA:g} at most")
     return float(value)
 
 
 def _bad(folder: Path, name: str, value: Any, problem: str) -> ValueError:
-    return ValueError(f"the adapter {str(folder)!r} has {name}={value!r}: {problem}")
+    return ValueError(f"the adapter {str(folder)!r} has {name}={shown(value)}: {problem}")

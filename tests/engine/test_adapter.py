@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,30 @@ def test_a_damaged_file_is_the_adapters_error(name: str, config: ModelConfig, tm
     (folder / name).write_bytes(b"\x10" + bytes(7) + b"cut short")
     with pytest.raises(ValueError, match=f"is damaged: {name} cannot be read"):
         read_adapter(folder, config, max_rank=8)
+
+
+def test_a_pipe_or_a_folder_in_the_place_of_the_settings_is_refused(config: ModelConfig, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "adapter_config.json")
+    with pytest.raises(ValueError, match=r"is no adapter: .* is a pipe"):
+        read_adapter(tmp_path, config, max_rank=8)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "adapter_config.json").mkdir()
+    with pytest.raises(ValueError, match=r"is no adapter: .* is a folder"):
+        read_adapter(tmp_path, config, max_rank=8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"r": 1' + 400 * "0" + "}", '{"lora_alpha": 1' + 400 * "0" + "}", '{"r": ' + 9999 * "[" + 9999 * "]" + "}"],
+)
+def test_numbers_and_depths_without_bound_are_the_adapters_error(
+    text: str, config: ModelConfig, tmp_path: Path
+) -> None:
+    head = {"base_model.model.lm_head.weight": torch.zeros(config.vocab_size, config.hidden_size)}
+    (write(tmp_path / "a", head) / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="adapter") as error:
+        read_adapter(tmp_path / "a", config, max_rank=8)
+    assert len(str(error.value)) < 600 + len(str(tmp_path))
 
 
 def test_an_alpha_of_text_is_the_adapters_error(config: ModelConfig, tmp_path: Path) -> None:
