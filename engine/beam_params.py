@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from raydata_llm.engine.failed_outputs import NoOutputs
 from raydata_llm.engine.known_names import named_fields
 from raydata_llm.engine.param_values import (
     LARGEST_COUNT,
@@ -173,3 +174,7 @@ class BeamSearchOutput:
 
     sequences: list[BeamSearchSequence] = field(default_factory=list)
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.error is not None:
+            self.sequences = NoOutputs(error=self.error)

@@ -46,13 +46,13 @@ class BeamQueue:
         self._scheduler, self._end_token_ids, self._guide_maker = scheduler, end_token_ids, guide_maker
         self._limits, self._blocks, self._adapters = scheduler.limits, scheduler.blocks, scheduler.intake.adapters
         self._waiting: deque[BeamRequest] = deque()
-        self._free_slots = list(range(self._limits.max_num_seqs - 1, -1, -1))
+        self._free_slots = list(range(self._limits.num_slots - 1, -1, -1))
         self._admitted: list[tuple[int, Sequence]] = []
         self._num_sequences = 0
 
     def add(self, request: BeamRequest) -> None:
         """Let a request wait that the engine has checked."""
-        assert request.params.beam_width <= self._limits.max_num_seqs, "it would wait for ever"
+        assert request.params.beam_width <= self._limits.num_slots, "it would wait for ever"
         self._waiting.append(request)
 
     @property
@@ -120,7 +120,7 @@ class BeamQueue:
         """Assert that blocks and slots are held by groups or free (for tests)."""
         self._blocks.check_integrity([held for group in self.groups for held in group.blocks_of.values()])
         slots = [*self._free_slots, *(slot for group in self.groups for slot in group.slots)]
-        assert sorted(slots) == list(range(self._limits.max_num_seqs))
+        assert sorted(slots) == list(range(self._limits.num_slots))
         assert all(len(set(group.beam_slots)) == len(group.beam_slots) for group in self.groups)
 
     def _chunk(self, group: BeamGroup, budget: int) -> Chunk:

@@ -9,7 +9,7 @@ Shapes: T tokens, N sampled rows, H heads, K KV heads, D head_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -143,6 +143,11 @@ class Decoder:
         self.layers: list[Layer] = []
         self.adapters: AdapterSlots | None = None
         self.fill(weights)
+
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        """Its weights by name, q, k and v and gate and up fused."""
+        return self._parameters
 
     def fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take in every parameter that this rank holds once, by Hugging Face's names."""

@@ -8,10 +8,13 @@ One thread drives an engine; `engine_thread.EngineThread` serves many callers.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from raydata_llm.engine.batch import ScheduledBatch
@@ -27,7 +30,7 @@ from raydata_llm.engine.guides import Bitmask, Guides
 from raydata_llm.engine.idle_clock import IdleClock
 from raydata_llm.engine.local_ranks import LocalRanks
 from raydata_llm.engine.logprobs import wanted_of_outputs, wanted_of_prompt
-from raydata_llm.engine.model_files import ModelFiles
+from raydata_llm.engine.model_files import ModelFiles, settle_overrides
 from raydata_llm.engine.model_runner import LaunchedStep
 from raydata_llm.engine.output_watch import watch_of
 from raydata_llm.engine.parallel import alone
@@ -79,7 +82,8 @@ class Engine:
         *,
         own_process: bool = True,
     ) -> None:
-        self.config = config
+        # Other ranks are told values; a function stays here.
+        self.config = config = replace(config, hf_overrides=settle_overrides(config.model, config.hf_overrides))
         self._tokenizer = tokenizer
         files = ModelFiles.open(config.model, load_format=config.load_format, hf_overrides=config.hf_overrides)
         self.model_config = files.model_config()
@@ -91,10 +95,10 @@ class Engine:
         check_split(self.model_config, config.tensor_parallel_size, config.pipeline_parallel_size)
         self._worker: Worker | RankGang | None = None
         worker = self._worker = self._make_worker(files, launch_ranks, own_process)
-        sizes = worker.sizes
+        self.num_kv_blocks = worker.num_kv_blocks()
+        sizes = worker.sizes.fitted(self.num_kv_blocks)
         self.max_model_len = sizes.max_model_len
         self.max_num_seqs = sizes.max_num_seqs
-        self.num_kv_blocks = worker.num_kv_blocks()
         limits = SchedulerLimits(
             max_num_seqs=sizes.max_num_seqs,
             max_num_batched_tokens=sizes.max_num_batched_tokens,
@@ -106,6 +110,7 @@ class Engine:
             share_prefixes=config.shares_prefixes,
             num_lanes=min(config.pipeline_parallel_size, sizes.max_num_seqs),
             max_loras=config.max_loras if config.enable_lora else 0,
+            least_slots=sizes.num_slots,
         )
         worker.start(self.num_kv_blocks)
         self._scheduler = Scheduler(limits, BlockManager(self.num_kv_blocks), RowTarget(worker.bucket_seconds()))
@@ -285,9 +290,12 @@ class Engine:
         Raises:
             ValueError: naming the field.
         """
-        if params.beam_width > self.max_num_seqs:
-            limit = f"max_num_seqs={self.max_num_seqs}"
-            raise ValueError(f"beam_width={params.beam_width} is more than {limit}: lower it, or raise max_num_seqs")
+        most = self._scheduler.limits.num_slots
+        if params.beam_width > most:
+            raise ValueError(
+                f"beam_width={params.beam_width} is more than max_num_batched_tokens={most}: lower it, or raise "
+                "max_num_batched_tokens"
+            )
         self._checks.check_in_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
         if params.form is not None:
             self._guides.maker(params.form, 0)
@@ -380,6 +388,26 @@ class Engine:
             idle_seconds=idle_seconds,
             starved_seconds=starved_seconds,
         )
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        args: Seq[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        dumps: Callable[[Any], bytes] = pickle.dumps,
+    ) -> list[Any]:
+        """As `Worker.call`, on every rank, between steps.
+
+        Args:
+            timeout: Of ranks in other processes.
+            dumps: What pickles a function for them.
+        """
+        worker = self._live_worker()
+        if isinstance(worker, RankGang):
+            return worker.call(method, tuple(args), dict(kwargs or {}), timeout=timeout, dumps=dumps)
+        return [worker.call(method, args, kwargs or {})]
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""

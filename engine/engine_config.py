@@ -6,7 +6,8 @@ Knows no tensors (importing it must not import torch), so a driver can check a j
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -38,7 +39,8 @@ class EngineConfig:
         model: A local folder in Hugging Face's layout, or a GGUF file.
         dtype: Of weights and activations; "auto" takes the checkpoint's, as far as the device is fast at it.
         device: "auto" takes the GPU if there is one; "cpu", "cuda" or "cuda:1".
-        max_model_len: Prompt plus output tokens of a row at most; None takes the model's own limit.
+        max_model_len: Prompt plus output tokens of a row at most, as a number or as "8k" (8000) or "8K" (8192); None
+            takes the model's own limit; -1 or "auto" that too, or what there is KV memory for, if that is less.
         max_num_seqs: Sequences run at once at most; None: 64 on a CPU, 1024 on a GPU.
         max_num_batched_tokens: Tokens of one step at most; None: 1024 on a CPU, 16384 on a GPU.
         block_size: Tokens of one KV block; None: 16 on a CPU, 64 on a GPU.
@@ -61,7 +63,8 @@ class EngineConfig:
         batch_invariant: Make a row's tokens the same on one kind of GPU, bit for bit, whatever the batch it runs in, at
             any temperature; slower, as `engine/README.md` says.
         disable_custom_all_reduce: Sum small tensors over GPUs by NCCL too, not through memory that they all map.
-        hf_overrides: Values that replace those of the model's config.json.
+        hf_overrides: Values that replace those of the model's config.json, or a function that changes the config it
+            is given (`hf_overrides.py`) and returns it.
         enable_lora: Take requests with an adapter.
         max_loras: Adapters on the device, so in one step, at most.
         max_lora_rank: The largest rank of an adapter.
@@ -106,7 +109,7 @@ class EngineConfig:
     num_threads: int | None = None
     generation_config: str = "auto"
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
-    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    hf_overrides: Mapping[str, Any] | Callable[[Any], Any] = field(default_factory=dict)
     enable_lora: bool = False
     max_loras: int = 1
     max_lora_rank: int = 16
@@ -126,6 +129,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        object.__setattr__(self, "max_model_len", _model_len(self.max_model_len))
         for name, most in _POSITIVE_INTEGERS.items():
             _check_integer(name, getattr(self, name), low=1, high=most)
         _check_integer("seed", self.seed)
@@ -150,6 +154,9 @@ class EngineConfig:
         _check_forms(self.structured_outputs_config)
         if not isinstance(self.reasoning_parser, str):
             raise ValueError(f"reasoning_parser={self.reasoning_parser!r} is not valid: give a name such as 'qwen3'")
+        if not isinstance(self.hf_overrides, Mapping) and not callable(self.hf_overrides):
+            kind = type(self.hf_overrides).__name__
+            raise ValueError(f"hf_overrides is a {kind}, which is not valid: give a dict, or a function of the config")
         _check_generation(self.override_generation_config)
         if isinstance(self.logits_processors, str) or not isinstance(self.logits_processors, Sequence):
             raise ValueError(f"logits_processors={self.logits_processors!r} is not valid: give a list of classes")
@@ -187,6 +194,11 @@ class EngineConfig:
         return self.enable_prefix_caching and not self.disable_cascade_attn and not self.batch_invariant
 
     @property
+    def fits_model_len(self) -> bool:
+        """Whether a row may have as many tokens as the model takes and KV memory holds."""
+        return self.max_model_len == -1
+
+    @property
     def num_ranks(self) -> int:
         """Processes that one engine is spread over."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
@@ -209,7 +221,6 @@ class EngineConfig:
 FIELD_NAMES = {f.name for f in fields(EngineConfig)}
 # The largest values that are taken: far above what any device can use, and what is above is a slip of the finger.
 _POSITIVE_INTEGERS = {
-    "max_model_len": 2**31 - 1,
     "max_num_seqs": 2**20,
     "max_num_batched_tokens": 2**24,
     "block_size": 2**16,
@@ -222,6 +233,7 @@ _POSITIVE_INTEGERS = {
     "pipeline_parallel_size": 2**12,
 }
 _MOST_STEPS_AHEAD = 64
+_MOST_MODEL_LEN = 2**31 - 1
 _FLAGS = (
     "enable_prefix_caching",
     "enable_chunked_prefill",
@@ -241,6 +253,23 @@ def _dtype_name(dtype: object) -> str:
     name = _DTYPE_ALIASES.get(name, name)
     _check_choice("dtype", name, ("auto", "float32", "bfloat16", "float16"))
     return name
+
+
+_MULTIPLES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def _model_len(value: object) -> int | None:
+    """A number of tokens, as vLLM's command line takes it too; -1 for as many as fit."""
+    if value is None or value in (-1, "-1", "auto"):
+        return None if value is None else -1
+    read: Any = value
+    if isinstance(value, str):
+        written = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", value.strip())
+        read = None if written is None else float(written[1]) * _MULTIPLES.get(written[2], 1)
+        read = int(read) if read is not None and read == int(read) else value
+    if isinstance(read, bool) or not isinstance(read, int) or not 1 <= read <= _MOST_MODEL_LEN:
+        raise ValueError(f"max_model_len={value!r} is not valid: give a number of tokens, such as 8192 or '8k', or -1")
+    return read
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from raydata_llm.engine.engine import Engine
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.engine_stats import EngineStats
 from raydata_llm.engine.local_ranks import LocalRanks, check_gpus
-from raydata_llm.engine.request import Request, RequestOutput
+from raydata_llm.engine.request import Request, RequestOutput, TokenArray
 
 # Requests with an engine at most, as a multiple of what it runs at once: its admission needs some to choose from.
 _HELD_PER_SLOT = 1.5
@@ -66,11 +66,15 @@ class EngineGroup:
         """As `Engine.add_request`."""
         if request.request_id in self._unfinished:
             raise ValueError(f"request_id={request.request_id!r} is in use by an unfinished request")
-        self._members[0].engine.check_request(request)
+        self.check_request(request)
         self._unfinished.add(request.request_id)
         with self.changed:
             self.waiting.append(request)
             self.changed.notify()
+
+    def check_request(self, request: Request) -> TokenArray:
+        """As `Engine.check_request`."""
+        return self._members[0].engine.check_request(request)
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to wait for."""
@@ -117,6 +121,10 @@ class EngineGroup:
         """As `Engine.reset_prefix_cache`."""
         for member in self._members:
             member.engine.reset_prefix_cache()
+
+    def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """As `Engine.collective_rpc`, on the ranks of one engine after the other's; no request may be under way."""
+        return [answer for member in self._members for answer in member.engine.collective_rpc(*args, **kwargs)]
 
     def stats(self) -> EngineStats:
         """The engines' sums; of the shares and seconds, their means."""

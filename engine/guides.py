@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,6 +77,13 @@ class _Waiting:
     make_guide: Future[Callable[[], GrammarGuide]]
 
 
+def _settings_of(config: EngineConfig, vocab_size: int) -> Any:
+    """What vLLM's classes of logits processors read of its `vllm_config`."""
+    model = SimpleNamespace(model=config.model, seed=config.seed, get_vocab_size=lambda: vocab_size)
+    scheduler = SimpleNamespace(max_num_seqs=config.max_num_seqs or 1024)
+    return SimpleNamespace(model_config=model, scheduler_config=scheduler, speculative_config=None)
+
+
 class Guides:
     """See the module's docstring.
 
@@ -99,7 +107,9 @@ class Guides:
     ) -> None:
         self._tokenizer = tokenizer
         self._reasoning_config, self._reasoning_parser = config.reasoning_config, config.reasoning_parser
-        self._processors = load_logits_processors(config.logits_processors, vocab_size, torch.device(device_type))
+        self._processors = load_logits_processors(
+            config.logits_processors, vocab_size, torch.device(device_type), _settings_of(config, vocab_size)
+        )
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._pinned = device_type == "cuda"
@@ -249,7 +259,7 @@ def _request_processor(processor: LogitsProcessor, params: SamplingParams) -> Re
     except ValueError:
         raise
     except Exception as error:
-        name = type(processor).__name__
+        name = getattr(processor, "name", type(processor).__name__)
         raise ValueError(
             f"extra_args={params.extra_args!r} is not valid: {name}.new_request_processor raised "
             f"{type(error).__name__}: {error}"

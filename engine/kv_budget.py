@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from raydata_llm.engine.beam_params import MOST_BEAMS
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.parameter_check import Parameters
@@ -37,6 +38,16 @@ class Sizes:
     max_num_batched_tokens: int
     block_size: int
 
+    @property
+    def num_slots(self) -> int:
+        """Rows that the device keeps state of: those that run at once, or the beams of one prompt."""
+        return max(self.max_num_seqs, min(MOST_BEAMS, self.max_num_batched_tokens))
+
+    def fitted(self, num_blocks: int) -> Sizes:
+        """These sizes where there are so many KV blocks, the trash block included."""
+        room = (num_blocks - 1) * self.block_size
+        return self if room >= self.max_model_len else replace(self, max_model_len=room)
+
 
 def check_sizes(config: EngineConfig, model: ModelConfig, device: torch.device) -> Sizes:
     """Fill in the sizes that were left open.
@@ -45,7 +56,7 @@ def check_sizes(config: EngineConfig, model: ModelConfig, device: torch.device) 
         ValueError: for sizes that contradict each other or the model.
     """
     on_gpu = device.type == "cuda"
-    max_model_len = config.max_model_len or model.context_length
+    max_model_len = model.context_length if config.fits_model_len else config.max_model_len or model.context_length
     if max_model_len > model.context_length:
         raise ValueError(
             f"max_model_len={max_model_len} is more than the model was made for: give {model.context_length} or less, "
@@ -166,7 +177,8 @@ def num_kv_blocks(
         num_ranks: Ranks that share a CPU's memory.
 
     Raises:
-        ValueError: if not even one sequence of `max_model_len` fits, with the length that would.
+        ValueError: if not even one sequence of `max_model_len` fits, with the length that would; with
+            `max_model_len=-1`, if no block does.
     """
     block_bytes = sizes.block_size * model.kv_bytes_per_token(dtype.itemsize)
     blocks_per_seq = -(-sizes.max_model_len // sizes.block_size)
@@ -176,7 +188,7 @@ def num_kv_blocks(
     else:
         memory, source = _kv_memory(config, model, sizes, dtype, device, num_ranks)
         usable = int(memory // block_bytes) - 1
-    if usable < blocks_per_seq:
+    if usable < (1 if config.fits_model_len else blocks_per_seq):
         fits = max(0, usable * sizes.block_size)
         remedy = f"set max_model_len={fits} or less, or give it more memory" if fits else "give it more memory"
         raise ValueError(
@@ -222,7 +234,7 @@ def _kv_memory(
 def _activation_bytes(model: ModelConfig, sizes: Sizes, dtype: torch.dtype, *, embeds: bool) -> int:
     live_hidden = _LIVE_HIDDEN + (_LIVE_EMBEDS if embeds else 0)
     per_token = live_hidden * model.hidden_size + _LIVE_INTERMEDIATE * model.intermediate_size
-    logits = 3 * sizes.max_num_seqs * model.vocab_size * 4
+    logits = 3 * sizes.num_slots * model.vocab_size * 4
     return sizes.max_num_batched_tokens * per_token * dtype.itemsize + logits
 
 

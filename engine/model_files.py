@@ -16,10 +16,13 @@ from typing import Any, Literal
 
 from raydata_llm.engine.config_fields import read_token_ids
 from raydata_llm.engine.gguf_file import GgufFile
+from raydata_llm.engine.hf_overrides import changed_values
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.parameter_check import FLOAT_DTYPES, Parameters, check_parameters
 from raydata_llm.engine.regular_file import check_regular, inside, open_regular, read_json_object, shorten
 from raydata_llm.engine.safetensors_file import TensorEntry, read_header
+
+Overrides = Mapping[str, Any] | Callable[[Any], Any]
 
 _PT_FORMATS = ("auto", "pt")
 _SAFETENSORS_FORMATS = ("auto", "safetensors")
@@ -44,13 +47,13 @@ class ModelFiles:
     weight_files: tuple[Path, ...]
 
     @classmethod
-    def open(cls, path: str, *, load_format: str = "auto", hf_overrides: Mapping[str, Any] | None = None) -> ModelFiles:
+    def open(cls, path: str, *, load_format: str = "auto", hf_overrides: Overrides | None = None) -> ModelFiles:
         """Find the files of a model.
 
         Args:
             path: A folder in Hugging Face's layout, or a .gguf file.
             load_format: EngineConfig's; "dummy" needs no weight files.
-            hf_overrides: Values that replace those of the config.
+            hf_overrides: Values that replace those of the config, or a function that changes it.
 
         Raises:
             ValueError: when something is missing or cannot be read.
@@ -144,12 +147,14 @@ def _renamed(entries: Mapping[str, TensorEntry], name_of: Callable[[str], str | 
     return {name: entry for name, entry in named if name is not None}
 
 
-def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with a user's values in place of its own.
+def override_config(config: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """A config with a user's values in place of its own, or with what a user's function makes of it.
 
     The two styles of one setting (rope_scaling and rope_parameters, torch_dtype and dtype) replace each other, and new
     RoPE parameters keep the model's own theta unless they name one.
     """
+    if not isinstance(overrides, Mapping):
+        overrides = changed_values(overrides, config)
     base = dict(config)
     if isinstance(base.get("rope_parameters"), Mapping) and "rope_theta" in base["rope_parameters"] and overrides:
         # At the top level theta survives the replacement of the parameters around it.
@@ -161,7 +166,18 @@ def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     return {**base, **overrides}
 
 
-def _open_gguf(path: Path, load_format: str, hf_overrides: Mapping[str, Any]) -> ModelFiles:
+def settle_overrides(path: str, overrides: Overrides) -> Mapping[str, Any]:
+    """The values that a function changes in a model's config, for processes that it cannot be sent to.
+
+    Raises:
+        ValueError: when the function raises.
+    """
+    if isinstance(overrides, Mapping):
+        return overrides
+    return changed_values(overrides, ModelFiles.open(path, load_format="dummy").hf_config)
+
+
+def _open_gguf(path: Path, load_format: str, hf_overrides: Overrides) -> ModelFiles:
     if path.suffix != ".gguf":
         raise ValueError(f"model={str(path)!r} is a file, but not a .gguf: give the folder of a model, or a .gguf file")
     if load_format not in ("auto", "gguf", "dummy"):

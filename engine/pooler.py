@@ -100,7 +100,7 @@ class Pooler:
         if params.task in EMBED_TASKS:
             values = _embedding(states, params)
         else:
-            values = self._logits(states)
+            values = (self._logits(states) - self._model.logit_mean) / self._model.logit_sigma
             if params.returned_token_ids is not None:
                 values = values[..., list(params.returned_token_ids)]
             if params.activates:

@@ -5,11 +5,12 @@ Owns names (vLLM's), types and ranges. Knows no model and no tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from raydata_llm.engine.pooling_params import PoolingParams
+from raydata_llm.engine.pooling_params import PoolingParams, PoolingTask
 
 PoolingType = Literal["cls", "last", "mean"]
 _POOLING_TYPES: dict[str, PoolingType] = {"cls": "cls", "last": "last", "mean": "mean"}
@@ -28,6 +29,13 @@ class PoolerConfig:
         returned_token_ids: Which classes are returned, where a request does not say.
         normalize: Whether embeddings have length 1 where a request does not say.
         use_activation: Another name for it; of classes, whether they go through the activation.
+        task: What `LLM.encode` does where it is not told.
+        dimensions: As `PoolingParams` has it, where a request does not say.
+        logit_mean, logit_sigma: Of classes: logits have the first taken off, and are divided by the second, before the
+            activation.
+        enable_chunked_processing: False: a prompt that is longer than the model takes is not embedded in parts.
+        max_embed_len: Of prompts that are embedded in parts.
+        enable_flash_late_interaction: Taken and not used: no model of late interaction is run.
 
     Raises:
         ValueError: naming the field, its value and the remedy.
@@ -40,6 +48,13 @@ class PoolerConfig:
     use_activation: bool | None = None
     step_tag_id: int | None = None
     returned_token_ids: Sequence[int] | None = None
+    task: PoolingTask | None = None
+    dimensions: int | None = None
+    logit_mean: float | None = None
+    logit_sigma: float | None = None
+    enable_chunked_processing: bool = False
+    max_embed_len: int | None = None
+    enable_flash_late_interaction: bool = True
 
     def __post_init__(self) -> None:
         kinds = {"pooling_type": (*_POOLING_TYPES, *_TOKEN_TYPES), "seq_pooling_type": tuple(_POOLING_TYPES)}
@@ -48,7 +63,15 @@ class PoolerConfig:
             if value is not None and str(value).lower() not in choices:
                 names = ", ".join(choices).upper()
                 raise ValueError(f"pooler_config: {name}={value!r} is not valid: choose one of {names}")
-        steps = PoolingParams(step_tag_id=self.step_tag_id, returned_token_ids=self.returned_token_ids)
+        try:
+            steps = PoolingParams(
+                step_tag_id=self.step_tag_id,
+                returned_token_ids=self.returned_token_ids,
+                dimensions=self.dimensions,
+                task=self.task,
+            )
+        except ValueError as error:
+            raise ValueError(f"pooler_config: {error}") from error
         object.__setattr__(self, "returned_token_ids", steps.returned_token_ids)
         for name in ("step_tag_id", "returned_token_ids"):
             if getattr(self, name) is not None and not self.takes_steps:
@@ -56,6 +79,18 @@ class PoolerConfig:
         for name in ("normalize", "use_activation"):
             if getattr(self, name) not in (None, True, False):
                 raise ValueError(f"pooler_config: {name}={getattr(self, name)!r} is not valid: give True or False")
+        for name in ("logit_mean", "logit_sigma"):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and (not is_number or (name == "logit_sigma" and not value)):
+                remedy = "give a number" if name == "logit_mean" else "give a number other than 0"
+                raise ValueError(f"pooler_config: {name}={value!r} is not valid: {remedy}")
+        for name in ("enable_chunked_processing", "max_embed_len"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"pooler_config: {name}={getattr(self, name)!r} is not supported: set truncate_prompt_tokens="
+                    "-1, or embed the parts of long texts and take their mean"
+                )
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any] | PoolerConfig | None) -> PoolerConfig:

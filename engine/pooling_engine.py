@@ -249,9 +249,10 @@ class PoolingEngine:
             activates = self.model.activates if params.use_activation is None else params.use_activation
             return PoolingParams(task=task, use_activation=activates, **steps)
         asks = params.normalize is not None or params.use_activation is not None
-        self._check_dimensions(params.dimensions)
+        dimensions = params.dimensions or self.model.dimensions
+        self._check_dimensions(dimensions)
         normalize = params.normalizes if asks else self.model.normalize
-        return PoolingParams(task=task, dimensions=params.dimensions, normalize=normalize, **steps)
+        return PoolingParams(task=task, dimensions=dimensions, normalize=normalize, **steps)
 
     def _steps(self, params: PoolingParams, task: PoolingTask) -> dict[str, Any]:
         """Which tokens and classes are returned, by the request, else by the model."""

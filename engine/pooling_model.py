@@ -68,6 +68,9 @@ class PoolingModel:
         embedding_size: Values of an embedding.
         activates: Whether classes go through their activation where a request does not say.
         step_tag_id, returned_token_ids: As `PoolingParams` has them, where a request does not say.
+        default_task: What is done where nobody says; None: by tokens if the model can.
+        dimensions: As `PoolingParams` has it, where a request does not say.
+        logit_mean, logit_sigma: Taken off class logits, and what they are divided by.
         matryoshka_dimensions: What `dimensions` may be; () for anything, None where it may not be given.
         max_seq_length: Sentence-transformers' limit of a prompt.
         token_head: What the "score" head is made of, where it is the language model's own; None if it is stored.
@@ -89,6 +92,10 @@ class PoolingModel:
     activates: bool = True
     step_tag_id: int | None = None
     returned_token_ids: tuple[int, ...] | None = None
+    default_task: PoolingTask | None = None
+    dimensions: int | None = None
+    logit_mean: float = 0.0
+    logit_sigma: float = 1.0
     token_head: TokenHead | None = None
     joins_pairs: bool = False
     ties_head: bool = True
@@ -131,6 +138,10 @@ class PoolingModel:
             activates=activates if pooler.use_activation is None else pooler.use_activation,
             step_tag_id=step_tag_id if pooler.step_tag_id is None else pooler.step_tag_id,
             returned_token_ids=None if pooler.returned_token_ids is None else tuple(pooler.returned_token_ids),
+            default_task=pooler.task,
+            dimensions=pooler.dimensions,
+            logit_mean=pooler.logit_mean or 0.0,
+            logit_sigma=pooler.logit_sigma or 1.0,
             matryoshka_dimensions=_matryoshka(hf_config),
             max_seq_length=_max_seq_length(folder),
             token_head=token_head,
@@ -184,7 +195,7 @@ class PoolingModel:
             ValueError: for more than the model was made for.
         """
         longest, wanted = self.context_length, config.max_model_len
-        if wanted is None:
+        if wanted is None or config.fits_model_len:
             return min(self.max_seq_length or longest, longest)
         if wanted > longest:
             raise ValueError(f"max_model_len={wanted} is more than the model was made for: give {longest} or less")

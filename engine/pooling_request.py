@@ -109,7 +109,7 @@ class PoolingRequestOutput(Generic[Output]):
 
     Args:
         request_id: The request's.
-        outputs: None when `error` is set.
+        outputs: When `error` is set, None of an engine's results; of `LLM`'s, an object whose values say the error.
         prompt_token_ids: After truncation.
         num_cached_tokens: 0: prompts are computed whole.
         finished: Always true of results that are handed out.

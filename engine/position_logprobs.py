@@ -122,6 +122,10 @@ class PositionLogprobs(Sequence[Position], Generic[Position]):
             self._maps = maps
         return self._maps
 
+    def as_list(self) -> list[Position]:
+        """All positions' maps."""
+        return self._read()
+
     def __len__(self) -> int:
         return self._num_before + len(self._records) // self._record_bytes
 

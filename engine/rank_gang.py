@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from raydata_llm.engine.batch import ScheduledBatch
 from raydata_llm.engine.engine_config import EngineConfig
@@ -22,6 +24,7 @@ from raydata_llm.engine.rank_launcher import RankLauncher
 from raydata_llm.engine.rank_line import (
     BATCH,
     BITMASK,
+    CALL,
     GUIDED_BATCH,
     LOADED,
     READY,
@@ -68,6 +71,7 @@ class RankGang:
     def __init__(self, config: EngineConfig, launcher: RankLauncher) -> None:
         self._num_ranks = config.tensor_parallel_size * config.pipeline_parallel_size
         self._encoder = BatchEncoder()
+        self._num_calls = 0
         listener = LineListener(launcher.host)
         # The ranks' other line has the same key, which so crosses no line itself.
         self._store = StoreKeeper(LineListener(launcher.host, listener.address.key))
@@ -109,6 +113,38 @@ class RankGang:
     def result(self, batch: ScheduledBatch) -> tuple[IntArray, SampledLogprobs | None, list[PromptPiece]]:
         """The oldest step's result, which is `batch`'s."""
         return decode_result(self._watch.next_result(), batch)
+
+    def call(
+        self,
+        method: str | Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        timeout: float | None,
+        dumps: Callable[[Any], bytes],
+    ) -> list[Any]:
+        """As `Worker.call`, on every rank; their answers by rank.
+
+        Args:
+            timeout: Seconds; None waits as long as the ranks live.
+            dumps: Pickles the function and its arguments. The ranks unpickle them: only their engine has their lines'
+                key.
+
+        Raises:
+            TimeoutError: when they take longer.
+        """
+        self._num_calls += 1
+        self._send_all(CALL, pickle.dumps(self._num_calls) + dumps((method, args, kwargs)))
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < self._num_ranks:
+            for content in self._watch.next_answers(1, timeout):
+                number, rank, is_well, value = pickle.loads(content)
+                if number == self._num_calls:
+                    answers[rank] = (is_well, value)
+        failed = [value for is_well, value in answers.values() if not is_well]
+        if failed:
+            raise failed[0]
+        return [value for _, (_, value) in sorted(answers.items())]
 
     def shutdown(self) -> None:
         """End all ranks."""

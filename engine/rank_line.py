@@ -23,9 +23,9 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from typing import Any
 
 # From the engine.
-SETTINGS, START, BATCH, GUIDED_BATCH, BITMASK = b"S", b"K", b"B", b"G", b"M"
+SETTINGS, START, BATCH, GUIDED_BATCH, BITMASK, CALL = b"S", b"K", b"B", b"G", b"M", b"C"
 # From a rank.
-JOINED, LOADED, READY, RESULT, HEARTBEAT, FAILURE, PHASE = b"J", b"L", b"R", b"T", b"H", b"E", b"P"
+JOINED, LOADED, READY, RESULT, HEARTBEAT, FAILURE, PHASE, CALLED = b"J", b"L", b"R", b"T", b"H", b"E", b"P", b"A"
 
 # A caller proves that it knows the key within this time.
 _PROOF_SECONDS = 20.0

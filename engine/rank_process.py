@@ -8,9 +8,11 @@ a rank never outlives its engine: where the line ends, so does the process.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import os
+import pickle
 import queue
 import sys
 import threading
@@ -23,6 +25,8 @@ from raydata_llm.engine.phases import PHASE_LOGGER
 from raydata_llm.engine.rank_line import (
     BATCH,
     BITMASK,
+    CALL,
+    CALLED,
     FAILURE,
     GUIDED_BATCH,
     HEARTBEAT,
@@ -106,6 +110,9 @@ class _RankProcess:
         decoder = BatchDecoder()
         while True:
             kind, content = self._line.receive()
+            if kind == CALL:
+                self._line.send(CALLED, _answer(worker, content))
+                continue
             assert kind in (BATCH, GUIDED_BATCH), kind
             self._busy_since = time.monotonic()
             batch = decoder.decode(content)
@@ -164,6 +171,20 @@ class _RankProcess:
             except OSError:
                 # The main thread may wait in a collective for a rank that is gone as well.
                 os._exit(1)
+
+
+def _answer(worker: Any, content: bytes) -> bytes:
+    """Do what the engine calls for; what goes wrong in it is the caller's error, and the rank goes on."""
+    stream = io.BytesIO(content)
+    number = pickle.load(stream)
+    try:
+        method, args, kwargs = pickle.load(stream)
+        return pickle.dumps((number, worker.rank, True, worker.call(method, args, kwargs)))
+    except Exception as error:
+        try:
+            return pickle.dumps((number, worker.rank, False, error))
+        except Exception:  # an error, too, may be of a kind that cannot be sent
+            return pickle.dumps((number, worker.rank, False, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def _tell_failure(line: Line, error: BaseException) -> None:

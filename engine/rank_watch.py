@@ -16,7 +16,7 @@ from typing import Any
 
 from raydata_llm.engine.phases import announce
 from raydata_llm.engine.rank_launcher import RankHandle
-from raydata_llm.engine.rank_line import FAILURE, HEARTBEAT, LOADED, PHASE, READY, RESULT, Line, RankError
+from raydata_llm.engine.rank_line import CALLED, FAILURE, HEARTBEAT, LOADED, PHASE, READY, RESULT, Line, RankError
 
 # A rank's heartbeat comes each second; a process that was stopped, or whose host is gone, sends none.
 _SILENCE_SECONDS = 12.0
@@ -54,7 +54,7 @@ class RankWatch:
     def __init__(self, ranks: list[WatchedRank]) -> None:
         self._ranks = ranks
         self._changed = threading.Condition()
-        self._told: dict[bytes, list[Any]] = {LOADED: [], READY: [], RESULT: []}
+        self._told: dict[bytes, list[Any]] = {LOADED: [], READY: [], RESULT: [], CALLED: []}
         self._error: Exception | None = None
         self._ended = False
         self._num_launched = self._num_results = 0
@@ -92,6 +92,24 @@ class RankWatch:
             self._changed.wait_for(lambda: self._error is not None or len(self._told[kind]) >= count)
         self.raise_error()
         return self._told[kind]
+
+    def next_answers(self, count: int, timeout: float | None) -> list[bytes]:
+        """What the ranks answer to a call.
+
+        Raises:
+            TimeoutError: when they take longer; what they answer later is dropped with the next call's.
+            RankError, ValueError: when a rank has ended.
+        """
+        with self._changed:
+            answered = self._changed.wait_for(
+                lambda: self._error is not None or len(self._told[CALLED]) >= count, timeout=timeout
+            )
+        self.raise_error()
+        if not answered:
+            raise TimeoutError(f"the ranks have not answered within timeout={timeout:g} s")
+        with self._changed:
+            answers, self._told[CALLED] = self._told[CALLED], []
+        return answers
 
     def next_result(self) -> bytes:
         """The oldest step's result, as soon as it is there."""
@@ -154,7 +172,7 @@ class RankWatch:
             announce(content.decode())
         else:
             with self._changed:
-                self._told[kind].append(content if kind == RESULT else json.loads(content or b"null"))
+                self._told[kind].append(content if kind in (RESULT, CALLED) else json.loads(content or b"null"))
                 if kind == RESULT:
                     self._num_results += 1
                     self._moved_at = now

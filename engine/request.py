@@ -5,21 +5,27 @@ Knows no tensors and no text (importing it must not import torch).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from raydata_llm.engine.failed_outputs import NoOutputs
+from raydata_llm.engine.listed_positions import ListedPositions
 from raydata_llm.engine.prompt_embeds import Embeds
 from raydata_llm.engine.redaction import redact
 from raydata_llm.engine.request_stats import RequestStateStats
 from raydata_llm.engine.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 TokenArray = npt.NDArray[np.int32]
@@ -33,16 +39,37 @@ class LoRARequest:
         lora_name: As its user calls it.
         lora_int_id: vLLM's number of it; of no use here.
         lora_path: The adapter's folder; for the engine a local one.
+        base_model_name: Taken and not used: an adapter is of the engine's model.
+        load_inplace: Taken and not used: an adapter whose files have changed is read anew.
+        is_3d_lora_weight: Of adapters of experts, which dense models have none of.
     """
 
     lora_name: str
     lora_int_id: int = 1
     lora_path: str = ""
+    base_model_name: str | None = field(default=None, compare=False, repr=False)
+    load_inplace: bool = field(default=False, compare=False, repr=False)
+    is_3d_lora_weight: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("lora_name", "lora_path"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not valid: give text")
+
+    @property
+    def name(self) -> str:
+        """As `lora_name`."""
+        return self.lora_name
+
+    @property
+    def path(self) -> str:
+        """As `lora_path`."""
+        return self.lora_path
+
+    @property
+    def adapter_id(self) -> int:
+        """As `lora_int_id`."""
+        return self.lora_int_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +140,11 @@ class CompletionOutput:
 
     index: int
     token_ids: list[int]
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     text: str = ""
     cumulative_logprob: float | None = None
-    logprobs: Sequence[dict[int, Logprob]] | None = None
+    logprobs: ListedPositions = ListedPositions()  # noqa: RUF009 a field that reads as a list
     lora_request: LoRARequest | None = None
 
     def finished(self) -> bool:
@@ -125,14 +152,14 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
-@dataclass
+@dataclass(init=False)
 class RequestOutput:
     """The result of one request.
 
     Args:
         request_id: The request's.
         prompt_token_ids: After truncation; a 0 for each position of a prompt of embeddings.
-        outputs: The n outputs by index; empty when `error` is set.
+        outputs: The n outputs by index; empty when `error` is set, and reading one of them then says the error.
         error: Why the request could not be run, as `Type: message`.
         prompt: The prompt's text where a front end knows it.
         num_cached_tokens: Prompt tokens whose KV came from the prefix cache.
@@ -141,6 +168,9 @@ class RequestOutput:
             `prompt_logprob_start` to the last position but one.
         lora_request: The adapter it was run with.
         metrics: When it was taken, scheduled and written; None of a request that could not be run.
+        finished: Whether every output has ended (always true of results the engine hands out); None: as these say.
+        others: Fields of vLLM's that results have not; left out with a warning, so that code written for a later
+            vLLM runs.
     """
 
     request_id: str
@@ -149,15 +179,54 @@ class RequestOutput:
     error: str | None = None
     prompt: str | None = None
     num_cached_tokens: int = 0
-    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: ListedPositions = ListedPositions()  # noqa: RUF009
     prompt_token_id_logprobs: npt.NDArray[np.float32] | None = field(default=None, compare=False)
     lora_request: LoRARequest | None = None
     metrics: RequestStateStats | None = field(default=None, compare=False)
 
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        outputs: list[CompletionOutput] | None = None,
+        error: str | None = None,
+        prompt: str | None = None,
+        num_cached_tokens: int = 0,
+        prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None,
+        prompt_token_id_logprobs: npt.NDArray[np.float32] | None = None,
+        lora_request: LoRARequest | None = None,
+        metrics: RequestStateStats | None = None,
+        *,
+        finished: bool | None = None,
+        **others: Any,
+    ) -> None:
+        self.request_id, self.prompt_token_ids, self.prompt = request_id, prompt_token_ids, prompt
+        self.outputs = [] if outputs is None else outputs
+        self.error, self.num_cached_tokens = error, num_cached_tokens
+        self.prompt_logprobs, self.prompt_token_id_logprobs = prompt_logprobs, prompt_token_id_logprobs
+        self.lora_request, self.metrics = lora_request, metrics
+        self._finished = finished
+        if error is not None:
+            self.fail(error)
+        if others:
+            _warn_of_fields(tuple(sorted(name for name, value in others.items() if value is not None)))
+
+    def fail(self, error: str) -> None:
+        """Make it the result of a request that failed: without outputs."""
+        self.outputs, self.error = NoOutputs(error=error), error
+
     @property
     def finished(self) -> bool:
         """Whether every output has ended (always true of results the engine hands out)."""
+        if self._finished is not None:
+            return self._finished
         return self.error is not None or all(output.finish_reason is not None for output in self.outputs)
+
+
+@functools.cache
+def _warn_of_fields(names: tuple[str, ...]) -> None:
+    if names:
+        logger.warning("RequestOutput: left out, as results have no such fields here: %s", ", ".join(names))
 
 
 def token_array(token_ids: Sequence[int] | TokenArray) -> TokenArray:

@@ -186,6 +186,8 @@ class SamplingParams:
         num_stops = len(self.stop_token_ids)
         remedy = f"it names {num_stops:,} tokens: name at most {MOST_STOP_TOKEN_IDS:,}"
         _require(num_stops <= MOST_STOP_TOKEN_IDS, "stop_token_ids", self.stop_token_ids, remedy)
+        remedy = "n must be 1 when using greedy sampling (temperature=0), which would give one output n times"
+        _require(self.n == 1 or not self.greedy, "n", self.n, f"{remedy}; ask for 1, or set a temperature")
         _require(self.top_k >= 0, "top_k", self.top_k, "use 0 (or -1) to keep all tokens, or a positive count")
         _require(self.top_p > 0, "top_p", self.top_p, "use a value in (0, 1]; 1 keeps all tokens")
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "use a value above 0")

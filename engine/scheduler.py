@@ -46,7 +46,9 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, blocks: BlockManager, row_target: RowTarget | None = None) -> None:
         self.limits = limits
         self.blocks = blocks
-        self.table = SequenceTable(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+        self.table = SequenceTable(
+            limits.num_slots, limits.max_model_len, limits.block_size, max_running=limits.max_num_seqs
+        )
         self.lengths = LengthModel()
         self._row_target = row_target or RowTarget({})
         self.intake = Intake(limits, self.table, blocks, self.lengths, self._row_target)
@@ -54,7 +56,7 @@ class Scheduler:
         self._released: list[int] = []
         self._lane = 0
         self._num_plans = limits.num_lanes
-        self._decoding = [np.zeros(limits.max_num_seqs, dtype=bool) for _ in range(limits.num_lanes)]
+        self._decoding = [np.zeros(limits.num_slots, dtype=bool) for _ in range(limits.num_lanes)]
         self._plans = [self._plan_of(_NO_INTS, version=lane) for lane in range(limits.num_lanes)]
 
     def reset(self) -> None:

@@ -20,6 +20,7 @@ class SchedulerLimits:
         share_prefixes: Whether decode rows with a common prefix are grouped.
         num_lanes: Groups of sequences that take turns.
         max_loras: Adapters at once.
+        least_slots: Slots for beams, which may be more than sequences run otherwise.
     """
 
     max_num_seqs: int
@@ -32,3 +33,9 @@ class SchedulerLimits:
     share_prefixes: bool = False
     num_lanes: int = 1
     max_loras: int = 0
+    least_slots: int = 0
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the tables on the host and on the device."""
+        return max(self.max_num_seqs, self.least_slots)

@@ -141,14 +141,16 @@ class SequenceTable:
     """Arrays over slots; row s describes the sequence that runs in slot s.
 
     Args:
-        num_slots: Sequences that can run at once.
+        num_slots: Rows of the arrays.
+        max_running: Sequences that run at once at most; None: as many as there are slots.
         max_model_len: Tokens of a sequence at most.
         block_size: Tokens of a KV block.
     """
 
-    def __init__(self, num_slots: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, num_slots: int, max_model_len: int, block_size: int, *, max_running: int | None = None) -> None:
         max_blocks = -(-max_model_len // block_size)
         self.num_slots = num_slots
+        self._max_running = num_slots if max_running is None else max_running
         self.block_size = block_size
         self.sequences: list[Sequence | None] = [None] * num_slots
         self.seq_id = np.full(num_slots, NO_SEQUENCE, dtype=np.int64)
@@ -185,8 +187,8 @@ class SequenceTable:
 
     @property
     def num_free_slots(self) -> int:
-        """Slots that no sequence runs in."""
-        return len(self._free_slots)
+        """Slots that sequences may yet take."""
+        return self._max_running - self.num_running
 
     @property
     def num_running(self) -> int:

@@ -6,7 +6,8 @@ Knows no requests. It is the same whether it is alone, in the engine's own proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -21,8 +22,10 @@ from raydata_llm.engine.laid_by import LaidBy
 from raydata_llm.engine.model_config import ModelConfig
 from raydata_llm.engine.model_files import ModelFiles
 from raydata_llm.engine.model_runner import LaunchedStep, ModelRunner
+from raydata_llm.engine.model_view import ModelView
 from raydata_llm.engine.parallel import ParallelState
 from raydata_llm.engine.phases import announce
+from raydata_llm.engine.profiling import RankProfile
 from raydata_llm.engine.shard import ModelShard
 from raydata_llm.engine.weights import NamedTensor, load_weights
 
@@ -68,6 +71,7 @@ class Worker:
             )
         self._runner: ModelRunner | None = None
         self._laid_by: LaidBy | None = None
+        self._profile: RankProfile | None = None
 
     def _read_weights(self) -> Iterator[NamedTensor]:
         return load_weights(
@@ -98,11 +102,11 @@ class Worker:
 
     def start(self, num_blocks: int) -> None:
         """Take the memory for KV, and warm up."""
-        sizes = self.sizes
+        sizes = self.sizes = self.sizes.fitted(num_blocks)
         self._runner = ModelRunner(
             self._decoder,
             KVCache.allocate(self._shard.config, num_blocks, sizes.block_size, self._dtype, self.device),
-            num_slots=sizes.max_num_seqs,
+            num_slots=sizes.num_slots,
             max_blocks=-(-sizes.max_model_len // sizes.block_size),
             block_size=sizes.block_size,
             max_num_batched_tokens=sizes.max_num_batched_tokens,
@@ -143,6 +147,52 @@ class Worker:
                 return
             announce("loading the weights")
             self._decoder.fill(self._read_weights())
+
+    def call(self, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call a method of this worker by its name, or a function that takes the worker first.
+
+        Raises:
+            ValueError: for a name that is none of its methods.
+        """
+        if callable(method):
+            return method(self, *args, **kwargs)
+        found = None if method.startswith("_") else getattr(self, method, None)
+        if not callable(found):
+            raise ValueError(
+                f"method={method!r} is not a method of a rank's worker: give a function that takes the worker first"
+            )
+        return found(*args, **kwargs)
+
+    def get_model(self) -> ModelView:
+        """This rank's parameters as a torch module."""
+        return ModelView(self._decoder.parameters, self._shard.config)
+
+    def apply_model(self, function: Callable[[ModelView], Any]) -> Any:
+        """What the function makes of this rank's `get_model()`."""
+        return function(self.get_model())
+
+    @property
+    def rank(self) -> int:
+        """Its number among the engine's ranks."""
+        return self._shard.place.rank
+
+    def start_profile(self, settings: Mapping[str, Any], prefix: str) -> None:
+        """Profile from now on.
+
+        Args:
+            settings: vLLM's `profiler_config`.
+            prefix: How the names of its files begin.
+        """
+        if self._profile is None:
+            place = self._shard.place
+            name = f"{prefix}_pp{place.pp_rank}_tp{place.tp_rank}"
+            self._profile = RankProfile(settings, name, self.device.type)
+
+    def stop_profile(self) -> None:
+        """Write the profile that is under way, if one is."""
+        profile, self._profile = self._profile, None
+        if profile is not None:
+            profile.stop()
 
     def launch(self, batch: ScheduledBatch, bitmask: Callable[[], Bitmask | None] | None = None) -> LaunchedStep | None:
         """As `ModelRunner.launch`."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raydata_llm.config import EngineProcessorConfig, ProcessorConfig, vLLMEngineProcessorConfig
     from raydata_llm.engine.beam_params import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
+    from raydata_llm.engine.failed_outputs import PromptError
     from raydata_llm.engine.flat_logprobs import FlatLogprobs
     from raydata_llm.engine.pooler_config import PoolerConfig
     from raydata_llm.engine.pooling_params import PoolingParams
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
     from raydata_llm.engine.request_stats import RequestStateStats
     from raydata_llm.engine.sampling_params import RequestOutputKind, SamplingParams
     from raydata_llm.engine.structured_outputs import StructuredOutputsParams
+    from raydata_llm.engine.vllm_logits import (
+        AdapterLogitsProcessor,
+        BatchUpdate,
+        LogitsProcessor,
+        MoveDirectionality,
+    )
     from raydata_llm.job_report import JobReport
     from raydata_llm.job_run import report_of
     from raydata_llm.llm import LLM
@@ -43,11 +50,14 @@ if TYPE_CHECKING:
         PrepareMultimodalStageConfig,
         TokenizerStageConfig,
     )
+    from raydata_llm.vllm_arguments import EngineArgs
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AdapterLogitsProcessor",
+    "BatchUpdate",
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",
@@ -59,11 +69,14 @@ __all__ = [
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "EmbedsPrompt",
+    "EngineArgs",
     "EngineProcessorConfig",
     "FlatLogprobs",
     "JobReport",
     "LoRARequest",
+    "LogitsProcessor",
     "Logprob",
+    "MoveDirectionality",
     "PoolerConfig",
     "PoolingOutput",
     "PoolingParams",
@@ -71,6 +84,7 @@ __all__ = [
     "PrepareMultimodalStageConfig",
     "Processor",
     "ProcessorConfig",
+    "PromptError",
     "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
@@ -94,6 +108,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "EngineArgs": "raydata_llm.vllm_arguments",
+    "MoveDirectionality": "raydata_llm.engine.vllm_logits",
+    "LogitsProcessor": "raydata_llm.engine.vllm_logits",
+    "BatchUpdate": "raydata_llm.engine.vllm_logits",
+    "AdapterLogitsProcessor": "raydata_llm.engine.vllm_logits",
+    "PromptError": "raydata_llm.engine.failed_outputs",
     "BeamSearchOutput": "raydata_llm.engine.beam_params",
     "BeamSearchParams": "raydata_llm.engine.beam_params",
     "BeamSearchSequence": "raydata_llm.engine.beam_params",

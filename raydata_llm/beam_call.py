@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raydata_llm.engine.beam_params import BeamRequest, BeamSearchOutput, BeamSearchParams
-from raydata_llm.generation import Encode, noted_interrupts, prompt_chunks, tell_failures
+from raydata_llm.generation import Encode, noted_interrupts, prompt_chunks, prompt_error, tell_failures
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import Prompt, refuse_embeds
 
@@ -36,6 +36,7 @@ class BeamCall:
         most_at_once: Prompts that are searched at the same time at most; None is as many as there is room for.
         request_ids: Gives each request its id.
         finish: May raise, which is the prompt's error.
+        raises: Raise the first failed prompt's error, instead of giving it as its result.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class BeamCall:
         most_at_once: int | None,
         request_ids: Iterator[int],
         finish: Finish,
+        *,
+        raises: bool = False,
     ) -> None:
         self._engine, self._params, self._most_at_once = engine, params, most_at_once
-        self._request_ids, self._finish = request_ids, finish
+        self._request_ids, self._finish, self._raises = request_ids, finish, raises
         self._chunks: deque[tuple[list[Prompt], Future[None]]] = deque()
         self._ready: deque[Prompt] = deque()
         self._running: dict[str, Prompt] = {}
@@ -62,6 +65,9 @@ class BeamCall:
             prompts: Their `index` counts from 0.
             encode: Fills in the token ids, or errors, of some prompts; runs in a thread of its own.
             progress: Is told of each result.
+
+        Raises:
+            PromptError, KeyboardInterrupt: where failed prompts raise.
         """
         with noted_interrupts() as interrupted, ThreadPoolExecutor(1, "tokenise") as pool:
             self._chunks.extend((chunk, pool.submit(encode, chunk)) for chunk in prompt_chunks(prompts))
@@ -74,6 +80,8 @@ class BeamCall:
                 beams.close()
                 for _, encoding in self._chunks:
                     encoding.cancel()
+        if self._raises and len(self._results) < len(prompts):
+            raise KeyboardInterrupt
         interruption = "KeyboardInterrupt: interrupted before this prompt was done"
         ordered = [self._results.get(prompt.index, BeamSearchOutput(error=interruption)) for prompt in prompts]
         tell_failures(ordered)
@@ -113,6 +121,8 @@ class BeamCall:
         prompt.attempt(functools.partial(self._finish, output))
         if prompt.error is not None:
             output = BeamSearchOutput(error=prompt.error)
+        if self._raises and output.error is not None:
+            raise prompt_error(f"prompts[{prompt.index}]", output.error)
         self._results[prompt.index] = output
         # Each position of an output has a map.
         progress.count(len(prompt.token_ids or ()), sum(len(one.logprobs) for one in output.sequences))

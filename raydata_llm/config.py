@@ -26,6 +26,7 @@ from raydata_llm.stage_config import (
     PrepareMultimodalStageConfig,
     StageConfig,
     TokenizerStageConfig,
+    fold_older_names,
     make_stage,
 )
 from raydata_llm.store_address import check_bucket
@@ -181,11 +182,13 @@ class EngineProcessorConfig(ProcessorConfig):
     def _check_stage(cls, value: object, info: Any) -> object:
         return make_stage(value, info.field_name)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_older_names(cls, values: Any) -> Any:
+        return fold_older_names(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _check_together(self) -> EngineProcessorConfig:
-        for old, new in _OLDER_NAMES.items():
-            if getattr(self, old) is not None and new in self.model_fields_set:
-                raise ValueError(f"{old}={getattr(self, old)!r} says the same as {new}: give {new} alone")
         if self.max_error_fraction is not None and not self.should_continue_on_error:
             raise ValueError(
                 f"max_error_fraction={self.max_error_fraction} needs should_continue_on_error=True: without it the "
@@ -245,25 +248,18 @@ class EngineProcessorConfig(ProcessorConfig):
 
     @property
     def chat_template_options(self) -> ChatTemplateStageConfig:
-        """The chat template stage, older names folded in."""
-        changes: dict[str, Any] = {}
-        if self.apply_chat_template is not None:
-            changes["enabled"] = self.apply_chat_template
-        if self.chat_template is not None:
-            changes["chat_template"] = self.chat_template
-        return _as_stage(self.chat_template_stage, ChatTemplateStageConfig).model_copy(update=changes)
+        """The chat template stage."""
+        return _as_stage(self.chat_template_stage, ChatTemplateStageConfig)
 
     @property
     def tokenize_options(self) -> TokenizerStageConfig:
-        """The tokenise stage, older name folded in."""
-        changes = {} if self.tokenize is None else {"enabled": self.tokenize}
-        return _as_stage(self.tokenize_stage, TokenizerStageConfig).model_copy(update=changes)
+        """The tokenise stage."""
+        return _as_stage(self.tokenize_stage, TokenizerStageConfig)
 
     @property
     def detokenize_options(self) -> DetokenizeStageConfig:
-        """The detokenise stage, older name folded in."""
-        changes = {} if self.detokenize is None else {"enabled": self.detokenize}
-        return _as_stage(self.detokenize_stage, DetokenizeStageConfig).model_copy(update=changes)
+        """The detokenise stage."""
+        return _as_stage(self.detokenize_stage, DetokenizeStageConfig)
 
 
 class vLLMEngineProcessorConfig(EngineProcessorConfig):
@@ -306,8 +302,8 @@ class vLLMEngineProcessorConfig(EngineProcessorConfig):
         """As the base's, from the placement group too."""
         if self.placement_group_config is None:
             return super().replica_bundles
-        bundles: Sequence[Mapping[str, float]] = self.placement_group_config["bundles"]
-        return bundles
+        per_worker, bundles = self.placement_group_config["bundle_per_worker"], self.placement_group_config["bundles"]
+        return [per_worker] if bundles is None else list(bundles)
 
     @property
     def placement_strategy(self) -> str:
@@ -323,14 +319,6 @@ class vLLMEngineProcessorConfig(EngineProcessorConfig):
                 f"is {num_ranks}: give one bundle for each rank, or bundle_per_worker"
             )
         return self
-
-
-_OLDER_NAMES = {
-    "apply_chat_template": "chat_template_stage",
-    "chat_template": "chat_template_stage",
-    "tokenize": "tokenize_stage",
-    "detokenize": "detokenize_stage",
-}
 
 
 def _as_stage(value: object, kind: type[_Stage]) -> _Stage:

@@ -20,9 +20,12 @@ from pydantic import (
     field_validator,
     model_serializer,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from raydata_llm.engine.known_names import nearest
 from raydata_llm.redaction import MASK, hide_environment, redact, redact_entry, redact_tree, shown
+
+_ERROR_TYPE = "config_error"
 
 
 def _no_flag(value: Any) -> Any:
@@ -44,8 +47,53 @@ Fraction = Annotated[_Number, Field(ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
+if TYPE_CHECKING:
+
+    class ConfigError(ValueError):
+        """A mistake in a config, in one line; where pydantic lets it, a `pydantic.ValidationError` too."""
+
+        told: str
+else:
+    try:
+
+        class ConfigError(ValidationError):
+            """A mistake in a config, in one line; a `ValueError`, and a `pydantic.ValidationError` as Ray's."""
+
+            told = ""
+
+            def __str__(self) -> str:
+                return self.told
+
+            def __repr__(self) -> str:
+                return f"ConfigError({self.told!r})"
+
+            def __reduce__(self) -> Any:
+                return config_error, (self.title, self.told)
+
+    except TypeError:  # an older pydantic, whose errors none can be derived from
+
+        class ConfigError(ValueError):
+            """A mistake in a config, in one line."""
+
+
+def config_error(config: type[BaseModel] | str, told: str) -> ValueError:
+    """The error of a config's mistakes, which are told in one line.
+
+    Args:
+        config: The config's class, or its name.
+    """
+    if not issubclass(ConfigError, ValidationError):
+        return ConfigError(told)
+    title = config if isinstance(config, str) else config.__name__
+    wrong = InitErrorDetails(type=PydanticCustomError(_ERROR_TYPE, "{told}", {"told": told}), loc=(), input=None)
+    error: Any = ConfigError.from_exception_data(title, [wrong], hide_input=True)
+    error.told = told
+    made: ValueError = error
+    return made
+
+
 class ConfigModel(BaseModel):
-    """A frozen model without unknown fields, whose mistakes are plain one-line `ValueError`s."""
+    """A frozen model without unknown fields, whose mistakes are plain one-line `ValueError`s (`ConfigError`s)."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), hide_input_in_errors=True
@@ -57,7 +105,7 @@ class ConfigModel(BaseModel):
             try:
                 super().__init__(**values)
             except ValidationError as error:
-                raise ValueError(_describe(type(self), error)) from None
+                raise config_error(type(self), _describe(type(self), error)) from None
 
         def __setattr__(self, name: str, value: Any) -> NoReturn:
             raise ValueError(
@@ -142,6 +190,8 @@ def _describe(config: type[BaseModel], error: ValidationError) -> str:
 
 def _describe_one(config: type[BaseModel], detail: Any) -> str:
     field = ".".join(str(part) for part in detail["loc"][:1])
+    if detail["type"] == _ERROR_TYPE:  # a config's within this one
+        return f"{config.__name__}: {detail['msg']}"
     if detail["type"] == "value_error":
         told = str(detail["ctx"]["error"])
         return f"{config.__name__}: {told if '=' in told else f'{field}: {told}'}"

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from raydata_llm.engine.beam_params import BeamSearchOutput
+from raydata_llm.engine.failed_outputs import PromptError
 from raydata_llm.engine.garbage_pause import GarbagePause
 from raydata_llm.engine.request import Request, RequestOutput, request_digest, sampling_key, seeded_key
 from raydata_llm.progress import Progress
@@ -49,6 +50,7 @@ class Generation:
         occurrences: How often each drawn request was asked before, by digest; kept over calls, so that asking again
             draws anew, as one call with the prompt twice does.
         finish: Fills in a result's text.
+        raises: Raise the first failed prompt's error, instead of giving it as its result.
     """
 
     def __init__(
@@ -58,12 +60,15 @@ class Generation:
         request_ids: Iterator[int],
         occurrences: Counter[bytes],
         finish: Finish,
+        *,
+        raises: bool = False,
     ) -> None:
         self._engine = engine
         self._seed = seed
         self._request_ids = request_ids
         self._occurrences = occurrences
         self._finish = finish
+        self._raises = raises
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
         self._chunks: deque[tuple[dict[str, Prompt], Future[None]]] = deque()
         self._tokenised: deque[tuple[str, Prompt]] = deque()
@@ -75,26 +80,52 @@ class Generation:
 
         Args:
             encode: Fills in the token ids, or errors, of some prompts; runs in a thread of its own.
+
+        Raises:
+            PromptError: where failed prompts raise, for the first that cannot be run; none is queued then.
         """
+        if self._raises:
+            # All prompts are looked at before any is run, so that a bad one costs no other's work.
+            encode(prompts)
+            encode = _leave
+            self._check(prompts)
         named = {str(next(self._request_ids)): prompt for prompt in prompts}
         for chunk in prompt_chunks(list(named.items())):
             self._chunks.append((dict(chunk), self._tokenising.submit(encode, [prompt for _, prompt in chunk])))
         self._unfinished |= named
         return list(named)
 
+    def _check(self, prompts: list[Prompt]) -> None:
+        def check(prompt: Prompt) -> None:
+            self._engine.check_request(_request("", prompt, key=0))
+
+        for prompt in prompts:
+            prompt.attempt(check)
+            if prompt.error is not None:
+                raise prompt_error(f"prompts[{prompt.index}]", prompt.error)
+
     @property
     def num_untaken(self) -> int:
         """Prompts whose results have not been taken."""
         return len(self._unfinished) + len(self._done)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the engine has begun on a prompt that is not done."""
+        return self._engine.has_unfinished()
 
     def results(self) -> Iterator[RequestOutput]:
         """Run, and yield results as they finish.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C; everything is kept, and another call goes on.
+            PromptError: where failed prompts raise; the others are kept, and another call goes on.
         """
         while self.num_untaken:
-            yield from self._take_done()
+            for output in self._take_done():
+                if self._raises and output.error is not None:
+                    raise prompt_error(f"the prompt with request_id={output.request_id!r}", output.error)
+                yield output
             if not self._unfinished:
                 continue
             with noted_interrupts() as interrupted:
@@ -120,6 +151,11 @@ class Generation:
             raise
         return sorted(results, key=lambda output: int(output.request_id))
 
+    def run_untaken(self) -> None:
+        """Run to the end, and keep all results for whoever takes them."""
+        while self._unfinished:
+            self._advance()
+
     def run(self, progress: Progress) -> list[RequestOutput]:
         """Run to the end; returns results in the order in which they were asked for.
 
@@ -127,6 +163,9 @@ class Generation:
 
         Args:
             progress: Is told of each result.
+
+        Raises:
+            PromptError, KeyboardInterrupt: where failed prompts raise.
         """
         asked, results = list(self._unfinished), dict[str, RequestOutput]()
         try:
@@ -135,8 +174,12 @@ class Generation:
                     self._advance()
                     garbage.collect_if_due()
                     for output in self._take_done():
+                        if self._raises and output.error is not None:
+                            raise prompt_error(f"prompts[{asked.index(output.request_id)}]", output.error)
                         results[output.request_id] = output
                         progress.advance(output)
+            if self._raises and self._unfinished:
+                raise KeyboardInterrupt
             results |= self._given_up()
         finally:
             self.abort()
@@ -216,16 +259,28 @@ class Generation:
             digest = request_digest(prompt.token_ids, params, adapter, prompt.embeds)
             key = sampling_key(self._seed, digest, self._occurrences[digest])
             self._occurrences[digest] += 1
-        self._engine.add_request(
-            Request(
-                request_id=request_id,
-                prompt_token_ids=prompt.token_ids,
-                sampling_params=params,
-                key=key,
-                lora_request=prompt.lora_request,
-                prompt_embeds=prompt.embeds,
-            )
-        )
+        self._engine.add_request(_request(request_id, prompt, key))
+
+
+def _request(request_id: str, prompt: Prompt, key: int) -> Request:
+    assert prompt.params is not None and prompt.token_ids is not None, "without an error it was read"
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt.token_ids,
+        sampling_params=prompt.params,
+        key=key,
+        lora_request=prompt.lora_request,
+        prompt_embeds=prompt.embeds,
+    )
+
+
+def _leave(prompts: list[Prompt]) -> None:
+    """Prompts that are encoded need nothing more."""
+
+
+def prompt_error(which: str, error: str) -> PromptError:
+    """What is raised of a failed prompt, where failed prompts raise."""
+    return PromptError(f"{which} failed: {error}")
 
 
 def tell_failures(results: Sequence[RequestOutput | BeamSearchOutput]) -> None:

@@ -30,9 +30,17 @@ class BeamMethods(ABC):
     _tokenizer: Any
     _request_ids: Iterator[int]
     _texts: Texts
+    _raises: bool
 
     @abstractmethod
-    def _ask_prompts(self, prompts: Any, sampling_params: Any, lora_request: Any) -> tuple[list[Prompt], Encode]:
+    def _ask_prompts(
+        self,
+        prompts: Any,
+        sampling_params: Any,
+        lora_request: Any,
+        tokenization_kwargs: Any = None,
+        priority: Any = None,
+    ) -> tuple[list[Prompt], Encode]:
         """Prompts as `LLM.generate` takes them."""
 
     @abstractmethod
@@ -46,7 +54,7 @@ class BeamMethods(ABC):
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool | Callable[..., Any] = False,
         concurrency_limit: int | None = None,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
     ) -> list[BeamSearchOutput]:
         """Find the `beam_width` likeliest outputs of each prompt.
 
@@ -73,13 +81,13 @@ class BeamMethods(ABC):
         asked = BeamSearchParams.from_value(params)
         engine.check_beam_params(asked)
         _check_limit(concurrency_limit)
-        listed, encode = self._ask_prompts(prompts, None, lora_request)
+        listed, encode = self._ask_prompts(prompts, None, lora_request, None, priority)
 
         def finish(output: BeamSearchOutput, prompt: Prompt) -> None:
             for sequence in output.sequences:
                 self._fill_sequence(sequence, asked)
 
-        call = BeamCall(engine, asked, concurrency_limit, self._request_ids, finish)
+        call = BeamCall(engine, asked, concurrency_limit, self._request_ids, finish, raises=self._raises)
         with Progress(len(listed), use_tqdm, "Beam search") as progress:
             return call.run(listed, encode, progress)
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from raydata_llm.engine.failed_outputs import NoPooling
 from raydata_llm.engine.pooling_params import EMBED_TASKS, PoolingParams, PoolingTask, as_task
 from raydata_llm.engine.pooling_request import (
     ClassificationOutput,
@@ -76,6 +77,7 @@ class PoolingMethods(ABC):
     """What `LLM` has for pooling models."""
 
     _request_ids: Iterator[int]
+    _raises: bool
 
     @abstractmethod
     def get_tokenizer(self) -> Any:
@@ -102,27 +104,29 @@ class PoolingMethods(ABC):
             pooling_params: For all, or a list with one each.
             use_tqdm: Show a progress bar (on a terminal or in a notebook), or a class to use as tqdm.
             pooling_task: "token_embed": the hidden state of each token, [tokens, hidden]; "token_classify": the
-                classes of each token; or "embed", "classify". None: the model's own for tokens if it has one.
+                classes of each token; or "embed", "classify". None: `pooler_config`'s task, else the model's
+                own for tokens if it has one.
             tokenization_kwargs: {"truncation": True, "max_length": n, "add_special_tokens": False}.
             lora_request: None: pooling models take no adapters.
 
         Returns:
-            Results in the order of the prompts. A prompt that cannot be run has `error` set and no `outputs`.
+            Results in the order of the prompts. A prompt that cannot be run has `error` set and false `outputs`, of
+            which each value says that error (see `on_error` of `LLM`).
 
         Raises:
             ValueError: for arguments that are wrong for all prompts.
         """
         refuse_arguments(lora_request=lora_request)
-        tasks = self._live_pooling_engine().model.tasks
-        by_token = next((task for task in tasks if task.startswith("token_")), tasks[0])
-        task = by_token if pooling_task is None else as_task(pooling_task)
+        model = self._live_pooling_engine().model
+        by_token = next((task for task in model.tasks if task.startswith("token_")), model.tasks[0])
+        task = (model.default_task or by_token) if pooling_task is None else as_task(pooling_task)
         outputs = self._pool(prompts, pooling_params, task, use_tqdm, tokenization_kwargs)
         import torch  # the engine has loaded it
 
-        for output in outputs:
-            if output.outputs is not None:
-                output.outputs = PoolingOutput(torch.from_numpy(output.outputs.data))
-        return outputs
+        def read(output: PoolingOutput) -> PoolingOutput:
+            return PoolingOutput(torch.from_numpy(output.data))
+
+        return [_as(PoolingRequestOutput, read, output) for output in outputs]
 
     def embed(
         self,
@@ -252,7 +256,7 @@ class PoolingMethods(ABC):
             max_model_len=engine.max_model_len,
         )
         with Progress(len(asked), use_tqdm, "Processed prompts") as progress:
-            return PoolingCall(engine, self._request_ids).run(asked, encode, progress)
+            return PoolingCall(engine, self._request_ids, raises=self._raises).run(asked, encode, progress)
 
 
 _Output = TypeVar("_Output")
@@ -261,7 +265,7 @@ _Request = TypeVar("_Request")
 
 def _as(kind: Callable[..., _Request], read: Callable[[PoolingOutput], _Output], output: RawOutput) -> _Request:
     """A pooled result as a method's own kind."""
-    outputs = None if output.outputs is None else read(output.outputs)
+    outputs = NoPooling(str(output.error)) if output.outputs is None else read(output.outputs)
     return kind(output.request_id, outputs, output.prompt_token_ids, error=output.error, prompt=output.prompt)
 
 
@@ -278,7 +282,8 @@ def _cosine(first: RawOutput, second: RawOutput) -> ScoringRequestOutput:
     prompt = (first.prompt, second.prompt)
     error = first.error or second.error
     if first.outputs is None or second.outputs is None:
-        return ScoringRequestOutput(first.request_id, None, ids, error=error, prompt=prompt)
+        no_score: Any = NoPooling(str(error))
+        return ScoringRequestOutput(first.request_id, no_score, ids, error=error, prompt=prompt)
     one, other = (output.data.astype("float64") for output in (first.outputs, second.outputs))
     norms = float((one @ one) * (other @ other)) ** 0.5
     score = float(one @ other) / norms if norms else 0.0

@@ -15,9 +15,11 @@ from raydata_llm.engine.request import LoRARequest, RequestOutput
 from raydata_llm.generation import Encode, Generation, tell_failures
 from raydata_llm.progress import Progress
 from raydata_llm.prompts import ParamsLike, Prompt
+from raydata_llm.vllm_settings import refuse_arguments
 
 Asked = tuple[list[Prompt], Encode]
 ManyParams = ParamsLike | Sequence[ParamsLike] | None
+Priority = int | Sequence[int] | None
 ManyAdapters = LoRARequest | Sequence[LoRARequest | None] | None
 
 
@@ -45,11 +47,20 @@ class QueueMethods(ABC):
         sampling_params: Any,
         lora_request: Any,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        priority: Priority = None,
     ) -> Asked:
         """Prompts as `LLM.generate` takes them."""
 
     @abstractmethod
-    def _ask_conversations(self, messages: Any, sampling_params: Any, lora_request: Any, options: ChatOptions) -> Asked:
+    def _ask_conversations(
+        self,
+        messages: Any,
+        sampling_params: Any,
+        lora_request: Any,
+        options: ChatOptions,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        priority: Priority = None,
+    ) -> Asked:
         """Conversations as `LLM.chat` takes them."""
 
     @abstractmethod
@@ -64,35 +75,41 @@ class QueueMethods(ABC):
         self,
         prompts: Any,
         sampling_params: ManyParams = None,
-        *,
         lora_request: ManyAdapters = None,
-        priority: Sequence[int] | None = None,
+        priority: Priority = None,
+        use_tqdm: bool | Callable[..., Any] = True,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Queue prompts; arguments and errors as `generate`'s.
 
-        They are tokenised at once, and run by `as_completed` or `wait_for_completion`.
+        They are tokenised at once, and run by `as_completed` or `wait_for_completion`. `use_tqdm` is taken and not
+        used: tokenising is done beside, and what runs the prompts has the bar.
 
         Returns:
             The `request_id` of each prompt's result.
         """
-        return self._enqueue(self._ask_prompts(prompts, sampling_params, lora_request, tokenization_kwargs))
+        refuse_arguments(mm_processor_kwargs=mm_processor_kwargs)
+        return self._enqueue(self._ask_prompts(prompts, sampling_params, lora_request, tokenization_kwargs, priority))
 
     def enqueue_chat(
         self,
         messages: Any,
         sampling_params: ManyParams = None,
-        *,
+        use_tqdm: bool | Callable[..., Any] = True,
         lora_request: ManyAdapters = None,
-        priority: Sequence[int] | None = None,
+        priority: Priority = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Queue conversations; arguments as `chat`'s, the rest as `enqueue`'s."""
+        refuse_arguments(mm_processor_kwargs=mm_processor_kwargs)
         options = ChatOptions(
             chat_template=chat_template,
             chat_template_content_format=chat_template_content_format,
@@ -101,7 +118,9 @@ class QueueMethods(ABC):
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
         )
-        return self._enqueue(self._ask_conversations(messages, sampling_params, lora_request, options))
+        return self._enqueue(
+            self._ask_conversations(messages, sampling_params, lora_request, options, tokenization_kwargs, priority)
+        )
 
     def as_completed(self) -> Iterator[RequestOutput]:
         """Run what is enqueued, and yield each result as it finishes.
@@ -153,14 +172,27 @@ class QueueMethods(ABC):
             self._queue.abort()
             self._queue = None
 
+    @property
+    def num_enqueued(self) -> int:
+        """Enqueued prompts whose results were not taken."""
+        return 0 if self._queue is None else self._queue.num_untaken
+
+    def _run_enqueued(self) -> None:
+        if self._queue is not None:
+            self._queue.run_untaken()
+
     def _enqueue(self, asked: Asked) -> list[str]:
         if self._queue is None:
             self._queue = self._begin()
         return self._queue.add(*asked)
 
+    def _check_idle(self) -> None:
+        if self._queue is not None and self._queue.is_under_way:
+            raise ValueError("enqueued prompts are under way: call wait_for_completion(), or reset() to forget them")
+
     def _check_nothing_enqueued(self) -> None:
-        if self._queue is not None and self._queue.num_untaken:
+        if self.num_enqueued:
             raise ValueError(
-                f"{self._queue.num_untaken} enqueued prompts have results that were not taken: call "
+                f"{self.num_enqueued} enqueued prompts have results that were not taken: call "
                 "wait_for_completion(), or reset() to forget them"
             )

@@ -7,11 +7,12 @@ engine. Prompts are encoded in a thread of their own, while the caller's fills i
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from raydata_llm.engine.detokenizer import output_text
 from raydata_llm.engine.flat_logprobs import FlatLogprobs
+from raydata_llm.engine.listed_positions import kept_positions
 from raydata_llm.engine.pooling_params import PoolingParams
 from raydata_llm.engine.position_logprobs import PositionLogprobs
 from raydata_llm.engine.request import Logprob, RequestOutput
@@ -66,7 +67,7 @@ class Texts:
         output.prompt, output.lora_request = prompt.text, prompt.lora_request
         prompt.attempt(functools.partial(self._fill_text, output))
         if prompt.error is not None:
-            output.outputs, output.error = [], prompt.error
+            output.fail(prompt.error)
 
     def _encode_one(self, tokenization: Tokenization | None, max_model_len: int, prompt: Prompt) -> None:
         prompt.token_ids = self._token_ids([prompt.text or ""], tokenization, max_model_len)[0]
@@ -83,13 +84,13 @@ class Texts:
     def _fill_text(self, output: RequestOutput, prompt: Prompt) -> None:
         if self._tokenizer is None or prompt.params is None or not prompt.params.detokenize:
             return
-        self._name_positions(output.prompt_logprobs)
+        self._name_positions(kept_positions(output, "prompt_logprobs"))
         before = () if prompt.embeds is not None else output.prompt_token_ids
         for one in output.outputs:
             one.text = output_text(
                 self._tokenizer, before, one.token_ids, prompt.params, one.stop_reason, one.finish_reason
             )
-            self._name_positions(one.logprobs)
+            self._name_positions(kept_positions(one, "logprobs"))
 
     def _name_positions(self, positions: Sequence[dict[int, Logprob] | None] | None) -> None:
         if isinstance(positions, PositionLogprobs):
@@ -118,6 +119,16 @@ def encode_conversations(render: Render, max_model_len: int, prompts: list[Promp
     """Fill in the text and the token ids, or the errors, of prompts that are conversations."""
     for prompt in prompts:
         prompt.attempt(functools.partial(_encode_conversation, render, max_model_len))
+
+
+def write_conversations(write: Callable[[Any], str], prompts: list[Prompt]) -> None:
+    """Fill in the text, or the errors, of prompts that are conversations."""
+
+    def fill(prompt: Prompt) -> None:
+        prompt.text = write(prompt.given)
+
+    for prompt in prompts:
+        prompt.attempt(fill)
 
 
 def _encode_conversation(render: Render, max_model_len: int, prompt: Prompt) -> None:

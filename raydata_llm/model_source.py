@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.model_cache import fetch_model
@@ -58,6 +58,44 @@ def resolve_model(model_source: str, *, weights: bool = True, load_format: str =
     if local.exists():
         return _check_folder(model_source, str(local))
     return _check_folder(model_source, fetch_from_hub(model_source, weights=weights, load_format=load_format))
+
+
+def with_revision(model_source: str, revision: Any, field: str = "revision") -> str:
+    """A Hub id at one of its revisions, as `org/name@revision`.
+
+    Args:
+        revision: A branch, tag or commit; None and "main" are what the Hub gives anyway.
+        field: How the revision was given.
+
+    Raises:
+        ValueError: for a revision of what is not on the Hub.
+    """
+    if revision is None or revision == "main":
+        return model_source
+    named = None if is_remote(model_source) or _is_local(model_source) else _HUB_ID.fullmatch(model_source)
+    if not isinstance(revision, str) or named is None or named["revision"] not in (None, revision):
+        raise ValueError(
+            f"{field}={revision!r} is not valid with model_source={redact(model_source)!r}: it names a version of a "
+            "model on the Hub; leave it out, or give the model's id without one"
+        )
+    return f"{named['repo']}@{revision}"
+
+
+def settle_hf_overrides(model_source: str, overrides: Any) -> Any:
+    """The values that a function of `hf_overrides` changes in a model's config; other overrides are given back.
+
+    Raises:
+        ValueError: when the config cannot be read, or the function raises.
+    """
+    from raydata_llm.engine.model_files import settle_overrides
+
+    if not callable(overrides):
+        return overrides
+    if not is_remote(model_source):
+        return settle_overrides(resolve_model(model_source, weights=False), overrides)
+    remote = RemoteModel(model_source)
+    with tempfile.TemporaryDirectory(prefix="raydata_llm-") as folder:
+        return settle_overrides(_outline(remote, Path(folder), "dummy"), overrides)
 
 
 def check_model(model_source: str, engine_config: EngineConfig, task: PoolingTask | None = None) -> None:

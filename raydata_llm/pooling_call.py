@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raydata_llm.engine.pooling_request import PoolingOutput, PoolingRequest, PoolingRequestOutput
-from raydata_llm.generation import noted_interrupts
+from raydata_llm.generation import noted_interrupts, prompt_error
 from raydata_llm.pooling_prompts import PooledPrompt
 from raydata_llm.progress import Progress
 from raydata_llm.redaction import masked_logger
@@ -37,10 +37,12 @@ class PoolingCall:
     Args:
         engine: With nothing unfinished in it.
         request_ids: Gives each request its id.
+        raises: Raise the first failed prompt's error, instead of giving it as its result.
     """
 
-    def __init__(self, engine: PoolingEngine, request_ids: Iterator[int]) -> None:
+    def __init__(self, engine: PoolingEngine, request_ids: Iterator[int], *, raises: bool = False) -> None:
         self._engine = engine
+        self._raises = raises
         self._request_ids = request_ids
         self._running: dict[str, PooledPrompt] = {}
         self._results: dict[int, RawOutput] = {}
@@ -54,6 +56,9 @@ class PoolingCall:
             prompts: Their `index` counts from 0.
             encode: Fills in the token ids, or errors, of some prompts; runs in a thread of its own.
             progress: Is told of each result.
+
+        Raises:
+            PromptError, KeyboardInterrupt: where failed prompts raise.
         """
         with noted_interrupts() as interrupted, ThreadPoolExecutor(1, "tokenise") as pool:
             chunks = deque((chunk, pool.submit(encode, chunk)) for chunk in _chunks(prompts))
@@ -101,10 +106,14 @@ class PoolingCall:
 
     def _take(self, prompt: PooledPrompt, output: RawOutput) -> RawOutput:
         output.prompt = prompt.text if prompt.pair is None else (prompt.text, prompt.pair)
+        if self._raises and output.error is not None:
+            raise prompt_error(f"prompts[{prompt.index}]", output.error)
         self._results[prompt.index] = output
         return output
 
     def _ordered_results(self, prompts: list[PooledPrompt]) -> list[RawOutput]:
+        if self._raises and len(self._results) < len(prompts):
+            raise KeyboardInterrupt
         for prompt in prompts:
             if prompt.index not in self._results:
                 error = "KeyboardInterrupt: interrupted before this prompt was done"

@@ -18,11 +18,11 @@ from raydata_llm.config import EngineProcessorConfig, ProcessorConfig
 from raydata_llm.dispatch_plan import DispatchPlan, ReplicaPlan
 from raydata_llm.engine.known_names import named_arguments
 from raydata_llm.finish import FinishPlan, finish
-from raydata_llm.model_source import check_model
+from raydata_llm.model_source import check_model, settle_hf_overrides
 from raydata_llm.pooled_rows import pooling_task
 from raydata_llm.prepare import prepare
 from raydata_llm.prepare_plan import PreparePlan, RowFunction
-from raydata_llm.processor_stages import Stage, all_stages, find_stage, input_columns
+from raydata_llm.processor_stages import Stage, find_stage, input_columns, stages_of
 from raydata_llm.ray_operators import (
     cpus_of_tasks,
     dispatcher_options,
@@ -71,11 +71,12 @@ class Processor:
         output_schema: pa.Schema | None = None,
         engine_factory: EngineFactory = start_engine,
     ) -> None:
-        self.config = config
+        self.config = config = _with_settled_overrides(config)
         self.preprocess = preprocess
         self.postprocess = postprocess
         self.preprocess_map_kwargs = dict(preprocess_map_kwargs or {})
         self.postprocess_map_kwargs = dict(postprocess_map_kwargs or {})
+        self.stages: OrderedDict[str, Stage] = stages_of(config, chat_template_kwargs)
         self._engine_factory = engine_factory
         self._job: Job | None = None
         chat, tokenize, detokenize = config.chat_template_options, config.tokenize_options, config.detokenize_options
@@ -157,22 +158,17 @@ class Processor:
             raise ValueError("there is no report yet: nothing has run; give the processor a dataset and consume it")
         return self._job.report()
 
-    @property
-    def stages(self) -> OrderedDict[str, Stage]:
-        """The operators by name, in order."""
-        return all_stages()
-
     def list_stage_names(self) -> list[str]:
-        """The operators' names, in order."""
-        return list(all_stages())
+        """The names of the stages that are on, in order, as Ray Data LLM calls them."""
+        return list(self.stages)
 
     def get_stage_by_name(self, name: str) -> Stage:
-        """One operator, by its name or by that of a stage of Ray Data LLM that lies in it.
+        """One stage by its name, or an operator: "prepare", "replica" or "finish".
 
         Raises:
-            ValueError: for an unknown name.
+            ValueError: for an unknown name, and a stage that is off.
         """
-        return find_stage(name)
+        return find_stage(self.stages, name)
 
     def log_input_column_names(self) -> None:
         """Log the columns that a row may have for the first operator; printed where nobody takes log lines."""
@@ -265,6 +261,15 @@ def _check_template(processor: Processor) -> None:
     if not isinstance(given, str):
         raise ValueError(f"chat_template={given!r} is a {type(given).__name__}: give a Jinja template as text")
     check_chat_template(None, given)
+
+
+def _with_settled_overrides(config: EngineProcessorConfig) -> EngineProcessorConfig:
+    """The config with values in place of a function of the model's: replicas, reports and later runs see the values."""
+    overrides = config.engine_kwargs.get("hf_overrides")
+    if not callable(overrides):
+        return config
+    values = settle_hf_overrides(config.model_source, overrides)
+    return config.model_copy(update={"engine_kwargs": {**config.engine_kwargs, "hf_overrides": values}})
 
 
 def _type_name(value: object) -> str:

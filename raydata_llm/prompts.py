@@ -127,6 +127,20 @@ def pair_params(given: list[Any], sampling_params: Any, defaults: Mapping[str, A
     return prompts
 
 
+def check_priority(priority: Any, count: int) -> None:
+    """Check what is not used: a whole number for all prompts, or a list with one each.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if priority is None or _is_integer(priority):
+        return
+    if not isinstance(priority, Sequence | np.ndarray) or not all(map(_is_integer, priority)):
+        raise ValueError(f"priority={_short(priority)} is not valid: give a whole number, or a list with one a prompt")
+    if len(priority) != count:
+        raise ValueError(f"priority has {len(priority)} entries for {count} prompts: give one each or one")
+
+
 def pair_adapters(prompts: list[Prompt], lora_request: Any) -> None:
     """Give prompts their adapters: none, one for all, or a list with one (or None) each.
 

@@ -32,7 +32,7 @@ def bundle_resources(value: object, field: str) -> dict[str, float]:
 
 
 def placement_group(value: object) -> dict[str, Any]:
-    """A placement group of one bundle for all ranks or one for each, as `{"bundles": [{...}], "strategy": ...}`.
+    """A placement group of one bundle for all ranks or one for each, with what was left out, as Ray Data LLM reads it.
 
     Raises:
         ValueError: naming the field, the value and the remedy.
@@ -51,5 +51,9 @@ def placement_group(value: object) -> dict[str, Any]:
         raise ValueError(f"{field}['strategy']={strategy!r} is not valid: choose one of {', '.join(_STRATEGIES)}")
     if bundles is not None and (not isinstance(bundles, (list, tuple)) or not bundles):
         raise ValueError(f"{field}['bundles']={bundles!r} is not valid: give a list, one bundle for each rank")
-    given = [per_worker] if bundles is None else bundles
-    return {"bundles": [bundle_resources(one, f"{field} bundle") for one in given], "strategy": strategy}
+    checked = [bundle_resources(one, f"{field} bundle") for one in ([per_worker] if bundles is None else bundles)]
+    return {
+        "bundle_per_worker": checked[0] if bundles is None else None,
+        "bundles": None if bundles is None else checked,
+        "strategy": strategy,
+    }

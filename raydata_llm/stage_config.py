@@ -5,11 +5,15 @@ Owns the stages' fields. The chat template and the tokeniser run in the `prepare
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from raydata_llm.config_model import ConfigModel, Flag, PositiveInt, PositiveNumber, Share
+
+logger = logging.getLogger(__name__)
 
 
 class StageConfig(ConfigModel):
@@ -32,6 +36,12 @@ class StageConfig(ConfigModel):
     concurrency: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     batch_size: PositiveInt | None = None
     runtime_env: dict[str, Any] | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """A field by its name, as of the dict that Ray Data LLM keeps."""
+        if name not in type(self).model_fields:
+            raise KeyError(name)
+        return getattr(self, name)
 
 
 class ChatTemplateStageConfig(StageConfig):
@@ -78,6 +88,28 @@ _STAGES: dict[str, type[StageConfig]] = {
     "detokenize_stage": DetokenizeStageConfig,
     "prepare_multimodal_stage": PrepareMultimodalStageConfig,
 }
+
+
+# Fields of older versions: the stage that each is about, and what it says of it.
+_OLDER_NAMES = {
+    "apply_chat_template": ("chat_template_stage", "enabled"),
+    "chat_template": ("chat_template_stage", "chat_template"),
+    "tokenize": ("tokenize_stage", "enabled"),
+    "detokenize": ("detokenize_stage", "enabled"),
+}
+
+
+def fold_older_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A processor's fields with what its older ones say of stages in the stages, unless these are given themselves."""
+    folded, of_stages = dict(values), dict[str, dict[str, Any]]()
+    for old, (stage, name) in _OLDER_NAMES.items():
+        if values.get(old) is None:
+            continue
+        if stage in values:
+            logger.warning("%s is left out, as %s is given", old, stage)
+        else:
+            of_stages.setdefault(stage, {})[name] = values[old]
+    return folded | of_stages
 
 
 def make_stage(value: object, field: str) -> StageConfig:

@@ -1,129 +1,99 @@
 """vLLM's settings, sorted by what they mean here.
 
-Owns the lists: what is left out because it cannot change an answer, and what would change answers and is therefore
-refused unless it has a value that asks for nothing. A name in neither list is the engine's own, or a mistake, which
-`EngineConfig` names; the engine's own names are never looked up here.
+Owns the lists: what would change answers, or what is returned, and is therefore refused unless it has a value that
+asks for nothing. What else vLLM knows (`vllm_arguments.py`) cannot change an answer and is left out, with a warning
+unless it is vLLM's default. Other names are the engine's own, or a mistake, which `EngineConfig` names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from raydata_llm.engine.engine_config import FIELD_NAMES, JSON_STYLES
 from raydata_llm.engine.known_names import nearest
 from raydata_llm.engine.sampling_params import SAMPLING_REMEDIES
+from raydata_llm.model_source import with_revision
 from raydata_llm.redaction import masked_logger, shown
+from raydata_llm.vllm_arguments import ARGUMENTS
 
 logger = masked_logger(__name__)
 
-# How vLLM runs, watches or places itself: the same answers with or without.
-_LEFT_OUT_FOR = {
-    "weights, how they are found and read": """
-        allowed_local_media_path allowed_media_domains code_revision download_dir ignore_patterns model
-        model_impl model_loader_extra_config model_weights pt_load_map_location safetensors_load_strategy
-        safetensors_prefetch_num_threads served_model_name use_tqdm_on_load weight_transfer_config
-    """,
-    "processes, devices and their links": """
-        all2all_backend api_process_count cp_kv_cache_interleave_size data_parallel_address
-        data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb data_parallel_rank
-        data_parallel_rpc_port data_parallel_size_local data_parallel_start_rank dbo_decode_token_threshold
-        dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size decode_context_parallel_size
-        disable_custom_all_reduce disable_nccl_for_dp_synchronization distributed_executor_backend
-        distributed_timeout_seconds enable_dbo enable_elastic_ep enable_ep_weight_filter enable_eplb
-        enable_expert_parallel enable_sleep_mode eplb_config eplb_log_balancedness eplb_step_interval
-        eplb_window_size expert_placement_strategy fail_on_environ_validation master_addr master_port
-        max_parallel_loading_workers moe_backend nnodes node_rank num_redundant_experts numa_bind numa_bind_cpus
-        numa_bind_nodes placement_group prefill_context_parallel_size ray_workers_use_nsight shutdown_timeout
-        ubatch_size worker_cls worker_extension_cls worker_use_ray
-    """,
-    "KV cache, its place and precision": """
-        calculate_kv_scales cpu_offload_gb cpu_offload_params disable_hybrid_kv_cache_manager ec_transfer_config
-        kv_cache_dtype kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_events_config
-        kv_offloading_backend kv_offloading_size kv_sharing_fast_prefill kv_transfer_config offload_backend
-        offload_group_size offload_num_in_group offload_params offload_prefetch_step
-        prefix_cache_retention_interval prefix_caching_hash_algo swap_space
-    """,
-    "scheduling, kernels, compilation": """
-        additional_config async_scheduling attention_backend attention_config compilation_config
-        cuda_graph_sizes cudagraph_capture_sizes cudagraph_metrics disable_async_output_proc
-        enable_flashinfer_autotune gdn_prefill_backend ir_op_priority kernel_config linear_backend
-        long_prefill_token_threshold max_cudagraph_capture_size max_long_partial_prefills
-        max_num_partial_prefills max_num_scheduled_tokens max_seq_len_to_capture multi_step_stream_outputs
-        num_lookahead_slots num_scheduler_steps optimization_level override_attention_dtype
-        override_neuron_config performance_mode preemption_mode prefill_schedule_interval scheduler_cls
-        scheduler_delay_factor scheduler_reserve_full_isl scheduling_policy stream_interval use_v2_block_manager
-        watermark
-    """,
-    "speculative decoding: the same answers, drawn in another way": """
-        disable_logprobs_during_spec_decoding ngram_prompt_lookup_max ngram_prompt_lookup_min
-        num_speculative_tokens spec_decoding_acceptance_method speculative_config
-        speculative_disable_by_batch_size speculative_disable_mqa_scorer speculative_draft_tensor_parallel_size
-        speculative_max_model_len speculative_model speculative_model_quantization
-        typical_acceptance_sampler_posterior_alpha typical_acceptance_sampler_posterior_threshold
-    """,
-    "logs, traces and metrics": """
-        aggregate_engine_logging collect_detailed_traces disable_log_requests disable_log_stats
-        enable_layerwise_nvtx_tracing enable_log_requests enable_logging_iteration_details enable_mfu_metrics
-        enable_mm_processor_stats observability_config otlp_traces_endpoint profiler_config
-        show_hidden_metrics_for_version
-    """,
-    "text, and the backend of grammars": """
-        guided_decoding_backend guided_decoding_disable_fallback
-        intial_incremental_detokenization_offset logits_processor_pattern max_logprobs
-        reasoning_parser_plugin renderer_num_workers
-        tokenizer_pool_extra_config tokenizer_pool_size tokenizer_pool_type
-        tokens_only
-    """,
-    "parts of models that are not run here: images, adapters, state spaces": """
-        default_mm_loras disable_chunked_mm_input disable_mm_preprocessor_cache enable_lora_bias
-        enable_mamba_cache_stochastic_rounding enable_mm_embeds enable_tower_connector_lora fully_sharded_loras
-        interleave_mm_strings language_model_only limit_mm_per_prompt long_lora_scaling_factors lora_dtype
-        lora_extra_vocab_size lora_target_modules mamba_backend mamba_block_size mamba_cache_dtype
-        mamba_cache_mode mamba_cache_philox_rounds mamba_config mamba_ssm_cache_dtype max_cpu_loras
-        max_prompt_adapter_token max_prompt_adapters media_io_kwargs
-        mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin
-        mm_encoder_fp8_scale_save_path mm_encoder_only mm_encoder_tp_mode mm_processor_cache_gb
-        mm_processor_cache_type mm_processor_kwargs mm_shm_cache_max_object_size_mb mm_tensor_ipc
-        skip_mm_profiling specialize_active_lora video_pruning_rate
-    """,
-}
-_LEFT_OUT = {name for names in _LEFT_OUT_FOR.values() for name in names.split()}
-
-# What would change answers, with the values that ask for nothing.
+# What would change answers or what is returned, with the values that ask for nothing beside vLLM's default; names of
+# former versions among them.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "allow_deprecated_quantization": (None, False),
-    "config_format": (None, "auto", "hf"),
-    "data_parallel_size": (None, 1),
-    "disable_sliding_window": (None, False),
-    "enable_prompt_adapter": (None, False),
-    "hf_config_path": (None,),
-    "hf_token": (None, False, True),
-    "io_processor_plugin": (None,),
-    "lora_modules": (None, []),
-    "qlora_adapter_name_or_path": (None,),
-    "quantization": (None,),
-    "quantization_config": (None, {}),
-    "quantization_param_path": (None,),
-    "revision": (None,),
-    "rope_scaling": (None, {}),
-    "rope_theta": (None,),
-    "task": (None, "auto", "generate"),
-    "task_type": (None, "generate"),
-    "tokenizer": (None,),
-    "tokenizer_mode": (None, "auto", "hf", "slow"),
-    "tokenizer_revision": (None,),
+    "allow_deprecated_quantization": (),
+    "aux_output_config": (),
+    "config_format": ("auto", "hf"),
+    "data_parallel_size": (),
+    "default_mm_loras": (),
+    "device_ids": (),
+    "diffusion_config": (),
+    "disable_sliding_window": (),
+    "enable_prompt_adapter": (False,),
+    "enable_return_routed_experts": (),
+    "enable_trace_replay": (),
+    "engram_config": (),
+    "hf_config_path": (),
+    "hf_token": (False, True),
+    "io_processor_plugin": (),
+    "lora_modules": ([],),
+    "lora_target_modules": (),
+    "mm_encoder_only": (),
+    "model_class_overrides": (),
+    "model_weights": (),
+    "qlora_adapter_name_or_path": (),
+    "quantization": (),
+    "quantization_config": ({},),
+    "quantization_param_path": (),
+    "return_sampling_mask": (),
+    "revision": ("main",),
+    "rope_scaling": ({},),
+    "rope_theta": (),
+    "task": ("auto", "generate"),
+    "task_type": ("generate",),
+    "tokenizer": (),
+    "tokenizer_mode": ("auto", "hf", "slow"),
+    "tokenizer_revision": ("main",),
+    "watermark_config": (),
 }
 _REMEDY = {
     "data_parallel_size": "set concurrency to as many replicas",
+    "device_ids": "choose GPUs by CUDA_VISIBLE_DEVICES",
+    "enable_return_routed_experts": "the engine runs dense models",
+    "enable_trace_replay": "give the tokens as the prompt's end, and set prompt_logprobs=0",
     "hf_token": "set the environment variable HF_TOKEN, for workers in runtime_env",
-    "revision": "download that revision and give its folder as model_source",
+    "lora_target_modules": "leave the other modules out of the adapter's own files",
+    "model_weights": "give their folder as the model",
+    "return_sampling_mask": "set logprobs and logprobs_mode='processed_logprobs' to see what was left to draw from",
+    "revision": "download that revision and give its folder as the model",
     "rope_scaling": "set hf_overrides={'rope_parameters': ...}",
     "rope_theta": "set hf_overrides={'rope_parameters': ...}",
     "task": "set the processor's task_type",
     "task_type": "set the processor's task_type",
     "tokenizer": "set tokenize_stage={'model_source': ...}",
+    "tokenizer_revision": "set tokenize_stage={'model_source': 'org/name@revision'}, of LLM tokenizer=",
+    "watermark_config": "write it as one of the engine's logits_processors",
 }
+# Of former versions; these too say only how vLLM runs.
+_FORMER = """
+    api_process_count calculate_kv_scales cuda_graph_sizes disable_async_output_proc disable_log_requests
+    disable_logprobs_during_spec_decoding disable_mm_preprocessor_cache enable_log_requests enable_lora_bias
+    eplb_log_balancedness eplb_step_interval eplb_window_size guided_decoding_backend
+    guided_decoding_disable_fallback intial_incremental_detokenization_offset logits_processor_pattern
+    long_lora_scaling_factors lora_extra_vocab_size max_long_partial_prefills max_num_partial_prefills
+    max_prompt_adapter_token max_prompt_adapters max_seq_len_to_capture multi_step_stream_outputs
+    ngram_prompt_lookup_max ngram_prompt_lookup_min num_lookahead_slots num_redundant_experts num_scheduler_steps
+    num_speculative_tokens observability_config override_attention_dtype override_neuron_config placement_group
+    preemption_mode scheduler_delay_factor spec_decoding_acceptance_method speculative_disable_by_batch_size
+    speculative_disable_mqa_scorer speculative_draft_tensor_parallel_size speculative_max_model_len
+    speculative_model speculative_model_quantization swap_space tokenizer_pool_extra_config tokenizer_pool_size
+    tokenizer_pool_type typical_acceptance_sampler_posterior_alpha typical_acceptance_sampler_posterior_threshold
+    use_v2_block_manager worker_use_ray
+"""
+# How vLLM runs, watches or places itself: the same answers with or without.
+_LEFT_OUT = (ARGUMENTS.keys() | set(_FORMER.split())) - _OFF.keys() - (FIELD_NAMES - {"model"})
 
 _NO_ARGUMENTS = {
     "lora_request": "pooling models take no adapters (merge one into its model)",
@@ -133,10 +103,13 @@ _NO_ARGUMENTS = {
 }
 
 # Loaders of the same weights: this engine reads them its own way.
-_LOADERS = {"runai_streamer", "runai_streamer_sharded", "fastsafetensors", "instanttensor"}
+_LOADERS = {"hf", "runai_streamer", "runai_streamer_sharded", "fastsafetensors", "instanttensor"}
 
 # What `LLM` takes beside the engine's settings.
-_LLM_ARGUMENTS = {"tokenizer", "data_parallel_size"}
+_LLM_ARGUMENTS = {
+    *("chat_template", "data_parallel_size", "on_error", "profiler_config", "revision"),
+    *("tokenizer", "tokenizer_revision"),
+}
 
 # Fields that Ray Data LLM had once.
 _OLDER_FIELDS: dict[str, tuple[Any, ...]] = {"has_image": (None, False), "prepare_image_stage": (None, False)}
@@ -166,6 +139,11 @@ def split_vllm_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     left_out = _take_experimental(fields)
     given = fields.get("engine_kwargs")
     if isinstance(given, Mapping):
+        given, source = dict(given), fields.get("model_source")
+        if isinstance(source, str):
+            fields["model_source"] = with_revision(source, given.pop("revision", None))
+            if given.get("tokenizer") == source:
+                del given["tokenizer"]
         engine_kwargs, ignored = _engine_settings(given)
         left_out += [f"engine_kwargs[{name!r}]" for name in ignored]
         fields["engine_kwargs"] = engine_kwargs
@@ -203,8 +181,8 @@ def _engine_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
 
 
 def _known_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is None, vLLM's word for a default, and without what the model's files say themselves."""
-    kept = {name: value for name, value in given.items() if value is not None}
+    """Without vLLM's defaults, of which None is one, and without what the model's files say themselves."""
+    kept = {name: value for name, value in given.items() if value is not None and not _is_default(name, value)}
     if kept.get("quantization") == "gguf":
         del kept["quantization"]
     if "override_pooler_config" in kept:
@@ -212,9 +190,32 @@ def _known_values(given: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _is_default(name: str, value: Any) -> bool:
+    """Whether it is vLLM's default, and not a setting of the engine, which has defaults of its own."""
+    if name not in ARGUMENTS or name in FIELD_NAMES:
+        return name in FIELD_NAMES and is_empty(value)
+    default = ARGUMENTS[name]
+    return bool(type(value) is type(default) and value == default) or (default in ({}, ()) and is_empty(value))
+
+
+def is_empty(value: Any) -> bool:
+    """Whether it is an empty collection, or one of vLLM's objects of settings as it is made without any."""
+    if isinstance(value, (str, bytes, type)) or callable(value):
+        return False
+    if isinstance(value, Collection):
+        return not value
+    try:
+        make: Any = type(value)
+        return bool(is_dataclass(value) and value == make())
+    except Exception:  # others' classes, which may need arguments
+        return False
+
+
 def _take_forms(kept: dict[str, Any]) -> list[str]:
     """Take what vLLM's settings, and their older names, say of thinking and of JSON; gives the names of the rest."""
     given = kept.pop("structured_outputs_config", {})
+    if is_dataclass(given) and not isinstance(given, type):
+        given = asdict(given)
     if not isinstance(given, Mapping):
         raise ValueError(f"structured_outputs_config={given!r} is not valid: give a dict")
     forms = dict(given)
@@ -249,7 +250,7 @@ def _split(
         if name in FIELD_NAMES and name != "model":
             kept[name] = value
         elif name in off:
-            if not any(value is none or value == none for none in off[name]):
+            if value is not None and not any(value is none or value == none for none in off[name]):
                 raise ValueError(
                     f"{name}={shown(name, value)} is not supported yet: {_REMEDY.get(name, 'leave it out')}"
                 )

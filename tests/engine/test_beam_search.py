@@ -348,8 +348,9 @@ def test_a_prompt_ends_at_max_model_len(folder: Path) -> None:
 
 
 def test_more_beams_than_the_engine_runs_are_refused(folder: Path) -> None:
-    engine = Engine(EngineConfig(model=str(folder), **{**SETTINGS, "max_num_seqs": 3}))
-    with pytest.raises(ValueError, match="beam_width=4 is more than max_num_seqs=3"):
+    sizes = {"max_num_seqs": 3, "max_num_batched_tokens": 3}
+    engine = Engine(EngineConfig(model=str(folder), **{**SETTINGS, **sizes}))
+    with pytest.raises(ValueError, match="beam_width=4 is more than max_num_batched_tokens=3"):
         search(engine, [[20]], BeamSearchParams(beam_width=4, max_tokens=4))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 
 import raydata_llm
@@ -46,14 +48,13 @@ def test_a_model_is_all_that_is_needed() -> None:
         ({"task_type": "embed", "engine_kwargs": {"runner": "generate"}}, "does not fit task_type='embed'"),
         ({"engine_kwargs": {"runner": "pooling"}}, "does not fit task_type='generate'"),
         ({"engine_kwargs": {"max_num_seq": 8}}, "did you mean max_num_seqs?"),
-        ({"engine_kwargs": {"max_model_len": -5}}, "max_model_len=-5 is not valid: give 1 or more"),
+        ({"engine_kwargs": {"max_model_len": -5}}, "max_model_len=-5 is not valid: give a number of tokens"),
         ({"engine_kwargs": {"device": "cuda:1"}}, "engine_kwargs['device']='cuda:1' is not valid: Ray picks"),
         ({"engine_kwargs": None}, "engine_kwargs=None is not valid: input should be a valid dictionary"),
         ({"chat_template_stage": 3}, "chat_template_stage=3 is not valid: give True, False, a dict or ChatTempl"),
         ({"chat_template_stage": {"enable": True}}, "enable=True is not a setting: did you mean enabled?"),
         ({"detokenize_stage": TokenizerStageConfig()}, "give True, False, a dict or DetokenizeStageConfig"),
         ({"tokenize_stage": {"num_cpus": -1}}, "num_cpus=-1 is not valid"),
-        ({"tokenize_stage": False, "tokenize": True}, "tokenize=True says the same as tokenize_stage"),
         ({"max_concurrent_batches": 0}, "max_concurrent_batches=0 is not valid"),
         ({"should_continue_on_error": "no"}, "should_continue_on_error='no' is not valid"),
     ],
@@ -93,6 +94,28 @@ def test_older_names_set_the_stages() -> None:
     assert config.chat_template_options == ChatTemplateStageConfig(enabled=False, chat_template="{{ x }}")
     assert config.tokenize_options == TokenizerStageConfig(enabled=False)
     assert config.detokenize_options == DetokenizeStageConfig(enabled=False)
+    # As Ray Data LLM's older versions let it be read.
+    assert config.tokenize_stage["enabled"] is False and config.chat_template_stage["chat_template"] == "{{ x }}"  # type: ignore[index]
+
+
+def test_a_stage_that_is_given_itself_counts_more_than_its_older_name(caplog: pytest.LogCaptureFixture) -> None:
+    stage = ChatTemplateStageConfig(enabled=False, num_cpus=0.5)
+    config = EngineProcessorConfig(model_source="m", chat_template_stage=stage, apply_chat_template=True)
+    assert config.chat_template_stage is stage
+    assert caplog.messages == ["apply_chat_template is left out, as chat_template_stage is given"]
+
+
+def test_a_bad_config_is_pydantics_error_too() -> None:
+    for make in (
+        lambda: EngineProcessorConfig(model_source="m", concurrency=0),
+        lambda: TokenizerStageConfig(enabled=3),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(pydantic.ValidationError) as error:
+            make()
+        assert isinstance(error.value, ValueError) and "\n" not in str(error.value) and error.value.error_count() == 1
+        assert error.value.errors()[0]["msg"] == str(error.value)
+        copied = pickle.loads(pickle.dumps(error.value))
+        assert type(copied) is type(error.value) and str(copied) == str(error.value)
 
 
 def test_every_exported_name_is_there() -> None:

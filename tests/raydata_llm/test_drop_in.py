@@ -196,7 +196,7 @@ def test_the_poolers_older_name_is_taken() -> None:
 
 
 def test_what_is_left_out_is_said_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    kwargs = {"swap_space": 4, "load_format": "runai_streamer", "worker_cls": "auto", "max_num_seqs": 8}
+    kwargs = {"swap_space": 4, "load_format": "runai_streamer", "worker_cls": "my.Worker", "max_num_seqs": 8}
     assert config_of(engine_kwargs=kwargs).engine_kwargs == {"load_format": "auto", "max_num_seqs": 8}
     [warning] = caplog.messages
     assert all(name in warning for name in ("swap_space", "runai_streamer", "worker_cls"))
@@ -204,7 +204,11 @@ def test_what_is_left_out_is_said_in_one_warning(caplog: pytest.LogCaptureFixtur
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"engine_kwargs": {"quantization": "awq"}}, "quantization='awq' is not supported yet"),
-    ({"engine_kwargs": {"revision": "v2"}}, "revision='v2' is not supported yet: download that revision"),
+    (
+        {"model_source": "/tmp", "engine_kwargs": {"revision": "v2"}},
+        "revision='v2' is not valid with model_source='/tmp'",
+    ),
+    ({"engine_kwargs": {"enable_return_routed_experts": True}}, "the engine runs dense models"),
     ({"engine_kwargs": {"rope_scaling": {"factor": 2}}}, "set hf_overrides"),
     ({"engine_kwargs": {"task": "embed"}}, "task='embed' is not supported yet"),
     ({"engine_kwargs": {"data_parallel_size": 2}}, "data_parallel_size=2 is not supported yet: set concurrency"),
@@ -219,7 +223,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"dynamic_lora_loading_path": "s3://b/l"}, "dynamic_lora_loading_path='s3://b/l' needs engine_kwargs"),
     ({"placement_group_config": {"strategy": "PACK"}}, "give one of bundle_per_worker and bundles"),
-    ({"placement_group_config": {"bundle_per_worker": {"GPU": -1}}}, "bundle['GPU']=-1 is not valid: give 0 or"),
+    ({"placement_group_config": {"bundle_per_worker": {"GPU": -1}}}, "bundle['GPU']=-1 is not valid: give 0"),
     (
         {"placement_group_config": {"bundles": [{"GPU": 1}, {"GPU": 1}]}},
         "has 2 bundles, and tensor_parallel_size",
@@ -302,18 +306,69 @@ def keep(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def test_stages_have_the_peers_names_and_what_they_are_made_of(tiny_model: Callable[..., Path]) -> None:
+    model, environment = str(tiny_model("llama")), {"env_vars": {"A": "1"}}
+    config = vLLMEngineProcessorConfig(
+        model_source=model,
+        engine_kwargs={"max_model_len": 128, "swap_space": 4},
+        concurrency=(1, 4),
+        batch_size=64,
+        max_pending_requests=111,
+        runtime_env=environment,
+        chat_template_stage={"num_cpus": 0.5, "chat_template": "{{ x }}"},
+    )
+    processor = build_processor(config, builder_kwargs={"chat_template_kwargs": {"enable_thinking": False}})
+    names = ["ChatTemplateStage", "TokenizeStage", "vLLMEngineStage", "DetokenizeStage"]
+    assert processor.list_stage_names() == list(processor.stages) == names
+    chat, engine = processor.get_stage_by_name("ChatTemplateStage"), processor.get_stage_by_name("vLLMEngineStage")
+    assert chat.fn_constructor_kwargs == {
+        "model": model,
+        "chat_template": "{{ x }}",
+        "chat_template_kwargs": {"enable_thinking": False},
+        "trust_remote_code": False,
+    }
+    assert chat.map_batches_kwargs == {"batch_size": 64, "num_cpus": 0.5, "runtime_env": environment}
+    made_of = engine.fn_constructor_kwargs
+    assert (made_of["model"], made_of["task_type"], made_of["max_pending_requests"]) == (model, "generate", 111)
+    assert made_of["engine_kwargs"] == {"max_model_len": 128}
+    pool = engine.map_batches_kwargs["compute"]
+    assert (pool.min_size, pool.max_size) == (1, 4) and engine.map_batches_kwargs["runtime_env"] == environment
+    assert [processor.get_stage_by_name(name).operator for name in names] == ["prepare", "prepare", "replica", "finish"]
+    assert processor.get_stage_by_name("prepare").operator == "prepare"  # our own names are taken too
+    assert list(chat.get_required_input_keys()) == ["messages"] and "env_vars" not in repr(engine)
+
+
 @pytest.mark.parametrize(
-    ("theirs", "ours"),
+    ("fields", "off"),
     [
-        ("PrepareMultimodalStage", "prepare"),
-        ("ChatTemplateStage", "prepare"),
-        ("TokenizeStage", "prepare"),
-        ("vLLMEngineStage", "replica"),
-        ("DetokenizeStage", "finish"),
+        ({"tokenize": False}, "TokenizeStage"),
+        ({"apply_chat_template": False}, "ChatTemplateStage"),
+        ({"detokenize": False, "has_image": False}, "DetokenizeStage"),
+        ({"tokenize_stage": {"enabled": False}}, "TokenizeStage"),
     ],
+    ids=str,
 )
-def test_the_peers_stage_is_found_in_the_operator_that_does_its_work(
-    theirs: str, ours: str, tiny_model: Callable[..., Path]
-) -> None:
-    processor = build_processor(vLLMEngineProcessorConfig(model_source=str(tiny_model("llama"))))
-    assert processor.get_stage_by_name(theirs) is processor.get_stage_by_name(ours)
+def test_a_stage_that_is_off_is_not_there(fields: dict[str, Any], off: str, tiny_model: Callable[..., Path]) -> None:
+    processor = build_processor(vLLMEngineProcessorConfig(model_source=str(tiny_model("llama")), **fields))
+    names = ["ChatTemplateStage", "TokenizeStage", "vLLMEngineStage", "DetokenizeStage"]
+    assert processor.list_stage_names() == [name for name in names if name != off]
+    with pytest.raises(ValueError, match=f"name='{off}' is not a stage that is on"):
+        processor.get_stage_by_name(off)
+
+
+def test_a_placement_reads_back_as_given() -> None:
+    config = config_of(placement_group_config={"bundle_per_worker": {"CPU": 1, "GPU": 1}})
+    placed = {"bundle_per_worker": {"CPU": 1.0, "GPU": 1.0}, "bundles": None, "strategy": "PACK"}
+    assert config.placement_group_config == placed and config_of(**config.model_dump()).placement_group_config == placed
+
+
+def sized(config: Any) -> Any:
+    config.num_hidden_layers = 2
+    return config
+
+
+def test_a_function_of_the_models_config_reaches_replicas_as_values(tiny_model: Callable[..., Path]) -> None:
+    model = str(tiny_model("llama"))
+    kwargs = {"hf_overrides": sized, "load_format": "dummy"}
+    processor = build_processor(vLLMEngineProcessorConfig(model_source=model, engine_kwargs=kwargs))
+    assert processor.config.engine_kwargs["hf_overrides"] == {"num_hidden_layers": 2}

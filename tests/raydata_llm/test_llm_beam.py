@@ -285,10 +285,10 @@ def test_a_mistake_is_named(case: str, llm: LLM) -> None:
         llm.beam_search(*given, **named)
 
 
-def test_more_beams_than_sequences_are_refused(folder: Path) -> None:
+def test_more_beams_than_a_step_has_rows_are_refused(folder: Path) -> None:
     with (
-        LLM(str(folder), **{**SETTINGS, "max_num_seqs": 3}) as llm,
-        pytest.raises(ValueError, match="beam_width=4 is more than max_num_seqs=3"),
+        LLM(str(folder), **{**SETTINGS, "max_num_seqs": 3, "max_num_batched_tokens": 3}) as llm,
+        pytest.raises(ValueError, match="beam_width=4 is more than max_num_batched_tokens=3"),
     ):
         llm.beam_search("a", PARAMS)
 

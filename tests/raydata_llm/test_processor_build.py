@@ -111,9 +111,12 @@ def test_only_datasets_are_processed(model: str) -> None:
 
 def test_stages_can_be_looked_at(model: str, caplog: pytest.LogCaptureFixture) -> None:
     processor = build_llm_processor(EngineProcessorConfig(model_source=model))
-    assert processor.list_stage_names() == ["prepare", "replica", "finish"]
+    assert "vLLMEngineStage" in processor.list_stage_names()
     assert processor.get_stage_by_name("replica").name == "replica"
-    with pytest.raises(ValueError, match="name='engine' is not a stage: choose one of prepare, replica, finish"):
+    with pytest.raises(
+        ValueError,
+        match=r"name='engine' is not a stage that is on: choose one of .*, prepare",
+    ):
         processor.get_stage_by_name("engine")
     with caplog.at_level(logging.INFO):
         processor.log_input_column_names()
