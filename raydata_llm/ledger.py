@@ -4,39 +4,52 @@ An entry is written before its file. A file counts if, and only if, it is there 
 one upload that makes the file appear commits its rows, so there is no moment at which rows are visible and not
 committed, or committed and not there. An entry without a file is a write that was cut; the next run clears it away.
 
-The latest run owns the folder. An earlier one that is still alive finds that out before and after each upload, and
-takes back a file that the later run did not count. No clock is read. Stores must list what they hold, as S3, GCS, Azure
-and disks do.
+The latest run owns the folder. No clock is read, and a store has no lock, so any step of a run may come late, after
+later runs have begun and ended. Late steps are harmless by three rules:
 
-Owns the order of steps. Knows no rows and no Ray.
+- A run first leaves its mark, then reads the newest state, then writes its own, and looks again whether a later run has
+  left a mark. If none has, every later run starts from this state: it is settled, and only then does the run act on it.
+- Names are used once, by the run whose token they bear, and a name that a settled state leaves out never counts again.
+  Runs delete such names and no others.
+- After each step that makes a file visible a run looks whether it still owns the folder. If not, it takes back a file
+  that the later run's settled state leaves out. If that run has not settled yet, it will see the file.
+
+Stores must list what they hold, as S3, GCS, Azure and disks do. Owns the order of steps. Knows no rows and no Ray.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from raydata_llm.ledger_entry import keys_in_parquet, seal, unsealed
 from raydata_llm.ledger_index import KEY_BYTES
 from raydata_llm.ledger_layout import (
     FOLDER,
+    OLD_ENTRY,
     STAGED,
+    STEPS,
+    COPY,
+    DamagedLedgerError,
     Entry,
+    Records,
     Run,
-    current_space,
+    entries_among,
     in_parallel,
     is_error_file,
     read_ahead,
-    read_entries,
-    read_runs,
+    read_records,
     token_of,
-    write_current,
 )
-from raydata_llm.ledger_promotion import finish_promotion, promote
+from raydata_llm.ledger_old_layout import forget_old_state, is_of_earlier_release, read_old_state
+from raydata_llm.ledger_state import State, newest_state, write_state
 from raydata_llm.sink_storage import Storage
 
 # Entries of many short rows are hundreds of megabytes.
 _PIECE_BYTES = 4 << 20
+_BEGUN, _FINISHED = STEPS
 
 
 class RunSupersededError(RuntimeError):
@@ -53,13 +66,13 @@ class Ledger:
         storage: The folder.
         letters: The folder for error rows, which may be the same.
         run: Which this is.
-        staged: Whether another space's files are still the visible ones.
+        state: What counted when the run had begun.
     """
 
     storage: Storage
     letters: Storage
     run: Run
-    staged: bool
+    state: State
 
     @classmethod
     def begin(
@@ -80,55 +93,89 @@ class Ledger:
 
         Raises:
             ValueError: for files that no such run wrote.
+            DamagedLedgerError: when what counts cannot be told any more; says what to do.
+            RunSupersededError: when a later run has begun meanwhile.
         """
-        if current_space(storage) is None:
-            _refuse_foreign_files(storage)
-        run = Run(max((run.number for run in read_runs(storage)), default=0) + 1, token, space)
+        visible = storage.sizes()
+        records = read_records(storage)
+        if not records.runs:
+            _refuse_foreign_files(storage, visible)
+        run = Run(max((run.number for run in records.runs), default=0) + 1, token, space)
         storage.put(run.path, b"")
-        finish_promotion(storage, letters)
-        current = current_space(storage)
-        if current is None:
-            write_current(storage, space, about)
-        ledger = cls(storage=storage, letters=letters, run=run, staged=current not in (None, space))
-        return ledger, ledger._recover(retry_errors=retry_errors)
+        records = read_records(storage)
+        ledger = cls(storage=storage, letters=letters, run=run, state=State(space=space))
+        with ledger._still_ours():
+            ledger._check_latest(records)
+            base, entries = ledger._settle(records, visible, retry_errors=retry_errors)
+            state = base.with_files(space, frozenset(entry.name for entry in entries), about)
+            write_state(storage, run, _BEGUN, state)
+            ledger.check_latest()
+            ledger = replace(ledger, state=state)
+            ledger._apply(state)
+            forget_old_state(storage)
+            ledger._forget_states(records)
+        return ledger, sorted(entries)
+
+    @property
+    def staged(self) -> bool:
+        """Whether another space's files are still the visible ones."""
+        return self.state.space != self.run.space
 
     def commit(self, name: str, content: Any, keys: bytes) -> None:
         """Make a file and its rows count; it replaces one of that name.
 
         Raises:
             RunSupersededError: when a later run has begun.
+            FileNotFoundError: when the folder was removed.
         """
         assert len(keys) % KEY_BYTES == 0
-        entry = Entry(name, len(content))
-        self.storage.put(entry.path(self.run.space), keys)
+        self.storage.put(Entry(name, len(content)).path(self.run.space), seal(keys))
         self.check_latest()
         storage, path = self._place(name)
         storage.put(path, content)
-        try:
-            self.check_latest()
-        except RunSupersededError:
-            if self.storage.size(entry.path(self.run.space)) is None:
-                storage.delete(path)  # it came after the later run had looked, which does these rows itself
-            raise
+        self._check_or_take_back([name])
 
     def check_latest(self) -> None:
         """Refuse to go on beside another run.
 
         Raises:
-            RunSupersededError: when a later one has begun.
+            RunSupersededError: when a later one has begun, or this one has ended.
+            FileNotFoundError: when the folder was removed.
         """
-        if max(read_runs(self.storage)) != self.run:
-            raise RunSupersededError(
-                f"another run writes to {self.storage.label!r} since: this one stops, so that no row is written twice"
-            )
+        self._check_latest(read_records(self.storage))
 
     def withdraw(self, name: str) -> None:
-        """Make a file of this run not count, if it does."""
-        storage, path = self._place(name)
-        if storage.size(path) is not None:
-            storage.delete(path)
+        """Make a file of this run not count, if it does.
 
-    def replace(self, name: str, content: Any) -> None:
+        Raises:
+            RunSupersededError: when a later run has begun, which may count it: then it stays.
+        """
+        storage, path = self._place(name)
+        if storage.size(path) is None:
+            return
+        content = storage.get(path)
+        storage.delete(path)
+        try:
+            self.check_latest()
+        except RunSupersededError:
+            storage.put(path, content)
+            self._take_back([name])
+            raise
+
+    def keys_of(self, name: str) -> bytes:
+        """The keys of the rows of a file that counts.
+
+        Raises:
+            RunSupersededError: when a later run has begun, and changed the file.
+            FileNotFoundError: when it is gone.
+        """
+        with self._still_ours():
+            entry = self._seek_entry(name)
+            if entry is None:
+                raise FileNotFoundError(_gone(self.storage, [name]))
+            return b"".join(self.read_keys([entry]))
+
+    def replace(self, name: str, content: Any, keys: bytes) -> None:
         """Write a file that counts anew, with the same rows.
 
         Raises:
@@ -136,18 +183,26 @@ class Ledger:
         """
         storage, path = self._place(name)
         size = storage.size(path)
-        assert size is not None, "it counts"
-        old = Entry(name, size)
-        self.commit(name, content, self.storage.get(old.path(self.run.space)))
-        if len(content) != size:
-            self.storage.delete(old.path(self.run.space))
+        self.commit(name, content, keys)
+        if size not in (None, len(content)):
+            for kind in ("keys", OLD_ENTRY):
+                self.storage.delete(Entry(name, size or 0, kind).path(self.run.space))
 
     def read_keys(self, entries: Iterable[Entry]) -> Iterator[bytes]:
-        """The keys of files' rows, in pieces of which a few are in memory."""
-        paths = [entry.path(self.run.space) for entry in entries]
+        """The keys of files' rows, in pieces of which a few are in memory; none of an entry that is damaged.
+
+        Raises:
+            DamagedLedgerError: for an entry that is damaged, of a file that does not carry its keys.
+        """
         sizes = self.storage.sizes(f"{FOLDER}/{self.run.space}")
-        pieces = [(path, start) for path in paths for start in range(0, sizes[path.rpartition("/")[2]], _PIECE_BYTES)]
-        return read_ahead(lambda piece: self.storage.get(*piece, length=_PIECE_BYTES), pieces)
+        small, large = [], []
+        for entry in entries:
+            size = sizes.get(entry.path(self.run.space).rpartition("/")[2], 0)
+            (small if size <= _PIECE_BYTES else large).append((entry, size))
+        with self._still_ours():
+            yield from read_ahead(lambda one: b"".join(self._read_entry(*one)), small)
+            for entry, size in large:
+                yield from self._read_entry(entry, size)
 
     def open_file(self, name: str) -> Any:
         """A file that counts, to read from."""
@@ -155,7 +210,7 @@ class Ledger:
         return storage.open_file(path)
 
     def finish(self, about: Mapping[str, Any], names: Collection[str]) -> None:
-        """Make this space's files the visible ones, and only those that count.
+        """Make these files the ones that count, and their space the visible one.
 
         Args:
             about: What the space stands for, for people who look.
@@ -164,81 +219,295 @@ class Ledger:
         Raises:
             RunSupersededError: when a later run has begun.
             FileNotFoundError: when files that counted are gone.
+            DamagedLedgerError: when a file's entry is gone, and cannot be made again.
         """
         self.check_latest()
-        entries = read_entries(self.storage, self.run.space)
-        files = {Entry(name, size) for name, size in self._file_sizes(self._tokens()).items()}
-        self._drop_stray_files(files - entries)
-        # A user may have deleted one, or a process of an earlier run may have replaced it too late and taken it back.
-        missing = set(names) - {file.name for file in files & entries}
-        if missing:
+        with self._still_ours():
+            sizes = self._file_sizes()
+            missing = set(names) - sizes.keys()
+            if missing:
+                raise FileNotFoundError(_gone(self.storage, missing))
+            entries = self._entries()
+            for name in names:
+                self._entry(name, sizes[name], entries)
+            state = self.state.with_files(self.run.space, frozenset(names), about).promoted(self.run.space)
+            write_state(self.storage, self.run, _FINISHED, state)
+            self._check_latest(read_records(self.storage), may_have_ended=True)
+            self._apply(state)
+
+    @contextlib.contextmanager
+    def _still_ours(self) -> Iterator[None]:
+        """Tell an error for what it is where a later run has cleared away what this one looked for."""
+        try:
+            yield
+        except (OSError, DamagedLedgerError):
+            if (read_records(self.storage).latest or self.run) > self.run:
+                raise self._superseded() from None
+            raise
+
+    def _check_latest(self, records: Records, *, may_have_ended: bool = False) -> None:
+        if self.run not in records.runs:
             raise FileNotFoundError(
-                f"{len(missing)} files that the job had written are gone from {self.storage.label!r}, such as "
-                f"{min(missing)!r}: run it again, which does their rows anew"
+                f"{self.storage.label!r} was removed or emptied while the job ran, with what it had written: "
+                "run the job again, which does all its rows anew"
             )
-        if self.staged:
-            promote(self.storage, self.letters, self.run.space, about)
+        if records.latest != self.run:
+            raise self._superseded()
+        if not may_have_ended and (self.run, STEPS.index(_FINISHED)) == records.newest_state:
+            raise RunSupersededError(f"the run that this task belongs to has ended in {self.storage.label!r}")
+
+    def _superseded(self) -> RunSupersededError:
+        return RunSupersededError(
+            f"another run writes to {self.storage.label!r} since: this one stops, so that no row is written twice"
+        )
+
+    def _check_or_take_back(self, names: Collection[str], *, may_have_ended: bool = False) -> None:
+        """After files came into sight: if a later run has begun, take back those that it does not count."""
+        try:
+            self._check_latest(read_records(self.storage), may_have_ended=may_have_ended)
+        except RunSupersededError:
+            self._take_back(names)
+            raise
+
+    def _take_back(self, names: Collection[str]) -> None:
+        records = read_records(self.storage)
+        newest = records.newest_state
+        # Looked at twice: what is there at the second look was there before the next run can look.
+        if newest is None or newest[0] != records.latest or read_records(self.storage) != records:
+            return  # the later run has yet to settle what counts, and will find these files
+        try:
+            state = newest_state(self.storage, records)
+        except DamagedLedgerError:
+            return  # a run that is later still has cleared it away, and finds these files; or nothing is known
+        assert state is not None
+        self._delete(set(names) - state.names(self.run.space))
+
+    def _settle(
+        self, records: Records, visible: Mapping[str, int], *, retry_errors: bool
+    ) -> tuple[State, set[Entry]]:
+        """The state that this run starts from, and what counts of its space.
+
+        Args:
+            records: Read after the run left its mark.
+            visible: The files in the folder before.
+            retry_errors: Forget error rows.
+        """
+        space = self.run.space
+        base = newest_state(self.storage, records)
+        last = records.newest_state
+        if base is None:
+            base = read_old_state(self.storage, self.letters, {run.space for run in records.runs})
+        if base is None:
+            _refuse_foreign_files(self.storage, visible)
+            base = State(space=space)
+        base = replace(base, runs=base.runs | records.runs)
+        for one in {space, *([last[0].space] if last else [])}:
+            view = replace(self, run=self.run._replace(space=one), state=base)
+            found = view._find_counted(base.names(one), last)
+            base = base.with_files(one, frozenset(entry.name for entry in found), base.about.get(one, {}))
+            if one == space:
+                entries = {entry for entry in found if not (retry_errors and entry.is_error)}
+        if last is not None:
+            self._refuse_unexplained_files(base, last[0])
+        return base, entries
+
+    def _find_counted(self, names: Collection[str], last: tuple[Run, int] | None) -> set[Entry]:
+        """The entries of the files that are there, of those that counted and those that the last run wrote since."""
+        # Files first: whatever of them was committed has an entry by now.
+        sizes = self._file_sizes()
+        entries = self._entries()
+        counted = set(names) & sizes.keys()
+        if last is not None and last[1] == STEPS.index(_BEGUN) and last[0].space == self.run.space:
+            counted |= {name for name in sizes if token_of(name) == last[0].token}
+        found = (self._entry(name, sizes[name], entries) for name in sorted(counted))
+        return {entry for entry in found if entry is not None}
+
+    def _refuse_unexplained_files(self, base: State, last: Run) -> None:
+        """Stop where a run's files are there and what it said is lost: their rows would be done again beside them."""
+        explained = {run.token for run in base.runs if run <= last}
+        strange = sorted(
+            name
+            for name in self.storage.sizes()
+            if token_of(name) not in (None, *explained) and name not in base.names(base.space)
+        )
+        if strange:
+            raise DamagedLedgerError(
+                f"{strange[0]!r} in {self.storage.label!r} ({len(strange)} such files) is of a run of which nothing else "
+                f"is known there, so whether its rows are done is not known: delete {strange[0]!r} and run again, or "
+                "give the job another folder"
+            )
+
+    def _apply(self, state: State) -> None:
+        """Bring the folder to a settled state: delete what counts no more, then show what is to be visible."""
+        runs = [run for run in state.runs if run <= self.run]
+        tokens = {run.token for run in runs}
+        visible = state.names(state.space)
+        dead: list[tuple[Storage, str]] = []
+        shown: list[tuple[Storage, str]] = []
+        cut: set[str] = set()
+        for store in self._stores:
+            gone = [name for name in store.sizes() if token_of(name) in tokens and name not in visible]
+            # Before anything is shown: files of two spaces are not visible together.
+            in_parallel(store.delete, gone)
+            for space in {*(run.space for run in runs), state.space}:
+                folder = f"{FOLDER}/{space}"
+                for path in store.sizes(folder):
+                    name = _file_of(path)
+                    if token_of(name) not in tokens:
+                        continue
+                    if name not in state.names(space):
+                        dead.append((store, f"{folder}/{path}"))
+                        cut |= {name, f"{folder}/{name}{STAGED}"}
+                    elif path.endswith(STAGED) and space == state.space:
+                        shown.append((store, f"{folder}/{path}"))
+        for store in self._stores:
+            store.clean(cut)
+        in_parallel(lambda one: _show(*one), shown)
+        in_parallel(lambda one: one[0].delete(one[1]), dead)
+        if shown:
+            self._check_or_take_back([_file_of(path.rpartition("/")[2]) for _, path in shown], may_have_ended=True)
+
+    def _forget_states(self, records: Records) -> None:
+        """Delete the states of earlier runs, which mean nothing beside a later one; each check lists what is there."""
+        old = [one for one in records.states if one[0] < self.run]
+        in_parallel(lambda one: self.storage.delete(one[0].state_path(STEPS[one[1]]) + COPY * one[2]), old)
+
+    def _delete(self, names: Iterable[str]) -> None:
+        """Delete files of this run's space wherever they may lie."""
+        folder = f"{FOLDER}/{self.run.space}"
+        for name in names:
+            store = self._store(name)
+            for path in (name, f"{folder}/{name}{STAGED}"):
+                if store.size(path) is not None:
+                    store.delete(path)
 
     @property
     def _stores(self) -> list[Storage]:
         return [self.storage] if self.letters.label == self.storage.label else [self.storage, self.letters]
 
+    def _store(self, name: str) -> Storage:
+        return self.letters if is_error_file(name) else self.storage
+
     def _place(self, name: str) -> tuple[Storage, str]:
-        storage = self.letters if is_error_file(name) else self.storage
-        return storage, f"{FOLDER}/{self.run.space}/{name}{STAGED}" if self.staged else name
+        return self._store(name), f"{FOLDER}/{self.run.space}/{name}{STAGED}" if self.staged else name
 
-    def _recover(self, *, retry_errors: bool) -> list[Entry]:
-        tokens = self._tokens()
-        entries = {entry for entry in read_entries(self.storage, self.run.space) if token_of(entry.name) in tokens}
-        sizes = self._file_sizes(tokens)
-        counts = {entry for entry in entries if sizes.get(entry.name) == entry.size}
-        kept = {entry for entry in counts if not (retry_errors and entry.is_error)}
-        # Entries first: an earlier run that is still uploading takes its file back when it finds its entry gone.
-        in_parallel(lambda entry: self.storage.delete(entry.path(self.run.space)), entries - kept)
-        for storage, paths in self._by_store(entry.name for entry in entries - counts):
-            storage.clean(paths)
-        self._delete_files((sizes.keys() | {entry.name for entry in entries}) - {entry.name for entry in kept})
-        return sorted(kept)
-
-    def _drop_stray_files(self, files: Iterable[Entry]) -> None:
-        """Delete what an earlier run wrote after this one had begun, and was killed before it took it back."""
-        # Looked at once more: an entry may be younger than the list that lacks it.
-        self._delete_files(file.name for file in files if self.storage.size(file.path(self.run.space)) is None)
-
-    def _tokens(self) -> set[str]:
-        """Of this run and those before it: other files are none of its business."""
-        return {run.token for run in read_runs(self.storage) if run <= self.run}
-
-    def _file_sizes(self, tokens: set[str]) -> dict[str, int]:
-        folder, suffix = (f"{FOLDER}/{self.run.space}", STAGED) if self.staged else ("", "")
+    def _file_sizes(self) -> dict[str, int]:
+        """The files of this space, where they belong, or where they wait to be shown when a run died over it."""
         sizes: dict[str, int] = {}
         for store in self._stores:
-            found = {
-                path.removesuffix(suffix): size for path, size in store.sizes(folder).items() if path.endswith(suffix)
-            }
-            sizes |= {name: size for name, size in found.items() if self._place(name)[0].label == store.label}
-        return {name: size for name, size in sizes.items() if token_of(name) in tokens}
+            staged = store.sizes(f"{FOLDER}/{self.run.space}")
+            found = {path.removesuffix(STAGED): size for path, size in staged.items() if path.endswith(STAGED)}
+            found |= {} if self.staged else store.sizes()
+            sizes |= {name: size for name, size in found.items() if self._store(name).label == store.label}
+        return {name: size for name, size in sizes.items() if token_of(name) is not None}
 
-    def _delete_files(self, names: Iterable[str]) -> None:
-        for storage, paths in self._by_store(names):
-            in_parallel(storage.delete, paths)
+    def _entries(self) -> set[Entry]:
+        return entries_among(self.storage.sizes(f"{FOLDER}/{self.run.space}"))
 
-    def _by_store(self, names: Iterable[str]) -> list[tuple[Storage, list[str]]]:
-        """Where files may lie: error files of a run without a folder for them are among the others."""
-        names = list(names)
-        return [
-            (
-                store,
-                [self._place(name)[1] for name in names if store.label == self.storage.label or is_error_file(name)],
+    def _entry(self, name: str, size: int, entries: Collection[Entry]) -> Entry | None:
+        """A file's entry among those that were listed; made again where it is lost."""
+        for kind in ("keys", OLD_ENTRY):
+            if Entry(name, size, kind) in entries:
+                return Entry(name, size, kind)
+        return self._seek_entry(name)
+
+    def _seek_entry(self, name: str) -> Entry | None:
+        """A file's entry, as both are now; None when the file is gone."""
+        size = self._size(name)
+        if size is None:
+            return None
+        for kind in ("keys", OLD_ENTRY):
+            entry = Entry(name, size, kind)
+            if self.storage.size(entry.path(self.run.space)) is not None:
+                return entry
+        entry = Entry(name, size)
+        self._rebuild(entry)
+        return entry
+
+    def _size(self, name: str) -> int | None:
+        storage, path = self._place(name)
+        size = storage.size(path)
+        return size if size is not None or self.staged else storage.size(f"{FOLDER}/{self.run.space}/{name}{STAGED}")
+
+    def _read_entry(self, entry: Entry, size: int) -> Iterator[bytes]:
+        path = entry.path(self.run.space)
+
+        def pieces() -> Iterator[bytes]:
+            starts = range(0, size, _PIECE_BYTES)
+            raw = (self.storage.get(path, start, length=_PIECE_BYTES) for start in starts)
+            return raw if entry.kind == OLD_ENTRY else unsealed(raw)
+
+        if entry.kind == OLD_ENTRY:
+            if size and not size % KEY_BYTES:
+                yield from pieces()
+            else:
+                yield self._rebuild(entry)
+            return
+        if size <= _PIECE_BYTES:
+            try:
+                whole = list(pieces())
+            except ValueError:
+                whole = [self._rebuild(entry)]
+            yield from whole
+            return
+        # Nothing is handed out before all of it is proven, and it may be too long to be kept meanwhile.
+        try:
+            for _ in pieces():
+                pass
+        except ValueError:
+            yield self._rebuild(entry)
+            return
+        yield from pieces()
+
+    def _rebuild(self, entry: Entry) -> bytes:
+        """Make an entry again from the keys that its file carries."""
+        storage, path = self._place(entry.name)
+        if storage.size(path) is None and not self.staged:
+            path = f"{FOLDER}/{self.run.space}/{entry.name}{STAGED}"
+        keys = keys_in_parquet(lambda start, length: storage.get(path, start, length=length), entry.size)
+        if keys is None:
+            raise DamagedLedgerError(
+                f"{entry.path(self.run.space)!r} in {self.storage.label!r} is lost or damaged, so which rows are in its "
+                f"file is not known: delete {path!r} and run again, which does its rows anew"
             )
-            for store in self._stores
-        ]
+        self.storage.put(entry._replace(kind="keys").path(self.run.space), seal(keys))
+        return keys
 
 
-def _refuse_foreign_files(storage: Storage) -> None:
-    foreign = sorted(name for name in storage.sizes() if not name.startswith((".", "_")))
-    if foreign:
-        raise ValueError(
-            f"path={storage.label!r} holds {len(foreign)} files of no resumable run, such as {foreign[0]!r}: "
-            "give ResumeConfig and the sink a folder of their own"
-        )
+def holds_job(storage: Storage) -> bool:
+    """Whether a run that can be resumed has begun in a folder."""
+    return bool(read_records(storage).runs) or is_of_earlier_release(storage)
+
+
+def _gone(storage: Storage, names: Collection[str]) -> str:
+    return (
+        f"{len(names)} files that the job had written are gone from {storage.label!r}, such as {min(names)!r}: "
+        "run it again, which does their rows anew"
+    )
+
+
+def _file_of(path: str) -> str:
+    """The name of the file that an entry or a staged file in a space's folder is of."""
+    if path.endswith(STAGED):
+        return path.removesuffix(STAGED)
+    return next((entry.name for entry in entries_among([path])), path)
+
+
+def _show(storage: Storage, staged: str) -> None:
+    visible = _file_of(staged.rpartition("/")[2])
+    try:
+        storage.move(staged, visible)
+    except OSError:
+        # Another run may do the same, and may have deleted it since.
+        if storage.size(staged) is not None:
+            raise
+
+
+def _refuse_foreign_files(storage: Storage, visible: Collection[str]) -> None:
+    foreign = sorted(name for name in visible if not name.startswith((".", "_")))
+    if not foreign or is_of_earlier_release(storage):
+        return
+    raise ValueError(
+        f"path={storage.label!r} holds {len(foreign)} files of no resumable run, such as {foreign[0]!r}: "
+        "give ResumeConfig and the sink a folder of their own"
+    )

@@ -1,19 +1,19 @@
 """What lies where in an output folder, and the names by which it is known again.
 
-    path/part-1f3a9c02-000001.parquet                          a file of answers
-    path/_raydata_llm/current.json                             the key space that the files in path belong to
-    path/_raydata_llm/runs/00000002-7be0d1aa-<space>           the runs, in order
-    path/_raydata_llm/<space>/<file name>.<file size>.ledger   an entry: the keys of the file's rows, 16 bytes each
-    path/_raydata_llm/<space>/<file name>.staged               a file of a space that is not the current one yet
+    path/part-1f3a9c02-000001.parquet                       a file of answers
+    path/_raydata_llm/runs/00000002-7be0d1aa-<space>        a run began: the runs, in order
+    path/_raydata_llm/runs/00000002-7be0d1aa-<space>.begun  which files counted when it had begun (.finished: at its end)
+    path/_raydata_llm/<space>/<file name>.<file size>.keys  an entry: the keys of the file's rows
+    path/_raydata_llm/<space>/<file name>.staged            a file of a space that is not the visible one yet
 
-A folder for error rows has the files and the staged ones. Knows no order of steps; that is `raydata_llm.ledger`'s.
+Earlier releases wrote entries without a proof, `.ledger`, which are read on. A folder for error rows has the files and
+the staged ones. Knows no order of steps; that is `raydata_llm.ledger`'s.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,21 +23,37 @@ _Value = TypeVar("_Value")
 _Result = TypeVar("_Result")
 
 FOLDER = "_raydata_llm"
-CURRENT = f"{FOLDER}/current.json"
 STAGED = ".staged"
+OLD_ENTRY = "ledger"
+# The ends of names of a run's states, in order, and of a state's second copy.
+STEPS = ("begun", "finished")
+COPY = ".copy"
 _RUNS = f"{FOLDER}/runs"
-_ENTRY = re.compile(r"(?P<name>.+)\.(?P<size>\d+)\.ledger")
-_RUN = re.compile(r"(?P<number>\d{8})-(?P<token>[0-9a-f]{8})-(?P<space>.+)")
+_ENTRY = re.compile(r"(?P<name>.+)\.(?P<size>\d+)\.(?P<kind>keys|ledger)")
+_RUN = re.compile(
+    r"(?P<number>\d{8})-(?P<token>[0-9a-f]{8})-(?P<space>[^.]+)(?:\.(?P<step>begun|finished)(?P<copy>\.copy)?)?"
+)
 _FILE = re.compile(r"(?:part|errors)-(?P<token>[0-9a-f]{8})-\d{6,}\.\w+(?:\.gz)?")
 # Small requests to an object store take 10-50 ms each, and a folder holds thousands of files.
 _REQUESTS_AT_ONCE = 16
 
 
+class DamagedLedgerError(ValueError):
+    """A folder's ledger is not what was written; says which file, and what to do."""
+
+
 class Entry(NamedTuple):
-    """What a ledger says of one file: its name and size."""
+    """What a ledger says of one file: its name and size.
+
+    Args:
+        name: The file's.
+        size: The file's.
+        kind: "keys", or "ledger" of an earlier release, which is keys without a proof.
+    """
 
     name: str
     size: int
+    kind: str = "keys"
 
     @property
     def is_error(self) -> bool:
@@ -46,7 +62,7 @@ class Entry(NamedTuple):
 
     def path(self, space: str) -> str:
         """Where the entry lies."""
-        return f"{FOLDER}/{space}/{self.name}.{self.size}.ledger"
+        return f"{FOLDER}/{space}/{self.name}.{self.size}.{self.kind}"
 
 
 class Run(NamedTuple):
@@ -60,6 +76,32 @@ class Run(NamedTuple):
     def path(self) -> str:
         """Where its mark lies."""
         return f"{_RUNS}/{self.number:08d}-{self.token}-{self.space}"
+
+    def state_path(self, step: str) -> str:
+        """Where its state of a step lies."""
+        return f"{self.path}.{step}"
+
+
+class Records(NamedTuple):
+    """What a folder's list of runs says.
+
+    Args:
+        runs: All that began; a state stands for its run's mark, too.
+        states: A run, the number of a step in `STEPS`, and whether it is the second copy.
+    """
+
+    runs: frozenset[Run]
+    states: frozenset[tuple[Run, int, bool]]
+
+    @property
+    def latest(self) -> Run | None:
+        """The run that owns the folder."""
+        return max(self.runs, default=None)
+
+    @property
+    def newest_state(self) -> tuple[Run, int] | None:
+        """The run and step of the state that holds."""
+        return max(((run, step) for run, step, _ in self.states), default=None)
 
 
 def file_name(token: str, number: int, suffix: str, *, errors: bool) -> str:
@@ -78,41 +120,29 @@ def token_of(name: str) -> str | None:
     return found["token"] if found else None
 
 
-def read_runs(storage: Storage) -> list[Run]:
-    """The runs that began in a folder."""
-    found = filter(None, map(_RUN.fullmatch, storage.sizes(_RUNS)))
-    return [Run(int(match["number"]), match["token"], match["space"]) for match in found]
+def read_records(storage: Storage) -> Records:
+    """The runs that began in a folder, and the states that they wrote, by one request."""
+    runs, states = set(), set()
+    for match in filter(None, map(_RUN.fullmatch, storage.sizes(_RUNS))):
+        run = Run(int(match["number"]), match["token"], match["space"])
+        runs.add(run)
+        if match["step"]:
+            states.add((run, STEPS.index(match["step"]), bool(match["copy"])))
+    return Records(frozenset(runs), frozenset(states))
 
 
-def read_entries(storage: Storage, space: str) -> set[Entry]:
-    """The entries of a space, whether their files are there or not."""
-    found = filter(None, map(_ENTRY.fullmatch, storage.sizes(f"{FOLDER}/{space}")))
-    return {Entry(match["name"], int(match["size"])) for match in found}
-
-
-def current_space(storage: Storage) -> str | None:
-    """The space that the visible files belong to; None in a folder that no resumable run has used."""
-    current = read_json(storage, CURRENT)
-    return None if current is None else str(current["space"])
-
-
-def write_current(storage: Storage, space: str, about: Mapping[str, Any]) -> None:
-    """Say which space the visible files belong to, and what it stands for."""
-    storage.put(CURRENT, json.dumps({"space": space, **about}, indent=1).encode())
-
-
-def read_json(storage: Storage, name: str) -> dict[str, Any] | None:
-    """A small file's content; None when it is not there."""
-    if storage.size(name) is None:
-        return None
-    content: dict[str, Any] = json.loads(storage.get(name))
-    return content
+def entries_among(names: Iterable[str]) -> set[Entry]:
+    """The entries among the names in a space's folder, whether their files are there or not."""
+    found = filter(None, map(_ENTRY.fullmatch, names))
+    return {Entry(match["name"], int(match["size"]), match["kind"]) for match in found}
 
 
 def in_parallel(function: Callable[[_Value], object], values: Iterable[_Value]) -> None:
     """Run a function that waits for a store on many values."""
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        list(pool.map(function, values))
+    values = list(values)
+    if values:
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            list(pool.map(function, values))
 
 
 def read_ahead(function: Callable[[_Value], _Result], values: Sequence[_Value]) -> Iterator[_Result]:
