@@ -27,11 +27,11 @@ from typing import Any
 from raydata_llm.ledger_entry import keys_in_parquet, seal, unsealed
 from raydata_llm.ledger_index import KEY_BYTES
 from raydata_llm.ledger_layout import (
+    COPY,
     FOLDER,
     OLD_ENTRY,
     STAGED,
     STEPS,
-    COPY,
     DamagedLedgerError,
     Entry,
     Records,
@@ -49,6 +49,8 @@ from raydata_llm.sink_storage import Storage
 
 # Entries of many short rows are hundreds of megabytes.
 _PIECE_BYTES = 4 << 20
+# Lies in the folder of a space whose `key_column` is not unique.
+_CONTENT_MARK = "told-apart-by-content"
 _BEGUN, _FINISHED = STEPS
 
 
@@ -195,7 +197,8 @@ class Ledger:
             DamagedLedgerError: for an entry that is damaged, of a file that does not carry its keys.
         """
         sizes = self.storage.sizes(f"{FOLDER}/{self.run.space}")
-        small, large = [], []
+        small: list[tuple[Entry, int]] = []
+        large: list[tuple[Entry, int]] = []
         for entry in entries:
             size = sizes.get(entry.path(self.run.space).rpartition("/")[2], 0)
             (small if size <= _PIECE_BYTES else large).append((entry, size))
@@ -204,10 +207,42 @@ class Ledger:
             for entry, size in large:
                 yield from self._read_entry(entry, size)
 
+    def tell_content_apart(self) -> None:
+        """Have this run and later ones tell rows of one name apart by their content."""
+        self.storage.put(f"{FOLDER}/{self.run.space}/{_CONTENT_MARK}", b"")
+
+    def tells_content_apart(self) -> bool:
+        """Whether a run has found rows of one name and different content."""
+        return self.storage.size(f"{FOLDER}/{self.run.space}/{_CONTENT_MARK}") is not None
+
+    def sizes_of_old_entries(self, entries: Iterable[Entry]) -> dict[Entry, int]:
+        """The sizes of entries of an earlier release, whose bytes prove nothing."""
+        old = [entry for entry in entries if entry.kind == OLD_ENTRY]
+        sizes = self.storage.sizes(f"{FOLDER}/{self.run.space}") if old else {}
+        return {entry: sizes.get(entry.path(self.run.space).rpartition("/")[2], 0) for entry in old}
+
+    def entry_is_damaged(self, entry: Entry, path: str | None = None) -> str:
+        """The words for an entry that is not what was written, with the remedy.
+
+        Args:
+            entry: The entry.
+            path: Where its file lies, if not where it belongs.
+        """
+        return (
+            f"{entry.path(self.run.space)!r} in {self.storage.label!r} is lost or damaged, so which rows are in its "
+            f"file is not known: delete {path or self._place(entry.name)[1]!r} and run again, which does its rows anew"
+        )
+
     def open_file(self, name: str) -> Any:
         """A file that counts, to read from."""
         storage, path = self._place(name)
         return storage.open_file(path)
+
+    def get_file(self, name: str) -> bytes:
+        """The whole of a file that counts."""
+        storage, path = self._place(name)
+        with self._still_ours():
+            return storage.get(path)
 
     def finish(self, about: Mapping[str, Any], names: Collection[str]) -> None:
         """Make these files the ones that count, and their space the visible one.
@@ -224,12 +259,10 @@ class Ledger:
         self.check_latest()
         with self._still_ours():
             sizes = self._file_sizes()
-            missing = set(names) - sizes.keys()
+            entries = self._entries()
+            missing = {name for name in names if name not in sizes or self._entry(name, sizes[name], entries) is None}
             if missing:
                 raise FileNotFoundError(_gone(self.storage, missing))
-            entries = self._entries()
-            for name in names:
-                self._entry(name, sizes[name], entries)
             state = self.state.with_files(self.run.space, frozenset(names), about).promoted(self.run.space)
             write_state(self.storage, self.run, _FINISHED, state)
             self._check_latest(read_records(self.storage), may_have_ended=True)
@@ -282,9 +315,7 @@ class Ledger:
         assert state is not None
         self._delete(set(names) - state.names(self.run.space))
 
-    def _settle(
-        self, records: Records, visible: Mapping[str, int], *, retry_errors: bool
-    ) -> tuple[State, set[Entry]]:
+    def _settle(self, records: Records, visible: Mapping[str, int], *, retry_errors: bool) -> tuple[State, set[Entry]]:
         """The state that this run starts from, and what counts of its space.
 
         Args:
@@ -332,9 +363,9 @@ class Ledger:
         )
         if strange:
             raise DamagedLedgerError(
-                f"{strange[0]!r} in {self.storage.label!r} ({len(strange)} such files) is of a run of which nothing else "
-                f"is known there, so whether its rows are done is not known: delete {strange[0]!r} and run again, or "
-                "give the job another folder"
+                f"{strange[0]!r} in {self.storage.label!r} ({len(strange)} such files) is of a run of which nothing "
+                f"else is known there, so whether its rows are done is not known: delete {strange[0]!r} and run "
+                "again, or give the job another folder"
             )
 
     def _apply(self, state: State) -> None:
@@ -405,14 +436,14 @@ class Ledger:
         return entries_among(self.storage.sizes(f"{FOLDER}/{self.run.space}"))
 
     def _entry(self, name: str, size: int, entries: Collection[Entry]) -> Entry | None:
-        """A file's entry among those that were listed; made again where it is lost."""
+        """A file's entry among those that were listed; see `_seek_entry`."""
         for kind in ("keys", OLD_ENTRY):
             if Entry(name, size, kind) in entries:
                 return Entry(name, size, kind)
         return self._seek_entry(name)
 
     def _seek_entry(self, name: str) -> Entry | None:
-        """A file's entry, as both are now; None when the file is gone."""
+        """A file's entry, as both are now, made again where it is lost; None when the file is gone or was cut."""
         size = self._size(name)
         if size is None:
             return None
@@ -420,9 +451,14 @@ class Ledger:
             entry = Entry(name, size, kind)
             if self.storage.size(entry.path(self.run.space)) is not None:
                 return entry
-        entry = Entry(name, size)
-        self._rebuild(entry)
-        return entry
+        try:
+            self._rebuild(Entry(name, size))
+        except DamagedLedgerError:
+            # With an entry for another size the file is not what was written.
+            if any(entry.name == name for entry in self._entries()):
+                return None
+            raise
+        return Entry(name, size)
 
     def _size(self, name: str) -> int | None:
         storage, path = self._place(name)
@@ -466,10 +502,7 @@ class Ledger:
             path = f"{FOLDER}/{self.run.space}/{entry.name}{STAGED}"
         keys = keys_in_parquet(lambda start, length: storage.get(path, start, length=length), entry.size)
         if keys is None:
-            raise DamagedLedgerError(
-                f"{entry.path(self.run.space)!r} in {self.storage.label!r} is lost or damaged, so which rows are in its "
-                f"file is not known: delete {path!r} and run again, which does its rows anew"
-            )
+            raise DamagedLedgerError(self.entry_is_damaged(entry, path))
         self.storage.put(entry._replace(kind="keys").path(self.run.space), seal(keys))
         return keys
 

@@ -2,7 +2,7 @@
 
     path/part-1f3a9c02-000001.parquet                       a file of answers
     path/_raydata_llm/runs/00000002-7be0d1aa-<space>        a run began: the runs, in order
-    path/_raydata_llm/runs/00000002-7be0d1aa-<space>.begun  which files counted when it had begun (.finished: at its end)
+    path/_raydata_llm/runs/00000002-7be0d1aa-<space>.begun  which files counted then (.finished: at its end)
     path/_raydata_llm/<space>/<file name>.<file size>.keys  an entry: the keys of the file's rows
     path/_raydata_llm/<space>/<file name>.staged            a file of a space that is not the visible one yet
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from raydata_llm.sink_storage import Storage
 

@@ -51,7 +51,7 @@ def read_old_state(storage: Storage, letters: Storage, spaces: set[str]) -> Stat
         if intent is not None and space == str(intent.get("from")) != visible:
             continue
         folder = f"{FOLDER}/{space}"
-        sizes = {}
+        sizes: dict[str, int] = {}
         for store in stores.values():
             staged = {
                 name.removesuffix(STAGED): size for name, size in store.sizes(folder).items() if name.endswith(STAGED)

@@ -1,8 +1,8 @@
-"""What counts in a folder, as one record that proves itself: the visible key space and the names of each space's files.
+"""Which files count in a folder, as one record that proves itself: the visible key space, and each space's files.
 
-A run writes a state when it has begun and one when it has finished, under names of its own that no other run writes. The
-state of the latest run holds, the later of its two steps; a state that reaches the store late, of an earlier run, means
-nothing. Each is written twice. Knows what a state says, not when one is written.
+A run writes a state when it has begun and one when it has finished, under names of its own that no other run writes.
+The state of the latest run holds, the later of its two steps; a state of an earlier run that reaches the store late
+means nothing. Each is written twice, so that one of them may be lost. Knows what a state says, not when one is written.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from raydata_llm.ledger_layout import COPY, STEPS, DamagedLedgerError, Records, 
 from raydata_llm.sink_storage import Storage
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class State:
-    """What counts.
+    """Which files count.
 
     Args:
         space: The key space whose files are the visible ones.

@@ -74,6 +74,13 @@ def task_call() -> tuple[int, int]:
     return int(context.task_idx), call
 
 
+def task_name() -> str:
+    """A name of the Ray task that this is, the same in a retry and no other task's; empty outside Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().get_task_id() or "") if ray.is_initialized() else ""
+
+
 def is_cancelled() -> bool:
     """Whether nobody wants what this task makes any more: the job failed, was interrupted, or has rows enough."""
     import ray

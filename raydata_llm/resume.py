@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from raydata_llm.ledger_index import KEY_BYTES
-from raydata_llm.resume_broker import current_broker
+from raydata_llm.ledger_index import KEY_BYTES, NAME_BYTES
+from raydata_llm.ray_blocks import task_call, task_name
+from raydata_llm.resume_broker import Claimant, current_broker
 from raydata_llm.resume_config import ResumeConfig
 from raydata_llm.row_key import row_digest
 from raydata_llm.row_payload import RESUME_COLUMN, RowRequest
@@ -26,8 +27,10 @@ from raydata_llm.row_payload import RESUME_COLUMN, RowRequest
 PLAN_SETTING = "raydata_llm.resume_plan"
 # Another number where rows get other keys than they had: a folder of older keys is written anew.
 _KEYS = 3
-_TOKEN_BYTES = 8
-_CELL_BYTES = KEY_BYTES + _TOKEN_BYTES + 1
+# A cell: key, token of the run that let the row through, number of the row, whether it failed.
+_TOKEN_BYTES, _NUMBER_BYTES = 8, 8
+_TOKEN_END = KEY_BYTES + _TOKEN_BYTES
+_CELL_BYTES = _TOKEN_END + _NUMBER_BYTES + 1
 _NO_TOKEN = b"-" * _TOKEN_BYTES
 
 Cells = np.ndarray[Any, np.dtype[np.uint8]]
@@ -65,11 +68,16 @@ class ResumePlan:
         keys = b"".join(map(self._key, requests, rows, made))
         broker = current_broker()
         token = _NO_TOKEN if broker is None else broker.token
+        call = task_call()
         cells = np.zeros((len(made), _CELL_BYTES), np.uint8)
         cells[:, :KEY_BYTES] = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
-        cells[:, KEY_BYTES:-1] = np.frombuffer(token, np.uint8)
+        cells[:, KEY_BYTES:_TOKEN_END] = np.frombuffer(token, np.uint8)
+        numbers = _row_numbers(f"{task_name()} {call}", len(made))
+        cells[:, _TOKEN_END:-1] = numbers.view(np.uint8).reshape(-1, _NUMBER_BYTES)
         table = table.append_column(RESUME_COLUMN, _to_column(cells))
-        return table if broker is None else table.filter(pa.array(~broker.done_before(keys)))
+        if broker is None:
+            return table
+        return table.filter(pa.array(~broker.claim(Claimant("prepare", *call), keys)))
 
     def _key(self, request: RowRequest, row: Mapping[str, Any], made: Mapping[str, Any]) -> bytes:
         column = self.config.key_column
@@ -85,7 +93,9 @@ class ResumePlan:
             if columns[column] is None:
                 # Null tells no row from another: else of two such rows one might be skipped for the other's answer.
                 return _digest(row_digest({"without key": dict(row)}))
-            return _digest(row_digest({"key": columns[column]}))
+            name = _digest(row_digest({"key": columns[column]}))
+            # The end tells rows of one key apart by the dataset's columns, where it turns out that there are such.
+            return name[:NAME_BYTES] + _digest(row_digest(row))[NAME_BYTES:]
         token_ids = (
             b"" if request.prompt_token_ids is None else np.ascontiguousarray(request.prompt_token_ids).tobytes()
         )
@@ -105,18 +115,20 @@ class Carried(NamedTuple):
 
     Args:
         keys: Concatenated.
+        numbers: Of each row as it left `prepare`: steps that multiply rows give one number to several.
         admitted: For each row, whether the run of that token let it through.
         failed: For each row, whether it is an error row.
     """
 
     keys: bytes
+    numbers: np.ndarray[Any, np.dtype[np.uint64]]
     admitted: np.ndarray[Any, np.dtype[np.bool_]]
     failed: np.ndarray[Any, np.dtype[np.bool_]]
 
     def keep(self, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Carried:
         """Of the chosen rows."""
         keys = np.frombuffer(self.keys, f"V{KEY_BYTES}")[chosen].tobytes()
-        return Carried(keys, self.admitted[chosen], self.failed[chosen])
+        return Carried(keys, self.numbers[chosen], self.admitted[chosen], self.failed[chosen])
 
 
 def mark_failed(column: pa.ChunkedArray, failed: Sequence[bool]) -> pa.Array:
@@ -138,8 +150,20 @@ def read_carried(column: pa.ChunkedArray, token: str) -> Carried:
     """
     cells = _to_cells(column)
     own = np.frombuffer(token.encode(), np.uint8)
-    admitted = (cells[:, KEY_BYTES:-1] == own).all(1) if own.size == _TOKEN_BYTES else np.zeros(len(cells), np.bool_)
-    return Carried(cells[:, :KEY_BYTES].tobytes(), admitted, cells[:, -1] != 0)
+    tokens = cells[:, KEY_BYTES:_TOKEN_END]
+    admitted = (tokens == own).all(1) if own.size == _TOKEN_BYTES else np.zeros(len(cells), np.bool_)
+    numbers = np.ascontiguousarray(cells[:, _TOKEN_END:-1]).view(np.uint64)[:, 0]
+    return Carried(cells[:, :KEY_BYTES].tobytes(), numbers, admitted, cells[:, -1] != 0)
+
+
+def _row_numbers(call: str, count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Numbers of a block's rows: the same in a retry, and no other block's.
+
+    Blocks begin at random places among 2**64 numbers: of a million blocks of 1,000 rows two overlap once in 10,000
+    jobs.
+    """
+    first = int.from_bytes(_digest(call.encode())[:_NUMBER_BYTES], "little")
+    return np.arange(count, dtype=np.uint64) + np.uint64(first)
 
 
 def _to_column(cells: Cells) -> pa.Array:

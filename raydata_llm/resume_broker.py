@@ -1,8 +1,9 @@
 """One actor beside the driver that knows which rows earlier runs committed, and hands each committed copy out once.
 
 Identical rows can lie in any two blocks, so one place must count them. A block's answer is remembered, so a task that
-Ray runs again skips the same rows. Owns the counts and the check that anything matches at all; the keys themselves are
-`KeyIndex`'s. If the actor is lost, the job stops; its next run starts from the ledger.
+Ray runs again skips the same rows. Owns the counts and the checks that anything matches at all, that a key column tells
+rows apart, and that no row comes to the sink twice; the keys themselves are `KeyIndex`'s. If the actor is lost, the job
+stops; its next run starts from the ledger.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raydata_llm.ledger import Ledger
-from raydata_llm.ledger_index import KEY_BYTES, KeyIndex, Mask
+from raydata_llm.ledger_index import KEY_BYTES, KeyIndex, Mask, SharedNameError
 from raydata_llm.ledger_layout import Entry
-from raydata_llm.ray_blocks import task_call
+from raydata_llm.occurrences import Occurrences
 from raydata_llm.redaction import masked_logger
 
 logger = masked_logger(__name__)
@@ -52,16 +53,21 @@ class ResumeBroker:
 
     Args:
         ledger: Of the run.
+        key_column: The column that tells rows apart, if it is one.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, key_column: str | None = None) -> None:
         self._ledger = ledger
+        self._key_column = key_column
+        self._by_name = key_column is not None
+        self._written = Occurrences()
         self._index = KeyIndex([])
         self._answers: dict[bytes, bytes] = {}
         self._asked = self._found = 0
 
     def load(self, entries: Sequence[Entry]) -> int:
         """Read the keys of the files that count; returns how many there are."""
+        self._by_name = self._by_name and not self._ledger.tells_content_apart()
         self._index = KeyIndex(self._ledger.read_keys(entries))
         return self._index.size
 
@@ -73,14 +79,15 @@ class ResumeBroker:
         """For each key of a block, whether a committed row stands for it, as packed bits.
 
         Raises:
-            ValueError: when rows are committed and none of the first 10,000 asked for is among them.
+            ValueError: when rows are committed and none of the first 10,000 asked for is among them, or when one value
+                of the key column stands for rows that differ, and a committed row was taken for the wrong one.
         """
         count = len(keys) // KEY_BYTES
         # With the keys: a dataset put together from two that a processor made has two blocks of each number. And as a
         # digest: there may be millions of blocks.
         asked = hashlib.blake2b(keys, digest_size=16, key=repr(tuple(claimant)).encode()).digest()
         if asked not in self._answers:
-            mask = self._index.take(keys)
+            mask = self._take(keys)
             self._asked, self._found = self._asked + count, self._found + int(mask.sum())
             # Nearly all blocks are wholly done or wholly new: two shared words instead of a bit a row.
             self._answers[asked] = _NONE if not mask.any() else _ALL if mask.all() else np.packbits(mask).tobytes()
@@ -88,6 +95,32 @@ class ResumeBroker:
             raise ValueError(nothing_matches(self.counts()))
         answer = self._answers[asked]
         return np.packbits(np.full(count, answer == _ALL)).tobytes() if answer in (_NONE, _ALL) else answer
+
+    def write(self, file_number: int, numbers: bytes) -> None:
+        """Take down the rows of a file that is about to be written; a repeated task's are the same.
+
+        Raises:
+            ValueError: when rows come a second time.
+        """
+        copies = np.count_nonzero(self._written.number(file_number, np.frombuffer(numbers, np.uint64)))
+        if copies:
+            raise ValueError(
+                f"resume: {copies} rows came to the sink a second time: a step between the processor and the sink "
+                "makes several rows of one (flat_map, a join, a union with itself), and which of them are done could "
+                "not be told. Move that step before the processor, or do it on the files that the sink has written, "
+                "or write without resume"
+            )
+
+    def _take(self, keys: bytes) -> Mask:
+        try:
+            return self._index.take(keys, by_name=self._by_name)
+        except SharedNameError:
+            self._ledger.tell_content_apart()
+            raise ValueError(
+                f"resume: key_column={self._key_column!r} has the same value in rows that differ, so it does not tell "
+                "which of them is done. Run the job again: from now on rows of one key are told apart by the dataset's "
+                "other columns too. Or give a column in which no value comes twice"
+            ) from None
 
 
 def nothing_matches(counts: Counts) -> str:
@@ -107,24 +140,33 @@ class BrokerHandle:
         self.token = name.rpartition("-")[2].encode()
         self._actor = actor
 
-    def done_before(self, keys: bytes) -> Mask:
-        """For each row of the block that the current task works on, whether it is committed."""
-        return self.claim(Claimant("prepare", *task_call()), keys)
-
     def claim(self, claimant: Claimant, keys: bytes) -> Mask:
         """See `ResumeBroker.claim`."""
-        import ray
-
-        try:
-            answer = ray.get(self._actor.claim.remote(claimant, keys))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+        answer = _answer(self._actor.claim.remote(claimant, keys))
         bits = np.unpackbits(np.frombuffer(answer, np.uint8), count=len(keys) // KEY_BYTES)
         return bits.astype(np.bool_)
 
+    def write(self, file_number: int, numbers: bytes) -> None:
+        """See `ResumeBroker.write`."""
+        _answer(self._actor.write.remote(file_number, numbers))
 
-def start_broker(ledger: Ledger, entries: Sequence[Entry]) -> tuple[str, Any]:
+
+def _answer(ref: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def start_broker(ledger: Ledger, entries: Sequence[Entry], key_column: str | None) -> tuple[str, Any]:
     """Start a run's broker on this node; returns its name and the actor.
+
+    Args:
+        ledger: Of the run.
+        entries: That count.
+        key_column: The column that tells rows apart, if it is one.
 
     Raises:
         OSError: when the keys cannot be read, or kept on this node's disk.
@@ -137,7 +179,7 @@ def start_broker(ledger: Ledger, entries: Sequence[Entry]) -> tuple[str, Any]:
     actor: Any = (
         ray.remote(ResumeBroker)
         .options(name=name, namespace=_NAMESPACE, num_cpus=0, max_restarts=0, scheduling_strategy=here)
-        .remote(ledger)
+        .remote(ledger, key_column)
     )
     started = time.monotonic()
     try:

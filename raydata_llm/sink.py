@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from raydata_llm.engine.known_names import named_arguments
-from raydata_llm.ledger import Ledger
-from raydata_llm.ledger_layout import Entry, current_space
+from raydata_llm.ledger import Ledger, holds_job
+from raydata_llm.ledger_index import KEY_BYTES
+from raydata_llm.ledger_layout import OLD_ENTRY, DamagedLedgerError, Entry
 from raydata_llm.redaction import redact
 from raydata_llm.resume import PLAN_SETTING, ResumePlan
 from raydata_llm.resume_broker import BROKER_SETTING, start_broker
@@ -24,7 +25,7 @@ from raydata_llm.sink_dataset import finished_blocks, refuse_ray_checkpoint, set
 from raydata_llm.sink_format import FileFormat, merge_schemas
 from raydata_llm.sink_limits import FileLimits
 from raydata_llm.sink_storage import Storage
-from raydata_llm.sink_task import WritePlan, WrittenFile
+from raydata_llm.sink_task import WritePlan, WrittenFile, read_parquet
 from raydata_llm.sink_writer import FileWriter
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _run_resumable(dataset: Dataset, plan: WritePlan, limits: FileLimits, resume
     )
     plan = WritePlan(storage=plan.storage, letters=letters, format=plan.format, token=plan.token, ledger=ledger)
     earlier = _earlier_files(plan, entries)
-    broker = start_broker(ledger, entries)
+    broker = start_broker(ledger, entries, resume.config.key_column)
     schema = merge_schemas(file.schema for file in earlier) if earlier else None
     try:
         with FileWriter(plan, limits, schema, broker) as writer:
@@ -217,7 +218,7 @@ def _writable(path: str | os.PathLike[str], filesystem: Any) -> Storage:
 
 
 def _check_folder(storage: Storage, mode: str) -> None:
-    if current_space(storage) is not None:
+    if holds_job(storage):
         raise ValueError(
             f"path={storage.label!r} holds the files of a job that can be resumed: give another folder, or the "
             "processor a ResumeConfig of this one"
@@ -263,12 +264,16 @@ def _earlier_files(plan: WritePlan, entries: list[Entry]) -> list[WrittenFile]:
             )
     if not plan.format.has_schema:
         return []
-    assert plan.ledger is not None
     ledger = plan.ledger
+    assert ledger is not None
+    old_entries = ledger.sizes_of_old_entries(entries)
 
     def read(entry: Entry) -> WrittenFile:
-        with ledger.open_file(entry.name) as source:
-            schema = pq.read_schema(source).remove_metadata()
+        metadata = read_parquet(plan, entry.name, pq.read_metadata)
+        # An entry of an earlier release has no other proof.
+        if entry.kind == OLD_ENTRY and old_entries[entry] != metadata.num_rows * KEY_BYTES:
+            raise DamagedLedgerError(ledger.entry_is_damaged(entry))
+        schema = metadata.schema.to_arrow_schema().remove_metadata()
         return WrittenFile(entry.name, 0, 0, entry.size, 0, schema, entry.is_error)
 
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:

@@ -19,6 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydata_llm.ledger_entry import add_to_parquet
+
 _TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "ray.data.arrow_variable_shaped_tensor")
 # Rows turned into Python values at once.
 _JSON_ROWS = 1024
@@ -54,15 +56,20 @@ class FileFormat:
         """Whether a reader takes a folder's types from one of its files."""
         return self.name == "parquet"
 
-    def encode(self, table: pa.Table) -> pa.Buffer:
-        """The bytes of a file."""
+    def encode(self, table: pa.Table, keys: bytes | None = None) -> pa.Buffer:
+        """The bytes of a file.
+
+        Args:
+            table: Its rows.
+            keys: Of its rows in a ledger, of which a Parquet file carries a copy where readers do not look.
+        """
         if self.name == "parquet":
             stream = pa.BufferOutputStream()
             for index, field in enumerate(table.schema):
                 if pa.types.is_struct(field.type) and not field.type.num_fields:  # {} in all rows: Parquet has no word
                     table = table.set_column(index, field.name, pa.nulls(table.num_rows))
             pq.write_table(table, stream, compression=self.compression or "none")
-            return stream.getvalue()
+            return stream.getvalue() if keys is None else add_to_parquet(stream.getvalue(), keys)
         lines = "".join(_json_lines(table)).encode("utf-8", "surrogatepass")
         return pa.py_buffer(gzip.compress(lines, mtime=0) if self.compression else lines)
 

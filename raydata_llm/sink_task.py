@@ -6,21 +6,24 @@ replaces its own files and no others. Owns the split into answers and errors. Kn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydata_llm.ledger import Ledger
-from raydata_llm.ledger_layout import file_name, is_error_file
+from raydata_llm.ledger_layout import DamagedLedgerError, file_name, is_error_file
 from raydata_llm.resume import Carried, read_carried
 from raydata_llm.resume_broker import BrokerHandle, Claimant
 from raydata_llm.row_payload import ERROR_COLUMN, RESERVED_COLUMNS, RESUME_COLUMN
+from raydata_llm.sink_errors import first_line
 from raydata_llm.sink_format import FileFormat, concat_blocks, conform, merge_schemas
 from raydata_llm.sink_storage import Storage
+
+_Result = TypeVar("_Result")
 
 
 class WrittenFile(NamedTuple):
@@ -80,6 +83,8 @@ def write_file(
         return []
     table = concat_blocks(blocks)
     carried = _carried(table, plan)
+    if carried is not None and broker is not None:
+        broker.write(number, carried.numbers.tobytes())
     if carried is not None and broker is not None and not carried.admitted.all():
         # Blocks that were made before this run began (a materialised dataset): nobody asked for them yet.
         done = broker.claim(Claimant("write", number, 0), carried.keys) & ~carried.admitted
@@ -105,14 +110,35 @@ def write_file(
 
 def rewrite_file(plan: WritePlan, file: WrittenFile, schema: pa.Schema) -> None:
     """Bring a Parquet file that counts to another schema."""
-    source = _folder(plan, file.name).open_file(file.name) if plan.ledger is None else plan.ledger.open_file(file.name)
-    with source:
-        table = pq.read_table(source)
-    content = plan.format.encode(conform(table, schema))
+    table = conform(read_parquet(plan, file.name, pq.read_table), schema)
     if plan.ledger is not None:
-        plan.ledger.replace(file.name, content)
+        keys = plan.ledger.keys_of(file.name)
+        plan.ledger.replace(file.name, plan.format.encode(table, keys), keys)
     else:
-        _folder(plan, file.name).put(file.name, content)
+        _folder(plan, file.name).put(file.name, plan.format.encode(table))
+
+
+def read_parquet(plan: WritePlan, name: str, read: Callable[[Any], _Result]) -> _Result:
+    """Read something of a Parquet file that counts.
+
+    Raises:
+        DamagedLedgerError: when it is no Parquet file any more; says what to do.
+        OSError: when the store fails.
+    """
+    storage = _folder(plan, name)
+    try:
+        with storage.open_file(name) if plan.ledger is None else plan.ledger.open_file(name) as source:
+            return read(source)
+    except (pa.ArrowException, OSError):
+        # pyarrow has one error for a store's faults and for bytes that mean nothing: the store's show here once more.
+        content = storage.get(name) if plan.ledger is None else plan.ledger.get_file(name)
+    try:
+        return read(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as error:
+        remedy = "restore it" if plan.ledger is None else f"delete {name!r} and run again, which does its rows anew"
+        raise DamagedLedgerError(
+            f"{name!r} in {storage.label!r} is damaged, and no Parquet file any more ({first_line(error)}): {remedy}"
+        ) from None
 
 
 def _write_part(
@@ -129,7 +155,7 @@ def _write_part(
         table = conform(table, schema)
     else:
         schema = None
-    content = plan.format.encode(table)
+    content = plan.format.encode(table, None if carried is None else carried.keys)
     _put(plan, name, content, carried)
     return WrittenFile(name, table.num_rows, num_failed, content.size, table.nbytes, schema, is_error_file(name))
 

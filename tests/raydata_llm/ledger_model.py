@@ -81,7 +81,9 @@ class ModelStorage:
     def sizes(self, folder: str = "") -> dict[str, int]:
         self._pause()
         prefix = f"{folder}/" if folder else ""
-        found = {path.removeprefix(prefix): len(body) for path, body in self._objects.items() if path.startswith(prefix)}
+        found = {
+            path.removeprefix(prefix): len(body) for path, body in self._objects.items() if path.startswith(prefix)
+        }
         return {name: size for name, size in found.items() if "/" not in name}
 
     def size(self, name: str) -> int | None:
@@ -278,7 +280,9 @@ class Schedule:
                     break
         for actor in actors:
             actor.join()
-        self.story = [f"{a.job.token} {a.job.space}: {n} calls, {a.error!r}" for a, n in zip(actors, steps, strict=True)]
+        self.story = [
+            f"{a.job.token} {a.job.space}: {n} calls, {a.error!r}" for a, n in zip(actors, steps, strict=True)
+        ]
         return actors
 
     def _alone(self, job: Job) -> None:
@@ -292,9 +296,13 @@ class Schedule:
         if kind == "lost":
             del self.objects[path]
         elif kind == "garbled":
-            self.objects[path] = bytes(byte ^ 255 if index == len(body) // 2 else byte for index, byte in enumerate(body))
+            self.objects[path] = bytes(
+                byte ^ 255 if index == len(body) // 2 else byte for index, byte in enumerate(body)
+            )
         else:
-            end = {"emptied": 0, "cut": draw.randrange(len(body) + 1)}.get(kind, KEY_BYTES * (len(body) // KEY_BYTES // 2))
+            end = {"emptied": 0, "cut": draw.randrange(len(body) + 1)}.get(
+                kind, KEY_BYTES * (len(body) // KEY_BYTES // 2)
+            )
             self.objects[path] = body[:end]
 
     def _run_to_the_end(self, job: Job) -> bool:

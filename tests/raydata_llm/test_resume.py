@@ -13,7 +13,7 @@ import pytest
 from raydata_llm import EngineProcessorConfig, ResumeConfig
 from raydata_llm.engine.engine_config import EngineConfig
 from raydata_llm.engine.request import LoRARequest
-from raydata_llm.ledger_index import KEY_BYTES
+from raydata_llm.ledger_index import KEY_BYTES, NAME_BYTES
 from raydata_llm.ledger_layout import Entry
 from raydata_llm.resume import ResumePlan, mark_failed, read_carried
 from raydata_llm.resume_broker import Claimant, ResumeBroker
@@ -69,9 +69,12 @@ def test_a_key_follows_the_prompts_embeddings() -> None:
 
 def test_a_key_column_stands_for_the_row_alone() -> None:
     plan = ResumePlan(config=ResumeConfig("out", key_column="id"), about={})
-    assert key({"id": 1, "time": 3}, [5], plan=plan) == key({"id": 1, "time": 4}, [6], {"seed": 1}, plan=plan)
-    assert key({"id": 2}, [5], plan=plan) != key({"id": 1}, [5], plan=plan)
-    assert key({}, [5], plan=plan, id=1) == key({"id": 1}, [5], plan=plan), "preprocess may make it"
+    same = key({"id": 1, "time": 3}, [5], plan=plan)
+    assert same == key({"id": 1, "time": 3}, [6], {"seed": 1}, plan=plan), "the prompt may change"
+    other = key({"id": 1, "time": 4}, [5], plan=plan)
+    assert same[:NAME_BYTES] == other[:NAME_BYTES] and same != other, "the content is noted beside the name"
+    assert key({"id": 2}, [5], plan=plan)[:NAME_BYTES] != same[:NAME_BYTES]
+    assert key({}, [5], plan=plan, id=1)[:NAME_BYTES] == same[:NAME_BYTES], "preprocess may make it"
     with pytest.raises(ValueError, match="key_column='id' is not a column: the row has other"):
         key({"other": 1}, [5], plan=plan)
 
@@ -177,14 +180,20 @@ class KeptKeys:
 
     def __init__(self, *files: bytes) -> None:
         self._files = files
+        self.tells_apart = False
+
+    def tell_content_apart(self) -> None:
+        self.tells_apart = True
+
+    def tells_content_apart(self) -> bool:
+        return self.tells_apart
 
     def read_keys(self, entries: Iterable[Entry]) -> Iterator[bytes]:
         return (self._files[entry.size] for entry in entries)
 
 
-def broker(*files: bytes) -> ResumeBroker:
-    ledger: Any = KeptKeys(*files)
-    made = ResumeBroker(ledger)
+def broker(*files: bytes, key_column: str | None = None, ledger: Any = None) -> ResumeBroker:
+    made = ResumeBroker(ledger or KeptKeys(*files), key_column)
     made.load([Entry("", number) for number in range(len(files))])
     return made
 
@@ -221,3 +230,53 @@ def test_ten_thousand_strangers_stop_the_job() -> None:
     asked = broker(digits(1))
     asked.claim(Claimant("prepare", 0, 0), digits(*range(1, 10_001)))
     assert bits(asked.claim(Claimant("prepare", 1, 0), digits(10_001)), 1) == [0]
+
+
+def named(*rows: tuple[int, int]) -> bytes:
+    """Keys of rows, each of a name and a content."""
+    return b"".join(digits(name)[:NAME_BYTES] + digits(content)[: KEY_BYTES - NAME_BYTES] for name, content in rows)
+
+
+def test_a_row_of_a_key_column_is_done_though_its_other_columns_changed() -> None:
+    asked = broker(named((1, 1), (2, 1), (3, 1)), key_column="id")
+    assert bits(asked.claim(Claimant("prepare", 0, 0), named((1, 2), (4, 1), (2, 1))), 3) == [1, 0, 1]
+    assert bits(asked.claim(Claimant("prepare", 1, 0), named((3, 2), (1, 2))), 2) == [1, 0], "each copy once"
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 3, 0, 1], [0, 3, 2, 1]], ids=str)
+def test_rows_of_one_key_are_told_apart_by_their_content_after_one_stop_at_most(order: list[int]) -> None:
+    rows = [(1, 1), (2, 1), (1, 2), (2, 2)]
+    ledger: Any = KeptKeys(named(*rows[:2]))
+
+    def ask() -> dict[int, int]:
+        asked = broker(b"", key_column="id", ledger=ledger)
+        claims = ((row, asked.claim(Claimant("prepare", row, 0), named(rows[row]))) for row in order)
+        return {row: bits(answer, 1)[0] for row, answer in claims}
+
+    if order != sorted(order):
+        with pytest.raises(
+            ValueError, match=r"key_column='id' has the same value in rows that differ.* Run the job again"
+        ):
+            ask()
+    assert ask() == {0: 1, 1: 1, 2: 0, 3: 0}
+
+
+def test_names_are_taken_as_often_as_they_were_committed() -> None:
+    asked = broker(named((1, 1), (1, 2), (1, 2)), key_column="id")
+    assert bits(asked.claim(Claimant("prepare", 0, 0), named((1, 2), (1, 7), (1, 8), (1, 9))), 4) == [1, 1, 1, 0]
+
+
+def test_rows_that_come_to_the_sink_twice_stop_the_job_and_a_repeated_task_does_not() -> None:
+    asked = broker()
+    numbers = np.arange(6, dtype=np.uint64) + np.uint64(2**64 - 3)
+    for _ in range(2):
+        asked.write(0, numbers[:4].tobytes())
+    asked.write(1, numbers[4:5].tobytes())
+    with pytest.raises(ValueError, match=r"3 rows came to the sink a second time: .*flat_map.* Move that step before"):
+        asked.write(2, numbers[3:6].tobytes() + numbers[5:].tobytes())
+
+
+def test_rows_of_a_block_have_numbers_of_their_own() -> None:
+    requests = [RowRequest(np.array([1], np.int32), None, b"") for _ in range(300)]
+    column = PLAN.admit(pa.table({"x": range(300)}), requests, [{}] * 300, [{}] * 300).column(RESUME_COLUMN)
+    assert len(set(read_carried(column, "").numbers.tolist())) == 300

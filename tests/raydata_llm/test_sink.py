@@ -266,3 +266,46 @@ def test_an_empty_dataset_leaves_an_empty_folder(model: str, tmp_path: Path) -> 
     ds = ray.data.from_arrow(pa.table({"id": pa.array([], pa.int64())}))
     summary = write_parquet(processor(model, ResumeConfig(str(tmp_path)), engine=start_nothing)(ds), tmp_path)
     assert (summary.files, summary.rows) == (0, 0)
+
+
+def test_steps_after_the_processor_that_multiply_rows_stop_the_job(model: str, tmp_path: Path) -> None:
+    rows = [{"id": number % 140} for number in range(160)]  # 20 are copies of others
+    ds = processor(model, ResumeConfig(str(tmp_path)))(ray.data.from_items(rows))
+    with pytest.raises(ValueError, match=r"rows came to the sink a second time: .*flat_map.* Move that step before"):
+        write_parquet(ds.flat_map(lambda row: [row, row]), tmp_path)
+    shuffled = ds.repartition(3).random_shuffle().filter(lambda row: row["id"] != 139)
+    write_parquet(shuffled, tmp_path)
+    assert ids_in(tmp_path) == sorted(row["id"] for row in rows if row["id"] != 139)
+
+
+def test_made_rows_that_were_multiplied_stop_the_job_too(model: str, tmp_path: Path) -> None:
+    made = processor(model, ResumeConfig(str(tmp_path)))(ray.data.range(20)).materialize()
+    for doubled in (made.flat_map(lambda row: [row, row]), made.union(made)):
+        with pytest.raises(ValueError, match="20 rows came to the sink a second time"):
+            write_parquet(doubled, tmp_path)
+    write_parquet(made, tmp_path)
+    assert ids_in(tmp_path) == list(range(20))
+
+
+def test_a_job_whose_key_column_is_not_unique_ends_with_every_row(model: str, tmp_path: Path) -> None:
+    resume = ResumeConfig(str(tmp_path), key_column="key")
+    rows = [{"id": number, "key": number % 4} for number in range(8)]
+    write_parquet(processor(model, resume)(ray.data.from_items(rows[:4])), tmp_path)
+    again = processor(model, resume)(ray.data.from_items(rows[4:] + rows[:4], override_num_blocks=2))
+    with contextlib.suppress(ValueError):  # once, where the others come first
+        write_parquet(again, tmp_path)
+    summary = write_parquet(again, tmp_path)
+    assert summary.rows + summary.skipped_rows == 8
+    assert ids_in(tmp_path) == list(range(8))
+
+
+def test_a_file_that_is_no_parquet_any_more_is_named(model: str, tmp_path: Path) -> None:
+    resume = ResumeConfig(str(tmp_path))
+    write_parquet(processor(model, resume)(ray.data.range(10)), tmp_path)
+    [file] = tmp_path.glob("*.parquet")
+    file.write_bytes(b"\xaa" * file.stat().st_size)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"'{file.name}' in .* is damaged, .* delete '{file.name}' and run again"):
+            write_parquet(processor(model, resume)(ray.data.range(10)), tmp_path)
+    file.unlink()
+    assert write_parquet(processor(model, resume)(ray.data.range(10)), tmp_path).rows == 10
