@@ -17,8 +17,9 @@ class ResumeConfig:
     Args:
         path: The folder that the sink writes to.
         key_column: The column, of the dataset or made by `preprocess`, that tells rows apart, for prompts that are
-            not the same in each run (rows in which it is null are told apart by the dataset's columns). None: the
-            prompt's token ids, the sampling parameters and the dataset's columns.
+            not the same in each run. Rows in which it is null, and rows that differ and share a value, are told
+            apart by the dataset's columns. None: the prompt's token ids, the sampling parameters and the dataset's
+            columns.
         version: Any text; another one starts afresh, and its results replace the others when the job is done. Give one
             for what is not noticed by itself: another `postprocess`, a LoRA adapter replaced in its place.
         retry_errors: Run rows again that failed.

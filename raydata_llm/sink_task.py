@@ -93,10 +93,12 @@ def write_file(
     apart = failed if plan.letters is not None else np.zeros_like(failed)
     table = table.drop_columns([name for name in RESERVED_COLUMNS if name in table.column_names])
     answers, letters = (file_name(plan.token, number, plan.format.suffix, errors=errors) for errors in (False, True))
+    # An attempt before this one may have left files, and seen other rows fail if its blocks were lost and made again.
+    # In this order no row is in both at any moment.
     if plan.letters is not None:
-        # An attempt before this one may have left files, and seen other rows fail if its blocks were lost and made
-        # again. In this order no row is in both at any moment.
         _withdraw(plan, letters)
+    if plan.ledger is not None:
+        _withdraw(plan, answers)  # a file of the same size and other rows would be taken for what the new entry says
     written = []
     for name, chosen in ((answers, ~apart), (letters, apart)):
         if chosen.any():

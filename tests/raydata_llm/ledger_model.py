@@ -119,6 +119,7 @@ class Job:
         space: Its key space.
         fails: The rows, by number, whose answers are errors.
         mends: Whether it brings the first earlier file to another schema.
+        repeats: Whether its write tasks are repeated, their first attempts having seen one more row fail.
         suffix: Of its files.
     """
 
@@ -127,6 +128,7 @@ class Job:
     suffix: str
     fails: frozenset[int] = frozenset()
     mends: bool = False
+    repeats: bool = False
 
     def run(self, storage: Any) -> None:
         """One run of the job, as the sink does it."""
@@ -143,16 +145,26 @@ class Job:
                 todo.append((number, row))
         for number, start in enumerate(range(0, len(todo), 3)):
             some = todo[start : start + 3]
-            for errors in (False, True):
-                rows = [row for index, row in some if (index in self.fails) == errors]
-                if rows:
-                    name = file_name(self.token, number, self.suffix, errors=errors)
-                    ledger.commit(name, _encode(rows, self.suffix, number), b"".join(rows))
-                    names.add(name)
+            if self.repeats:
+                self._write(ledger, number, some, fails=self.fails | {some[0][0]})
+            names |= self._write(ledger, number, some, fails=self.fails)
         if self.mends and entries and self.suffix == ".parquet":
             keys = ledger.keys_of(entries[0].name)
             ledger.replace(entries[0].name, _encode(_split(keys), self.suffix, 9), keys)
         ledger.finish({}, names)
+
+    def _write(self, ledger: Ledger, number: int, rows: list[tuple[int, bytes]], *, fails: frozenset[int]) -> set[str]:
+        """One attempt at a file, in the steps of `raydata_llm.sink_task.write_file`."""
+        names = {errors: file_name(self.token, number, self.suffix, errors=errors) for errors in (True, False)}
+        for name in names.values():
+            ledger.withdraw(name)
+        written = set()
+        for errors in (False, True):
+            some = [row for index, row in rows if (index in fails) == errors]
+            if some:
+                ledger.commit(names[errors], _encode(some, self.suffix, number), b"".join(some))
+                written.add(names[errors])
+        return written
 
 
 def _split(keys: bytes) -> list[bytes]:
@@ -262,7 +274,8 @@ class Schedule:
 
     def _draw_job(self, draw: random.Random, token: str, suffix: str) -> Job:
         fails = frozenset(number for number in range(7) if draw.random() < 0.1)
-        return Job(token, draw.choice("ab"), suffix, fails, mends=draw.random() < 0.4)
+        mends, repeats = draw.random() < 0.4, draw.random() < 0.2
+        return Job(token, draw.choice("ab"), suffix, fails, mends, repeats)
 
     def _interleave(self, draw: random.Random, jobs: list[Job]) -> list[Actor]:
         moves_at_once = draw.random() < 0.5

@@ -126,12 +126,13 @@ def test_a_state_of_which_both_copies_are_damaged_stops_every_run(tmp_path: Path
 
 def test_files_of_a_run_of_which_nothing_else_is_left_are_named(tmp_path: Path) -> None:
     fill(tmp_path, ".jsonl")
-    for record in (tmp_path / "_raydata_llm" / "runs").glob("00000002-*"):
-        record.unlink()
-    with pytest.raises(
-        DamagedLedgerError, match=r"part-bbbbbbbb.* is of a run of which nothing else is known.* delete"
-    ):
-        keys_counted(tmp_path)
+    strange = tmp_path / name_of("cccccccc", ".jsonl")
+    strange.write_bytes(b"{}\n")
+    for token in ("dddddddd", "eeeeeeee"):
+        with pytest.raises(DamagedLedgerError, match=r"part-cccccccc.* is of a run of which nothing else .* delete"):
+            keys_counted(tmp_path, token)
+    strange.unlink()
+    assert keys_counted(tmp_path, "ffffffff") == KEYS
     shutil.rmtree(tmp_path / "_raydata_llm" / "runs")
     with pytest.raises(ValueError, match=r"holds 2 files of no resumable run, such as 'part-aaaaaaaa"):
         keys_counted(tmp_path)

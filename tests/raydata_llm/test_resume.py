@@ -268,7 +268,7 @@ def test_names_are_taken_as_often_as_they_were_committed() -> None:
 
 def test_rows_that_come_to_the_sink_twice_stop_the_job_and_a_repeated_task_does_not() -> None:
     asked = broker()
-    numbers = np.arange(6, dtype=np.uint64) + np.uint64(2**64 - 3)
+    numbers = np.arange(6, dtype=np.uint64) + np.uint64(2**64 - 9)
     for _ in range(2):
         asked.write(0, numbers[:4].tobytes())
     asked.write(1, numbers[4:5].tobytes())
