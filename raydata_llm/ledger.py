@@ -135,7 +135,7 @@ class Ledger:
         self.check_latest()
         storage, path = self._place(name)
         storage.put(path, content)
-        self._check_or_take_back([name])
+        self._check_or_take_back([name], self.run.space)
 
     def check_latest(self) -> None:
         """Refuse to go on beside another run.
@@ -161,7 +161,7 @@ class Ledger:
             self.check_latest()
         except RunSupersededError:
             storage.put(path, content)
-            self._take_back([name])
+            self._take_back([name], self.run.space)
             raise
 
     def keys_of(self, name: str) -> bytes:
@@ -294,15 +294,15 @@ class Ledger:
             f"another run writes to {self.storage.label!r} since: this one stops, so that no row is written twice"
         )
 
-    def _check_or_take_back(self, names: Collection[str], *, may_have_ended: bool = False) -> None:
+    def _check_or_take_back(self, names: Collection[str], space: str, *, may_have_ended: bool = False) -> None:
         """After files came into sight: if a later run has begun, take back those that it does not count."""
         try:
             self._check_latest(read_records(self.storage), may_have_ended=may_have_ended)
         except RunSupersededError:
-            self._take_back(names)
+            self._take_back(names, space)
             raise
 
-    def _take_back(self, names: Collection[str]) -> None:
+    def _take_back(self, names: Collection[str], space: str) -> None:
         records = read_records(self.storage)
         newest = records.newest_state
         # Looked at twice: what is there at the second look was there before the next run can look.
@@ -313,7 +313,7 @@ class Ledger:
         except DamagedLedgerError:
             return  # a run that is later still has cleared it away, and finds these files; or nothing is known
         assert state is not None
-        self._delete(set(names) - state.names(self.run.space))
+        self._delete(set(names) - state.names(space), space)
 
     def _settle(self, records: Records, visible: Mapping[str, int], *, retry_errors: bool) -> tuple[State, set[Entry]]:
         """The state that this run starts from, and what counts of its space.
@@ -396,16 +396,17 @@ class Ledger:
         in_parallel(lambda one: _show(*one), shown)
         in_parallel(lambda one: one[0].delete(one[1]), dead)
         if shown:
-            self._check_or_take_back([_file_of(path.rpartition("/")[2]) for _, path in shown], may_have_ended=True)
+            names = [_file_of(path.rpartition("/")[2]) for _, path in shown]
+            self._check_or_take_back(names, state.space, may_have_ended=True)
 
     def _forget_states(self, records: Records) -> None:
         """Delete the states of earlier runs, which mean nothing beside a later one; each check lists what is there."""
         old = [one for one in records.states if one[0] < self.run]
         in_parallel(lambda one: self.storage.delete(one[0].state_path(STEPS[one[1]]) + COPY * one[2]), old)
 
-    def _delete(self, names: Iterable[str]) -> None:
-        """Delete files of this run's space wherever they may lie."""
-        folder = f"{FOLDER}/{self.run.space}"
+    def _delete(self, names: Iterable[str], space: str) -> None:
+        """Delete files of a space wherever they may lie."""
+        folder = f"{FOLDER}/{space}"
         for name in names:
             store = self._store(name)
             for path in (name, f"{folder}/{name}{STAGED}"):

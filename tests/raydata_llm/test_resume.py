@@ -193,7 +193,8 @@ class KeptKeys:
 
 
 def broker(*files: bytes, key_column: str | None = None, ledger: Any = None) -> ResumeBroker:
-    made = ResumeBroker(ledger or KeptKeys(*files), key_column)
+    kept: Any = ledger or KeptKeys(*files)
+    made = ResumeBroker(kept, key_column)
     made.load([Entry("", number) for number in range(len(files))])
     return made
 
