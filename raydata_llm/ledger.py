@@ -155,7 +155,8 @@ class Ledger:
         storage, path = self._place(name)
         if storage.size(path) is None:
             return
-        content = storage.get(path)
+        with self._still_ours():
+            content = storage.get(path)
         storage.delete(path)
         try:
             self.check_latest()

@@ -77,14 +77,22 @@ def newest_state(storage: Storage, records: Records) -> State | None:
     path = run.state_path(STEPS[step])
     for is_copy in (False, True):
         if (run, step, is_copy) in records.states:
-            found = path + COPY if is_copy else path
-            state = _read(storage.get(found)) if storage.size(found) is not None else None
+            state = _read(_get(storage, path + COPY if is_copy else path))
             if state is not None:
                 return state
     raise DamagedLedgerError(
         f"{path!r} in {storage.label!r} is damaged, and so is its copy, so which files count there is not known: "
         "restore one of the two from a backup, or give the job another folder"
     )
+
+
+def _get(storage: Storage, path: str) -> bytes:
+    try:
+        return storage.get(path)
+    except OSError:
+        if storage.size(path) is None:  # a later run has deleted it
+            return b""
+        raise
 
 
 def _read(content: bytes) -> State | None:
