@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from raydata_llm.engine.regular_file import open_regular, parse_json, shown
 from raydata_llm.engine.shard import Cut, cut_shape
@@ -94,22 +94,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
-    fields = entry if isinstance(entry, dict) else {}
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _broken(path, f"the header of {name[:120]} is garbled ({shown(entry)})")
-    begin, end, shape = *offsets, tuple(shape)
+    begin, end = offsets
     if begin > end or len(shape) > _MAX_DIMENSIONS:
         raise _broken(path, f"the header of {name[:120]} is garbled ({shown(entry)})")
     if data_start + end > size:
         raise _broken(path, f"{name[:120]} ends {data_start + end - size} bytes past the end of the file")
     element_size = _ELEMENT_SIZES.get(dtype)
     if element_size is not None and end - begin != element_size * math.prod(shape):
-        raise _broken(path, f"{name[:120]} has {end - begin} bytes for {dtype} of shape {shape}")
-    return StoredTensor(dtype=dtype, shape=shape, path=path, start=data_start + begin, end=data_start + end)
+        raise _broken(path, f"{name[:120]} has {end - begin} bytes for {dtype} of shape {tuple(shape)}")
+    return StoredTensor(dtype=dtype, shape=tuple(shape), path=path, start=data_start + begin, end=data_start + end)
 
 
-def _are_sizes(values: Any) -> bool:
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     # `type`, as JSON's true is an int too; the format counts in 64 bits.
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 

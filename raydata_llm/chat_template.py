@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.exceptions
@@ -108,7 +108,7 @@ def _limit_compilation() -> None:
         theirs: jinja2.Template = compiled(template)
         return theirs
 
-    chat_template_utils._compile_jinja_template = compile_limited
+    chat_template_utils._compile_jinja_template = compile_limited  # type: ignore[assignment]
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,7 +137,7 @@ def _compiled(template: str) -> jinja2.Template:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`, by which templates mark what an assistant says; it changes nothing of the text."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja2 has it so
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         """The statements between the tag and its end."""

@@ -250,11 +250,13 @@ def starting(actors: Sequence[Any]) -> dict[Any, bool]:
     Args:
         actors: Handles that a call was made through, so that this process is told their states.
     """
-    from ray.core.generated.gcs_pb2 import ActorTableData
+    from ray.core.generated import gcs_pb2
 
+    state_of: Any = gcs_pb2  # generated, without types
+    state_of = state_of.ActorTableData
     states = {actor: actor._get_local_state() for actor in actors}
-    pending = (ActorTableData.DEPENDENCIES_UNREADY, ActorTableData.PENDING_CREATION, ActorTableData.RESTARTING)
-    return {actor: state == ActorTableData.RESTARTING for actor, state in states.items() if state in pending}
+    pending = (state_of.DEPENDENCIES_UNREADY, state_of.PENDING_CREATION, state_of.RESTARTING)
+    return {actor: state == state_of.RESTARTING for actor, state in states.items() if state in pending}
 
 
 def claim_priority(actor: Any) -> None:

@@ -128,11 +128,12 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         limited = {**self.filters, **filters}
         self.filters = {name: _limited(name, function) for name, function in limited.items()}
         self.filters |= {_MADE: _made, _SEEN: _seen}
-        self.tests |= {name: _comparing(self.tests[name]) for name in _COMPARING}
+        tests: Any = self.tests
+        tests |= {name: _comparing(tests[name]) for name in _COMPARING}
         self.globals |= {**variables, _TURN: _meter.turn}
 
     @staticmethod
-    def concat(pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(pieces: Iterable[str]) -> str:
         """Join a template's pieces as it writes them."""
         written, size = [], 0
         for piece in pieces:
@@ -147,7 +148,8 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         template = super()._parse(source, name, filename)
         for node in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)):
             turn = nodes.Call(nodes.Name(_TURN, "load"), [], [], None, None)
-            node.body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
+            body: list[nodes.Node] = node.body  # type: ignore[attr-defined]  # of each of these
+            body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
         _rewrite(template)
         return template
 
@@ -204,7 +206,7 @@ def _rewritten(node: nodes.Node) -> nodes.Node:
 
 def _is_fixed(node: nodes.Node) -> bool:
     is_list = isinstance(node, nodes.List | nodes.Tuple)
-    return isinstance(node, nodes.Const) or (is_list and all(map(_is_fixed, node.items)))
+    return isinstance(node, nodes.Const) or (is_list and all(map(_is_fixed, node.items)))  # type: ignore[attr-defined]
 
 
 def _filtered(node: nodes.Expr, *names: str) -> nodes.Expr:

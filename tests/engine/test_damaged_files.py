@@ -59,8 +59,10 @@ MORE_FIELDS = (
     *("sbert_ce_default_activation_function", "classifier_from_token", "method", "is_original_qwen3_reranker"),
     *("layer_norm_eps", "type_vocab_size", "position_embedding_type", "is_decoder", "use_sep_token"),
 )
-ROPE_FIELDS = ("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "mscale", "truncate")
-ROPE_FIELDS += ("original_max_position_embeddings", "freq_factors", "attention_factor", "rope_theta")
+ROPE_FIELDS = (
+    *("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "mscale", "truncate"),
+    *("original_max_position_embeddings", "freq_factors", "attention_factor", "rope_theta"),
+)
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ class Named:
     def ids(self, *pieces: str) -> list[int]:
         found = [self.backend.token_to_id(piece) for piece in pieces]
         assert None not in found, pieces
-        return found
+        return [one for one in found if one is not None]
 
     def byte_ids(self, written: bytes) -> list[int]:
         return self.ids(*(f"<0x{byte:02X}>" for byte in written))

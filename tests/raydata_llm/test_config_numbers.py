@@ -55,7 +55,21 @@ MEANT = {
     ("seed", 10**18 + 10**20): "any whole number",
     ("seed", 10**400): "any whole number",
 }
-ABSURD = (math.nan, math.inf, -math.inf, -1, 0, 10**18 + 10**20, 10**400, 1e300, True, "many", "nan", [], {"a": 1})
+ABSURD: tuple[Any, ...] = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    0,
+    10**18 + 10**20,
+    10**400,
+    1e300,
+    True,
+    "many",
+    "nan",
+    [],
+    {"a": 1},
+)
 
 
 def is_number(annotation: Any) -> bool:
@@ -105,7 +119,7 @@ def test_amounts_of_a_bundle_that_are_none_are_refused(field: str, value: Any, r
     bundle: dict[str, Any] = {resource: value}
     given = bundle if field == "resources_per_bundle" else {"bundle_per_worker": bundle}
     with pytest.raises(ValueError, match=rf"{field}.*{resource}.* is not valid: give 0"):
-        vLLMEngineProcessorConfig(**{"model_source": "m", field: given})
+        make(vLLMEngineProcessorConfig, model_source="m", **{field: given})
 
 
 @pytest.mark.parametrize("option", ["num_cpus", "num_gpus", "memory", "concurrency", "max_retries"])

@@ -84,7 +84,7 @@ def test_the_texts_are_those_of_transformers(folder: Path, llm: LLM) -> None:
         assert [sequence.tokens for sequence in output.sequences] == written
         # transformers shows the part of a character that a beam may end in.
         texts = [tokenizer.decode(row).rstrip("\ufffd") for row in written]
-        assert [sequence.text.rstrip("\ufffd") for sequence in output.sequences] == texts
+        assert [str(sequence.text).rstrip("\ufffd") for sequence in output.sequences] == texts
         assert texts[0].startswith(f"<s>{prompt}")
         reasons |= {sequence.finish_reason for sequence in output.sequences}
     assert reasons == {"stop", "length"}, "both ends must be met"
@@ -196,7 +196,7 @@ def test_a_sequence_has_its_texts_and_log_probabilities(llm: LLM) -> None:
         stopped = one.finish_reason == "stop"
         assert one.tokens == other.tokens
         for text, shown_tokens in ((other.text, one.tokens), (one.text, one.tokens[:-1] if stopped else one.tokens)):
-            assert text.rstrip("\ufffd") == tokenizer.decode(shown_tokens).rstrip("\ufffd")
+            assert str(text).rstrip("\ufffd") == tokenizer.decode(shown_tokens).rstrip("\ufffd")
         assert one.stop_reason == (one.tokens[-1] if stopped else None)
         written = one.tokens[-len(one.logprobs) :]
         drawn = [position[token_id] for position, token_id in zip(one.logprobs, written, strict=True)]

@@ -107,8 +107,8 @@ def test_an_actors_process_is_given_this_process_priority() -> None:
         def pid(self) -> int:
             return os.getpid()
 
-    actor = ray.remote(Waits).options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    pid = ray.get(actor.pid.remote())
+    actor: Any = ray.remote(num_cpus=0)(Waits).remote()
+    pid: int = ray.get(actor.pid.remote())
     assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0), "Ray starts it at nice 15"
     assert starting([actor]) == {}
     claim_priority(actor)
