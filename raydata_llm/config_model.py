@@ -86,7 +86,8 @@ def config_error(config: type[BaseModel] | str, told: str) -> ValueError:
         return ConfigError(told)
     title = config if isinstance(config, str) else config.__name__
     wrong = InitErrorDetails(type=PydanticCustomError(_ERROR_TYPE, "{told}", {"told": told}), loc=(), input=None)
-    error: Any = ConfigError.from_exception_data(title, [wrong], hide_input=True)
+    kind: Any = ConfigError
+    error = kind.from_exception_data(title, [wrong], hide_input=True)
     error.told = told
     made: ValueError = error
     return made

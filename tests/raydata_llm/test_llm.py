@@ -19,7 +19,7 @@ import pytest
 from raydata_llm import LLM, SamplingParams, generation
 from raydata_llm.engine.engine_stats import EngineStats
 from raydata_llm.engine.request import RequestOutput
-from raydata_llm.llm_metrics import Counter, Gauge
+from raydata_llm.llm_metrics import Counter, Gauge, Histogram
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -517,7 +517,7 @@ def test_metrics_are_vllms_kinds_with_the_engines_figures(model_folder: Path) ->
     assert len(values) == len(dataclasses.fields(EngineStats)) == len(metrics) - 2  # and two histograms
     assert values["raydata_llm:output_tokens"] == 12 and values["raydata_llm:prompt_tokens"] == 4
     assert values["raydata_llm:running_rows"] == values["raydata_llm:waiting_rows"] == 0
-    assert {type(metric) for metric in metrics} == {Counter, Gauge}
+    assert {type(metric) for metric in metrics} == {Counter, Gauge, Histogram}
     assert metrics[0].labels == {"model_name": str(model_folder)}
 
 
