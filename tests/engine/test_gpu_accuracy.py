@@ -72,10 +72,7 @@ def engine_logprobs(engine: Engine, rows: list[list[int]]) -> list[list[dict[int
     """Teacher-forced: each prefix of each row is a prompt, whose one output token carries the logprobs."""
     prefixes = [row[:length] for row in rows for length in range(24, len(row))]
     outputs = run(engine, prefixes, max_tokens=1, logprobs=TOP)
-    found = [
-        {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}  # type: ignore[index]
-        for output in outputs
-    ]
+    found = [{token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()} for output in outputs]
     per_row = len(rows[0]) - 24
     return [found[start : start + per_row] for start in range(0, len(found), per_row)]
 
