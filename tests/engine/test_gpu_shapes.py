@@ -70,8 +70,8 @@ def step_logits(model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, *, ref
     recorded: list[torch.Tensor] = []
     original = Decoder.part_logits
 
-    def record(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
-        logits = original(self, hidden)
+    def record(self: Decoder, hidden: torch.Tensor, *adapted: Any) -> torch.Tensor:
+        logits = original(self, hidden, *adapted)
         recorded.append(logits.float().cpu())
         return logits
 

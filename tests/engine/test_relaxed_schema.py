@@ -12,7 +12,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jsonschema
 import numpy as np
 import pytest
 from llguidance.numpy import fill_next_token_bitmask
@@ -22,6 +21,9 @@ from transformers import AutoTokenizer
 from raydata_llm.engine.grammar import GrammarCompiler
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 from tests.raydata_llm.tiny_tokenizer import save_tokenizer
+
+pytest.importorskip("jsonschema", reason="jsonschema, which the tests judge outputs with, is not installed")
+import jsonschema
 
 EOS = 2
 NO_SPACE: dict[str, Any] = {"disable_any_whitespace": True}
