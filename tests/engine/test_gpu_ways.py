@@ -27,8 +27,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
 NUM_TOKENS = 40
 TEMPERATURE = 0.8
-# In units of the score: bfloat16 moves log-probabilities by 0.07 in the mean and 0.5 at most.
-TOLERANCE = 0.25
+# In units of the score: bfloat16 moves log-probabilities by 0.07 in the mean and 0.5 at most, and two of them are
+# compared. Of 25,600 drawn and greedy tokens the worst was 0.253; a token that is wrong falls short by whole units.
+TOLERANCE = 0.35
 
 WAYS: dict[str, dict[str, Any]] = {
     "as it comes": {},
