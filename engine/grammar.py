@@ -12,7 +12,6 @@ rows whose masks take long (those within a bounded string) are spread.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from raydata_llm.engine.redaction import masked_logger
 from raydata_llm.engine.relaxed_schema import relax
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 from raydata_llm.engine.tag_grammar import tag_grammar
@@ -33,7 +33,7 @@ from raydata_llm.engine.tag_grammar import tag_grammar
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 Words = npt.NDArray[np.int32]
 # Tables that are kept: 0.1 MB each, and 2 MB once 16 rows have written 150 tokens of objects with bounded strings.

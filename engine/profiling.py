@@ -6,14 +6,15 @@ Knows no engine.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+from raydata_llm.engine.redaction import masked_logger
+
+logger = masked_logger(__name__)
 
 # vLLM's names of what torch calls otherwise.
 _OPTIONS = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import struct
 import time
 from collections.abc import Sequence
@@ -21,11 +20,11 @@ import numpy.typing as npt
 from raydata_llm.engine.failed_outputs import NoOutputs
 from raydata_llm.engine.listed_positions import ListedPositions
 from raydata_llm.engine.prompt_embeds import Embeds
-from raydata_llm.engine.redaction import redact
+from raydata_llm.engine.redaction import masked_logger, redact
 from raydata_llm.engine.request_stats import RequestStateStats
 from raydata_llm.engine.sampling_params import SamplingParams
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 TokenArray = npt.NDArray[np.int32]

@@ -5,15 +5,15 @@ Owns the stages' fields. The chat template and the tokeniser run in the `prepare
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from raydata_llm.config_model import ConfigModel, Flag, PositiveInt, PositiveNumber, Share
+from raydata_llm.redaction import masked_logger
 
-logger = logging.getLogger(__name__)
+logger = masked_logger(__name__)
 
 
 class StageConfig(ConfigModel):

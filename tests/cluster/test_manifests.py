@@ -105,7 +105,8 @@ def test_no_secret_stands_in_it(path: Path) -> None:
     for where, value in walk(manifest):
         if isinstance(value, dict) and is_telling(value.get("name", "")):
             assert "value" not in value, where
-        if where and isinstance(value, str):
+        # A toleration's `key` names a taint.
+        if where and isinstance(value, str) and where[-3:-2] != ("tolerations",):
             assert not is_telling(where[-1]), where
     assert not re.search(r"(AKIA|hf_)\w{8}", path.read_text())
 

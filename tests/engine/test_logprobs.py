@@ -100,7 +100,7 @@ def test_prompt_logprobs_survive_preemption(model_path: str, reference: Callable
     tight: dict[str, Any] = {"max_model_len": 120, "block_size": 5, "num_gpu_blocks_override": 26, "max_num_seqs": 6}
     with optimistic_admission():
         engine = Engine(EngineConfig(model=model_path, device="cpu", max_num_batched_tokens=32, **tight))
-        outputs = run(engine, PROMPTS, prompt_logprobs=0, max_tokens=40, n=2)
+        outputs = run(engine, PROMPTS, prompt_logprobs=0, max_tokens=40, n=2, temperature=1.0)
     assert engine.stats().num_preemptions > 0
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         expected, found = reference(prompt), output.prompt_logprobs

@@ -45,6 +45,7 @@ NEEDED: dict[type, dict[str, Any]] = {
 }
 # Where these mean something, they are taken.
 MEANT = {
+    ("max_model_len", -1): "as long as the KV memory holds",
     ("max_pending_requests", -1): "no limit of its own",
     ("max_pending_requests", 0): "no limit of its own",
     ("num_cpus", 0): "a task that Ray does not count",

@@ -168,6 +168,9 @@ BEAMS: dict[str, st.SearchStrategy[Any]] = {
 ADAPTER = {
     "lora_name": anything,
     "lora_int_id": anything,
+    "base_model_name": anything,
+    "load_inplace": anything,
+    "is_3d_lora_weight": anything,
     "lora_path": anything | st.sampled_from(["/nowhere", "x" * 300]),
 }
 PROMPT = st.sampled_from(
@@ -339,7 +342,7 @@ def test_pooling_parameters_of_any_values(tmp_path: Path, count: int) -> None:
             assert np.allclose(embedding_of(result), vector, atol=1e-5)
         for result in results[2:]:
             assert_short(result.error or "")
-            assert (result.error is None) == (result.outputs is not None)
+            assert (result.error is None) == bool(result.outputs)
             outcomes["error" if result.error else "result"] += 1
         assert llm._engine is not None and not llm._engine.has_unfinished()
 

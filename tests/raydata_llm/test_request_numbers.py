@@ -127,7 +127,7 @@ def test_log_probabilities_that_would_fill_the_host_are_refused(tiny_model: Call
     prompt = [5] * 6000
     for params, name in (
         ({"logprobs": -1, "max_tokens": None}, "logprobs"),
-        ({"logprobs": -1, "max_tokens": 10, "n": 400}, "logprobs"),
+        ({"logprobs": -1, "max_tokens": 10, "n": 400, "temperature": 1.0}, "logprobs"),
         ({"prompt_logprobs": 2**40}, "prompt_logprobs"),
         ({"prompt_logprob_token_ids": range(200_000)}, "prompt_logprob_token_ids"),
     ):
