@@ -35,13 +35,16 @@ _MOST_CAUSES = 50
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text without credentials.
+    """The text as it may leave: without credentials, and with half characters (lone surrogates) as `\\ud800`.
+
+    These have no bytes: a worker of Ray dies of an exception that holds one.
 
     Args:
         text: Anything that is shown or written.
         secrets: Values that are masked beside those of the process's own environment.
     """
-    return mask_shapes(masker_of(tuple(os.environ.items()), frozenset(secrets)).mask(text))
+    masked = mask_shapes(masker_of(tuple(os.environ.items()), frozenset(secrets)).mask(text))
+    return masked if masked.isascii() else masked.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def redact_tree(value: Any, secrets: Sequence[str] = ()) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 
 from raydata_llm.adapter_names import check_inside
 from raydata_llm.engine.request import LoRARequest
@@ -26,7 +27,8 @@ def on_this_node(adapter: LoRARequest, root: str = "") -> LoRARequest:
     """
     if root:
         folder = local_path(adapter.lora_path)
-        if not folder.is_dir():
+        # No name is too long for this question, unlike Path.is_dir's.
+        if not os.path.isdir(folder):
             # It is not looked for anywhere else: a folder's name may be a stranger's on the Hub.
             raise ValueError(f"lora_path={adapter.lora_path!r} not found: there is no such folder on this node")
         check_inside(str(folder), root)
@@ -44,4 +46,4 @@ def resolve_adapter(lora_path: str) -> str:
         if is_remote(lora_path):
             return fetch_model(lora_path, weights=True)
         folder = local_path(lora_path)
-        return str(folder) if folder.exists() else fetch_from_hub(lora_path, weights=True, load_format="auto")
+        return str(folder) if os.path.exists(folder) else fetch_from_hub(lora_path, weights=True, load_format="auto")

@@ -6,6 +6,7 @@ Knows no tokens and no rows. Importing it imports neither torch nor transformers
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def resolve_model(model_source: str, *, weights: bool = True, load_format: str =
         fetched = fetch_model(model_source, weights=weights, load_format=load_format)
         return _check_folder(redact(model_source), fetched)
     local = local_path(model_source)
-    if local.exists():
+    if os.path.exists(local):  # no name is too long for this question, unlike Path.exists'
         return _check_folder(model_source, str(local))
     return _check_folder(model_source, fetch_from_hub(model_source, weights=weights, load_format=load_format))
 
@@ -138,7 +139,7 @@ def local_path(model_source: str) -> Path:
 
 
 def _is_local(model_source: str) -> bool:
-    return local_path(model_source).exists()
+    return os.path.exists(local_path(model_source))
 
 
 def _check_folder(model_source: str, path: str) -> str:

@@ -261,7 +261,9 @@ def check_chat_template(
             "or give `prompt` instead of `messages`"
         )
     template = given or tokenizer.chat_template
-    problem = syntax_error(template) if isinstance(template, str) else None
+    if isinstance(template, dict):  # several, by name: the others are for tools, or asked for
+        template = template.get("default", "")
+    problem = syntax_error(template) if isinstance(template, str) else f"it is a {type(template).__name__}, not text"
     if problem is not None:
         name = "chat_template" if given else "the chat template of the model's tokenizer"
         raise ValueError(f"{name} does not parse ({problem}): mend it, or give another chat_template")

@@ -145,8 +145,9 @@ def test_links_lead_a_row_no_further_than_their_maker_chose(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"leads out of .* through a link"):
         local("out/secret")
     # Neither is it looked for on the Hub.
-    with pytest.raises(ValueError, match="there is no such folder on this node"):
-        local("org/none")
+    for name in ("org/none", "n" * 300):
+        with pytest.raises(ValueError, match="there is no such folder on this node"):
+            local(name)
 
 
 def test_a_relative_folders_name_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,8 +317,9 @@ def test_hub_id_is_read_from_the_hubs_cache_when_offline(tmp_path: Path, monkeyp
     assert resolve_model("org/name") == str(snapshot)
     assert resolve_model(f"org/name@{snapshot.name}", weights=False) == str(snapshot)
     check_model("org/name", settings())
-    with pytest.raises(ValueError, match="'org/name@other' not found"):
-        resolve_model("org/name@other")
+    for name in ("org/name@other", "n" * 5000):
+        with pytest.raises(ValueError, match=f"'{name}' not found"):
+            resolve_model(name)
 
 
 def test_a_hub_that_is_away_is_asked_once_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

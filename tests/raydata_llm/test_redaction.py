@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import traceback
 
 import pytest
 
@@ -12,6 +13,7 @@ from raydata_llm.redaction import (
     hide_environment,
     is_telling,
     mask_environment,
+    mask_error,
     redact,
     redact_tree,
     secret_values,
@@ -110,3 +112,12 @@ def test_names_tell_what_is_a_credential(name: str, telling: bool) -> None:
 def test_paths_in_the_working_directory_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PWD", "/work/project")
     assert redact("/work/project/.demo/model.gguf") == "/work/project/.demo/model.gguf"
+
+
+def test_half_characters_leave_as_escapes_that_have_bytes() -> None:
+    error = ValueError("bad \ud800 text")
+    error.__cause__ = RuntimeError("é \udfff")
+    left = mask_error(error)
+    assert isinstance(left, ValueError) and str(left) == r"bad \ud800 text"
+    # Ray's workers encode this, and die where they cannot.
+    assert rb"\udfff" in "".join(traceback.format_exception(left)).encode()

@@ -228,6 +228,22 @@ def test_a_template_of_the_models_own_that_does_not_parse_is_named_so(tmp_path: 
         render_chat(tokenizer, CHAT)
 
 
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [([{"name": "default", "template": BROKEN}], "line 2"), (3, "it is a int, not text")],
+    ids=["named", "number"],
+)
+def test_a_template_of_the_models_own_is_looked_at_in_each_of_its_forms(tmp_path: Path, own: Any, words: str) -> None:
+    tokenizer = load_tokenizer(str(save_tokenizer(tmp_path / "broken", chat_template=own)))
+    with pytest.raises(ValueError, match=f"template of the model's tokenizer does not parse .{words}"):
+        render_chat(tokenizer, CHAT)
+
+
+def test_a_broken_template_for_tools_does_not_disturb_the_one_for_chats(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": BROKEN}]
+    assert render_chat(load_tokenizer(str(save_tokenizer(tmp_path / "two", chat_template=named))), CHAT) == "1"
+
+
 @pytest.mark.usefixtures("short_time")
 def test_an_llm_answers_the_others_and_refuses_a_template_that_does_not_parse(
     folder: Path, tiny_model: Callable[..., Path]
