@@ -23,8 +23,7 @@ class FlatLogprobs(Sequence[dict[int, Logprob]]):
         self.logprobs: list[float] = []
         self.ranks: list[int | None] = []
         self.decoded_tokens: list[str | None] = []
-        for position in positions:
-            self.append(position)
+        self.extend(positions)
 
     @classmethod
     def of_entries(
@@ -57,6 +56,11 @@ class FlatLogprobs(Sequence[dict[int, Logprob]]):
             self.ranks.append(entry.rank)
             self.decoded_tokens.append(entry.decoded_token)
         self.end_indices.append(len(self.token_ids))
+
+    def extend(self, positions: Iterable[Mapping[int, Logprob] | None]) -> None:
+        """Add positions."""
+        for position in positions:
+            self.append(position)
 
     def __len__(self) -> int:
         return len(self.start_indices)

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydata_llm.engine.redaction import masked_logger
-from raydata_llm.engine.relaxed_schema import relax
+from raydata_llm.engine.relaxed_schema import name_literal_patterns, relax
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 from raydata_llm.engine.tag_grammar import tag_grammar
 
@@ -99,6 +99,12 @@ class GrammarGuide:
         if not is_allowed:
             cause = self.matcher.get_error().split("\n")[0]
             self.error = f"ValueError: structured_outputs: no token that the grammar allows could be drawn ({cause})"
+        elif not self.matcher.is_accepting():
+            # llguidance allows the end where nothing else may follow, though the output is not complete.
+            self.error = (
+                "ValueError: structured_outputs: the output came to a place from which the form cannot be completed; "
+                "properties whose names are all taken leave no way on: name them in `properties`"
+            )
         self.ended = token_id in self.eos_token_ids
 
 
@@ -203,6 +209,8 @@ class GrammarCompiler:
 
     def _compile(self, params: StructuredOutputsParams, table: int) -> Callable[[], GrammarGuide]:
         params.check_size()
+        if params.has_schema:
+            params = params.with_schemas(name_literal_patterns)
         template, error = self._template(self._grammar(params))
         if error is not None and params.has_schema:
             params = self._relaxed(params, error)

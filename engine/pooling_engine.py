@@ -63,6 +63,10 @@ class PoolingEngine:
             )
         if config.enable_lora:
             raise ValueError("enable_lora=True is not supported for pooling models: merge the adapter into its model")
+        if config.logits_processors:
+            raise ValueError(
+                "logits_processors are not supported for pooling models, which draw no tokens: leave them out"
+            )
         if config.batch_invariant:
             raise ValueError(NO_POOLING_INVARIANCE)
         if config.enable_prompt_embeds:

@@ -23,6 +23,8 @@ _SINGLE_SCHEMAS = ("items", "additionalProperties", "additionalItems", "property
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 # Each refusal names one kind of keyword; more kinds than that no schema has.
 _MOST_ROUNDS = 64
+# Names without characters that mean something in a pattern: one, or some with bars between.
+_LITERALS = re.compile(r"\^([\w -]+)\$|\^\((?:\?:)?([\w -]+(?:\|[\w -]+)*)\)\$")
 _LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 
 
@@ -47,6 +49,33 @@ def relax(schema: Schema, find_error: FindError) -> tuple[Schema, tuple[str, ...
             break
         schema, relaxed = changed, relaxed | found
     raise ValueError(refusal)
+
+
+def name_literal_patterns(schema: Any) -> Any:
+    """The same schema, its patterns that fit single names (`^a$`, `^(a|b)$`) as properties of these names.
+
+    llguidance takes a pattern whose names are all written for one that may go on, and then has no way on.
+    """
+    return _walk(schema, _with_literal_names)
+
+
+def _with_literal_names(node: dict[str, Any]) -> dict[str, Any]:
+    patterns, given = node.get("patternProperties"), node.get("properties", {})
+    if not isinstance(patterns, Mapping) or not isinstance(given, Mapping):
+        return node
+    named, kept = dict(given), {}
+    for pattern, schema in patterns.items():
+        literal = _LITERALS.fullmatch(pattern)
+        if literal is None:
+            kept[pattern] = schema
+            continue
+        for name in (literal[1] or literal[2]).split("|"):
+            own = named.get(name, True)
+            named[name] = schema if own is True else own if schema is True else {"allOf": [own, schema]}
+    if len(kept) == len(patterns):
+        return node
+    rest = {name: value for name, value in node.items() if name not in ("properties", "patternProperties")}
+    return {**rest, "properties": named, **({"patternProperties": kept} if kept else {})}
 
 
 def _change_for(error: str, found: dict[str, None], find_error: FindError) -> _Change:

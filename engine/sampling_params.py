@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from raydata_llm.engine.known_names import named_fields, nearest
@@ -113,8 +113,8 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: Sequence[str] = field(default_factory=list)
+    stop_token_ids: Sequence[int] = field(default_factory=list)
     ignore_eos: bool = False
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -130,7 +130,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] = ()
+    bad_words: Sequence[str] = field(default_factory=list)
     thinking_token_budget: int | None = None
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     skip_reading_prefix_cache: bool = False
@@ -155,13 +155,13 @@ class SamplingParams:
             _set(self, name, read_flag(name, getattr(self, name)))
         for name, most in _MOST_STRINGS.items():
             strings = read_strings(name, getattr(self, name), most=most, most_characters=_MOST_CHARACTERS)
-            _set(self, name, strings)
+            _set(self, name, list(strings))
         for name in ("thinking_token_budget", "seed"):
             if getattr(self, name) == -1:
                 _set(self, name, None)
         _set(self, "extra_args", {} if self.extra_args is None else self.extra_args)
         stop_token_ids = () if self.stop_token_ids is None else self.stop_token_ids
-        _set(self, "stop_token_ids", tuple(dict.fromkeys(read_token_ids("stop_token_ids", stop_token_ids))))
+        _set(self, "stop_token_ids", list(dict.fromkeys(read_token_ids("stop_token_ids", stop_token_ids))))
         for name in _OPTIONAL_TOKEN_IDS:
             if getattr(self, name) is not None:
                 _set(self, name, read_token_ids(name, getattr(self, name)))
@@ -285,10 +285,14 @@ class SamplingParams:
 
     def to_mapping(self) -> dict[str, Any]:
         """The fields that differ from the defaults, as plain JSON values (`from_mapping` undoes it)."""
-        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        values = {f.name: (getattr(self, f.name), _default(f)) for f in fields(self)}
         values["extra_args"] = (dict(self.extra_args), {})
         changed = {name: value for name, (value, default) in values.items() if value != default}
         return {name: _plain(value) for name, value in changed.items()}
+
+
+def _default(of: Field[Any]) -> Any:
+    return of.default if of.default_factory is MISSING else of.default_factory()
 
 
 _FIELD_NAMES = {field.name for field in fields(SamplingParams)}
@@ -342,7 +346,7 @@ def _plain(value: object) -> object:
         return value.to_mapping()
     if isinstance(value, RepetitionDetectionParams):
         return asdict(value)
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _require(holds: bool, name: str, value: object, remedy: str) -> None:

@@ -120,6 +120,7 @@ class VllmProcessor:
 
     def new_request_processor(self, params: SamplingParams) -> RequestProcessor | None:
         """The function of one request, if it needs one."""
+        params = _with_vllms_extra_args(params)
         validate = getattr(self._kind, "validate_params", None)
         if validate is not None:
             validate(params)
@@ -128,6 +129,14 @@ class VllmProcessor:
         if self._of_request is not None:
             return _of_three(self._of_request(self._first, params))
         return _BatchOfOne(self._make(), params)
+
+
+def _with_vllms_extra_args(params: SamplingParams) -> SamplingParams:
+    """With None where no `extra_args` were given: vLLM's classes test `params.extra_args and ...`."""
+    if not params.extra_args:
+        params = params.clone()
+        object.__setattr__(params, "extra_args", None)
+    return params
 
 
 def _of_three(function: Callable[..., torch.Tensor] | None) -> RequestProcessor | None:

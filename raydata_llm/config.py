@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,17 +24,16 @@ from raydata_llm.stage_config import (
     ChatTemplateStageConfig,
     DetokenizeStageConfig,
     PrepareMultimodalStageConfig,
-    StageConfig,
     TokenizerStageConfig,
+    check_stage,
     fold_older_names,
-    make_stage,
+    stage_of,
 )
 from raydata_llm.store_address import check_bucket
 from raydata_llm.vllm_settings import split_vllm_settings
 
 # What Ray runs of actors in a cluster.
 _MOST_REPLICAS = 40_000
-_Stage = TypeVar("_Stage", bound="StageConfig")
 
 
 class ProcessorConfig(ConfigModel):
@@ -180,7 +179,7 @@ class EngineProcessorConfig(ProcessorConfig):
     @field_validator("chat_template_stage", "tokenize_stage", "detokenize_stage", mode="before")
     @classmethod
     def _check_stage(cls, value: object, info: Any) -> object:
-        return make_stage(value, info.field_name)
+        return check_stage(value, info.field_name)
 
     @model_validator(mode="before")
     @classmethod
@@ -249,17 +248,17 @@ class EngineProcessorConfig(ProcessorConfig):
     @property
     def chat_template_options(self) -> ChatTemplateStageConfig:
         """The chat template stage."""
-        return _as_stage(self.chat_template_stage, ChatTemplateStageConfig)
+        return stage_of(self.chat_template_stage, ChatTemplateStageConfig)
 
     @property
     def tokenize_options(self) -> TokenizerStageConfig:
         """The tokenise stage."""
-        return _as_stage(self.tokenize_stage, TokenizerStageConfig)
+        return stage_of(self.tokenize_stage, TokenizerStageConfig)
 
     @property
     def detokenize_options(self) -> DetokenizeStageConfig:
         """The detokenise stage."""
-        return _as_stage(self.detokenize_stage, DetokenizeStageConfig)
+        return stage_of(self.detokenize_stage, DetokenizeStageConfig)
 
 
 class vLLMEngineProcessorConfig(EngineProcessorConfig):
@@ -284,7 +283,7 @@ class vLLMEngineProcessorConfig(EngineProcessorConfig):
     @field_validator("prepare_multimodal_stage", mode="before")
     @classmethod
     def _check_multimodal(cls, value: object, info: Any) -> object:
-        return make_stage(value, info.field_name)
+        return check_stage(value, info.field_name)
 
     @field_validator("placement_group_config", mode="before")
     @classmethod
@@ -319,11 +318,6 @@ class vLLMEngineProcessorConfig(EngineProcessorConfig):
                 f"is {num_ranks}: give one bundle for each rank, or bundle_per_worker"
             )
         return self
-
-
-def _as_stage(value: object, kind: type[_Stage]) -> _Stage:
-    assert isinstance(value, kind), "the field's validator makes a stage of what is given"
-    return value
 
 
 def _is_count(value: object) -> bool:

@@ -77,6 +77,11 @@ class ModelConfigView:
         """The first of them."""
         return next(iter(self.architectures), "")
 
+    @property
+    def embedding_size(self) -> int:
+        """Values of an embedding, before `dimensions`."""
+        return self.get_hidden_size()
+
     def get_vocab_size(self) -> int:
         """Tokens that the model has."""
         return int(self._values["vocab_size"])
@@ -146,6 +151,7 @@ class EngineView:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.model_config.max_model_len,
+            enable_chunked_prefill=True,
         )
         return SimpleNamespace(
             model_config=self.model_config, parallel_config=parallel, cache_config=cache, scheduler_config=scheduler

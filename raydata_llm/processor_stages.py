@@ -45,6 +45,7 @@ class Stage:
         fn_constructor_kwargs: What the stage is made of, by Ray Data LLM's names.
         resources: Ray's options of the stage's tasks, or of the engines' actors.
         pool: Smallest and largest number of engines; None of tasks.
+        blocks_in_flight: Of an engine, where the config says so.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stage:
     fn_constructor_kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
     resources: Mapping[str, Any] = field(default_factory=dict, repr=False)
     pool: tuple[int, int] | None = None
+    blocks_in_flight: int | None = None
 
     @functools.cached_property
     def map_batches_kwargs(self) -> dict[str, Any]:
@@ -61,7 +63,10 @@ class Stage:
         if self.pool is not None:
             from ray.data import ActorPoolStrategy  # imported when it is asked for: a processor is built without Ray
 
-            kwargs["compute"] = ActorPoolStrategy(min_size=self.pool[0], max_size=self.pool[1])
+            smallest, largest = self.pool
+            kwargs["compute"] = ActorPoolStrategy(
+                min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=self.blocks_in_flight
+            )
         return kwargs
 
     def get_required_input_keys(self) -> dict[str, str]:
@@ -158,4 +163,5 @@ def _engine_stage(config: EngineProcessorConfig) -> Stage:
         fn_constructor_kwargs=kwargs,
         resources=resources,
         pool=config.pool_bounds,
+        blocks_in_flight=config.max_tasks_in_flight_per_actor or config.max_concurrent_batches,
     )

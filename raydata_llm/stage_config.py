@@ -6,7 +6,7 @@ Owns the stages' fields. The chat template and the tokeniser run in the `prepare
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import model_validator
 
@@ -14,6 +14,8 @@ from raydata_llm.config_model import ConfigModel, Flag, PositiveInt, PositiveNum
 from raydata_llm.redaction import masked_logger
 
 logger = masked_logger(__name__)
+
+Stage = TypeVar("Stage", bound="StageConfig")
 
 
 class StageConfig(ConfigModel):
@@ -36,12 +38,6 @@ class StageConfig(ConfigModel):
     concurrency: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     batch_size: PositiveInt | None = None
     runtime_env: dict[str, Any] | None = None
-
-    def __getitem__(self, name: str) -> Any:
-        """A field by its name, as of the dict that Ray Data LLM keeps."""
-        if name not in type(self).model_fields:
-            raise KeyError(name)
-        return getattr(self, name)
 
 
 class ChatTemplateStageConfig(StageConfig):
@@ -112,17 +108,27 @@ def fold_older_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return folded | of_stages
 
 
-def make_stage(value: object, field: str) -> StageConfig:
-    """The stage that a flag, a dict or a stage config asks for.
+def check_stage(value: object, field: str) -> object:
+    """What a processor's field of a stage holds: the flag, the dict or the stage config that was given, as Ray's.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and a dict that makes no stage.
     """
     kind = _STAGES[field]
-    if isinstance(value, bool):
-        return kind(enabled=value)
     if isinstance(value, dict):
-        return kind(**value)
-    if type(value) is not kind:
+        stage = kind(**value)
+        # The stage's own, which does not show its variables.
+        return value if value.get("runtime_env") is None else {**value, "runtime_env": stage.runtime_env}
+    if isinstance(value, bool):
+        kind(enabled=value)
+    elif type(value) is not kind:
         raise ValueError(f"{field}={value!r} is not valid: give True, False, a dict or {kind.__name__}")
     return value
+
+
+def stage_of(value: object, kind: type[Stage]) -> Stage:
+    """The stage that a processor's field, which was checked, asks for."""
+    if isinstance(value, kind):
+        return value
+    assert isinstance(value, (bool, dict)), "the field's validator lets nothing else in"
+    return kind(**value) if isinstance(value, dict) else kind(enabled=value)

@@ -116,6 +116,19 @@ def test_ends_and_refused_tokens_are_noted(compiler: GrammarCompiler, tokenizer:
     assert not slots.advance(order[2:3], np.array([wrong], dtype=np.int32)).any()
 
 
+def test_an_output_that_cannot_be_completed_is_an_error(compiler: GrammarCompiler, tokenizer: Any) -> None:
+    schema = {"type": "object", "patternProperties": {"^[a]$": {"const": 1}}, "additionalProperties": False}
+    guide = compiler.compile(StructuredOutputsParams(json=schema, disable_any_whitespace=True), 1).result()()
+    for token_id in tokenizer.encode('{"a":1,', add_special_tokens=False):
+        guide.advance(token_id)
+    words = np.zeros((1, -(-len(tokenizer) // 32)), dtype=np.int32)
+    guide.fill(words, 0)
+    while not guide.ended and guide.error is None:  # a second "a" may be begun, and not be written
+        guide.advance(int(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))[0]))
+        guide.fill(words, 0)
+    assert guide.error is not None and "cannot be completed" in guide.error
+
+
 def _grammar_of(params: StructuredOutputsParams) -> str:
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)

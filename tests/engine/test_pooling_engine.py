@@ -332,6 +332,7 @@ def test_settings_of_engines_that_generate_are_refused(tmp_path: Path) -> None:
     save_pooling_model(tmp_path, "bert")
     for settings, message in (
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 and .* not supported for pooling models"),
+        ({"logits_processors": ["a:B"]}, "logits_processors are not supported for pooling models"),
         ({"max_num_batched_tokens": 40}, "max_num_batched_tokens=40 is less than max_model_len=90"),
         ({"max_model_len": 91}, "max_model_len=91 is more"),
         ({"pooler_config": {"pooling_type": "MAX"}}, "choose one of CLS, LAST, MEAN, ALL, STEP"),

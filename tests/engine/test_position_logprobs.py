@@ -77,6 +77,9 @@ def test_flat_lists_are_those_of_the_maps() -> None:
     flat, appended = outputs().flat(), FlatLogprobs(MAPS)
     assert vars(flat) == vars(appended)
     assert list(FlatLogprobs.of_entries([], [], [], [], None)) == []
+    appended.extend(appended[:1])
+    appended.extend(MAPS)
+    assert list(appended) == [*MAPS, MAPS[0], *MAPS]
 
 
 def test_what_a_reader_changes_stays() -> None:

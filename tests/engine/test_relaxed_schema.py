@@ -290,3 +290,33 @@ def test_a_model_of_many_fields_of_every_kind_compiles_in_one_go(compiler: Gramm
     fields: dict[str, Any] = {f"f{place}": (kind, ...) for place, kind in enumerate(kinds * 8)}
     params = StructuredOutputsParams(json=create_model("Wide", **fields), disable_any_whitespace=True)
     assert compiler.compile(params, 1).result()() is not None
+
+
+CLOSED = {"type": "object", "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "allowed", "forbidden"),
+    [
+        (
+            {**CLOSED, "properties": {"a": {"type": "integer"}}, "patternProperties": {"^a$": {"minimum": 3}}},
+            [{"a": 3}, {}],
+            [{"a": 2}, {"a": "x"}, {"b": 3}],
+        ),
+        (
+            {**CLOSED, "patternProperties": {"^(a|b c)$": {"type": "integer"}, "^x": True}},
+            [{"a": 1, "b c": 2}, {"xy": "z"}, {}],
+            [{"a": "1"}, {"b": 1}, {"a|b c": 1}],
+        ),
+        ({"properties": {"s": {**CLOSED, "patternProperties": {"^(?:a)$": {}}}}}, [{"s": {"a": 1}}], [{"s": {"b": 1}}]),
+    ],
+    ids=["a property of that name", "several names", "nested"],
+)
+def test_patterns_of_single_names_leave_a_way_on(
+    schema: dict[str, Any], allowed: Any, forbidden: Any, compiler: GrammarCompiler, tokenizer: Any
+) -> None:
+    assert all(accepts(compiler, tokenizer, schema, value) for value in allowed)
+    assert not any(accepts(compiler, tokenizer, schema, value) for value in forbidden)
+    for seed in range(40):
+        text = walk(compiler, tokenizer, StructuredOutputsParams(json=schema, **NO_SPACE), seed)
+        assert text is None or isinstance(json.loads(text), dict)

@@ -21,7 +21,8 @@ class Only(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        if not isinstance(sampling_params.extra_args.get("only", 0), int):
+        only = sampling_params.extra_args and sampling_params.extra_args.get("only")  # as vLLM's pages write it
+        if only is not None and not isinstance(only, int):
             raise ValueError("only must be a token id")
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
@@ -34,7 +35,7 @@ class Only(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         for index, params, _, _ in batch_update.added if batch_update else ():
-            if "only" in params.extra_args:
+            if params.extra_args and "only" in params.extra_args:
                 self.rows[index] = params.extra_args["only"]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ class CountsUp(LogitsProcessor):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         for _, params, prompt, output in batch_update.added if batch_update else ():
             assert prompt
-            self.first, self.output = params.extra_args.get("first"), output
+            self.first, self.output = (params.extra_args or {}).get("first"), output
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if self.first is not None:
@@ -70,7 +71,7 @@ class Repeats(AdapterLogitsProcessor):
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> Callable[..., torch.Tensor] | None:
-        how = params.extra_args.get("repeats")
+        how = params.extra_args and params.extra_args.get("repeats")
 
         def of_three(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
             logits[prompt[0]] = 1e4

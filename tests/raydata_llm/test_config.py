@@ -95,7 +95,23 @@ def test_older_names_set_the_stages() -> None:
     assert config.tokenize_options == TokenizerStageConfig(enabled=False)
     assert config.detokenize_options == DetokenizeStageConfig(enabled=False)
     # As Ray Data LLM's older versions let it be read.
-    assert config.tokenize_stage["enabled"] is False and config.chat_template_stage["chat_template"] == "{{ x }}"  # type: ignore[index]
+    assert config.tokenize_stage == {"enabled": False}
+    assert config.chat_template_stage == {"enabled": False, "chat_template": "{{ x }}"}
+
+
+def test_a_stage_reads_back_as_it_was_given() -> None:
+    given: dict[str, Any] = {
+        "chat_template_stage": {"enabled": False, "batch_size": 128, "runtime_env": {"env_vars": {"A": "b"}}},
+        "tokenize_stage": TokenizerStageConfig(concurrency=4),
+        "detokenize_stage": False,
+    }
+    config = EngineProcessorConfig(model_source="m", **given)
+    assert {name: getattr(config, name) for name in given} == given and isinstance(config.chat_template_stage, dict)
+    assert config.chat_template_options.batch_size == 128 and not config.detokenize_options.enabled
+    assert (
+        EngineProcessorConfig(**config.model_dump(exclude_none=True)).chat_template_options
+        == config.chat_template_options
+    )
 
 
 def test_a_stage_that_is_given_itself_counts_more_than_its_older_name(caplog: pytest.LogCaptureFixture) -> None:

@@ -314,6 +314,7 @@ def test_stages_have_the_peers_names_and_what_they_are_made_of(tiny_model: Calla
         concurrency=(1, 4),
         batch_size=64,
         max_pending_requests=111,
+        experimental={"max_tasks_in_flight_per_actor": 10},
         runtime_env=environment,
         chat_template_stage={"num_cpus": 0.5, "chat_template": "{{ x }}"},
     )
@@ -332,7 +333,8 @@ def test_stages_have_the_peers_names_and_what_they_are_made_of(tiny_model: Calla
     assert (made_of["model"], made_of["task_type"], made_of["max_pending_requests"]) == (model, "generate", 111)
     assert made_of["engine_kwargs"] == {"max_model_len": 128}
     pool = engine.map_batches_kwargs["compute"]
-    assert (pool.min_size, pool.max_size) == (1, 4) and engine.map_batches_kwargs["runtime_env"] == environment
+    assert (pool.min_size, pool.max_size, pool.max_tasks_in_flight_per_actor) == (1, 4, 10)
+    assert engine.map_batches_kwargs["runtime_env"] == environment
     assert [processor.get_stage_by_name(name).operator for name in names] == ["prepare", "prepare", "replica", "finish"]
     assert processor.get_stage_by_name("prepare").operator == "prepare"  # our own names are taken too
     assert list(chat.get_required_input_keys()) == ["messages"] and "env_vars" not in repr(engine)

@@ -136,6 +136,7 @@ def test_scripts_read_the_models_config(llm: LLM, model_folder: str) -> None:
     assert engine.tokenizer is engine.get_tokenizer() is llm.get_tokenizer()
     assert engine.vllm_config.parallel_config.world_size == llm.get_world_size() == 1
     assert engine.vllm_config.model_config is config and engine.vllm_config.scheduler_config.max_num_seqs == 4
+    assert config.embedding_size == 96 and engine.vllm_config.scheduler_config.enable_chunked_prefill
     llm.enqueue("hello", GREEDY)
     assert engine.has_unfinished_requests() and engine.get_num_unfinished_requests() == 1
     assert llm.wait_for_completion() and not engine.has_unfinished_requests()

@@ -78,6 +78,21 @@ def test_several_greedy_outputs_are_an_error_that_says_why() -> None:
     assert SamplingParams(n=2, temperature=0.1).n == 2
 
 
+def test_stops_and_bad_words_are_lists_of_the_parameters_own(llm: LLM) -> None:
+    given = ["</s>"]
+    params = SamplingParams(stop=given, stop_token_ids=(5, 5, 7), bad_words="x", temperature=0)
+    assert params.stop == ["</s>"] and params.stop_token_ids == [5, 7] and params.bad_words == ["x"]
+    assert SamplingParams().stop == SamplingParams().stop_token_ids == SamplingParams().bad_words == []
+    text = llm.generate("hello", params)[0].outputs[0]
+    params.stop_token_ids.append(text.token_ids[2])  # type: ignore[attr-defined] - as scripts do
+    copied = params.clone()
+    params.stop.append("never")  # type: ignore[attr-defined]
+    assert given == copied.stop == ["</s>"]
+    again = llm.generate("hello", params)[0].outputs[0]
+    assert again.token_ids == text.token_ids[: len(again.token_ids)] and len(again.token_ids) <= 3
+    assert SamplingParams.from_mapping(params.to_mapping()) == params
+
+
 def test_the_prefix_cache_is_reset_with_vllms_arguments(llm: LLM) -> None:
     assert llm.reset_prefix_cache() is True
     assert llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True) is True
