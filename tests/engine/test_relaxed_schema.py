@@ -308,7 +308,11 @@ CLOSED = {"type": "object", "additionalProperties": False}
             [{"a": 1, "b c": 2}, {"xy": "z"}, {}],
             [{"a": "1"}, {"b": 1}, {"a|b c": 1}],
         ),
-        ({"properties": {"s": {**CLOSED, "patternProperties": {"^(?:a)$": {}}}}}, [{"s": {"a": 1}}], [{"s": {"b": 1}}]),
+        (
+            {"type": "object", "properties": {"s": {**CLOSED, "patternProperties": {"^(?:a)$": {}}}}},
+            [{"s": {"a": 1}}],
+            [{"s": {"b": 1}}],
+        ),
     ],
     ids=["a property of that name", "several names", "nested"],
 )
