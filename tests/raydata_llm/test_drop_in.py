@@ -71,7 +71,7 @@ def test_a_field_of_the_peer_is_there_with_its_default(field: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_of_the_peer_is_there_on_or_off_as_there(stage: str) -> None:
     assert getattr(config_of(), stage) is STAGES[stage]
-    assert getattr(config_of(**{stage: {"enabled": False, "num_cpus": 0.5}}), stage).num_cpus == 0.5
+    assert getattr(config_of(**{stage: {"enabled": False, "num_cpus": 0.5}}), stage)["num_cpus"] == 0.5
 
 
 @pytest.mark.parametrize("name", STAGE_CONFIGS)
