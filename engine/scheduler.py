@@ -66,12 +66,14 @@ class Scheduler:
         """
         limits = self.limits
         self.blocks = BlockManager(self.blocks.num_blocks)
-        self.table = SequenceTable(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+        self.table = SequenceTable(
+            limits.num_slots, limits.max_model_len, limits.block_size, max_running=limits.max_num_seqs
+        )
         self.intake = Intake(limits, self.table, self.blocks, self.lengths, self._row_target)
-        self._released = list(range(limits.max_num_seqs))
+        self._released = list(range(limits.num_slots))
         # Plans' numbers go on: the runner knows a plan by its number.
         for lane in range(limits.num_lanes):
-            self._decoding[lane] = np.zeros(limits.max_num_seqs, dtype=bool)
+            self._decoding[lane] = np.zeros(limits.num_slots, dtype=bool)
             self._plans[lane] = self._plan_of(_NO_INTS, version=self._num_plans + lane)
         self._num_plans += limits.num_lanes
 

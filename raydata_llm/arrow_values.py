@@ -11,6 +11,7 @@ null, a whole float), there is none here.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,8 +20,10 @@ from raydata_llm.engine.sampling_params import SamplingParams
 from raydata_llm.engine.structured_outputs import StructuredOutputsParams
 
 _IsArrows = Callable[[object], bool]
-# A list of these alone has nothing to take out, and may be long: a prompt's token ids.
+# Lists of these alone may be long, and hold nothing to look into: token ids have nothing to take out, vectors whole
+# floats.
 _EXACT = frozenset((int, str, bool, bytes))
+_FLAT = _EXACT | {float, type(None)}
 
 
 def alone(value: Any) -> Any:
@@ -35,12 +38,14 @@ class ArrowRow:
     """A row's values as the block has them; keeps them alive to know them again.
 
     Args:
-        row: Column names and values, not yet seen by a user's function.
+        row: Column names and values, not yet seen by a user's function; None where there is no function, so that all
+            values are the row's.
     """
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
+    def __init__(self, row: Mapping[str, Any] | None) -> None:
         self._arrows: dict[int, object] = {}
-        for value in row.values():
+        self._all = row is None
+        for value in (row or {}).values():
             self._remember(value)
 
     def taken_out(self, value: Any) -> Any:
@@ -48,17 +53,18 @@ class ArrowRow:
         return _taken_out(value, False, self._is_arrows, keep_empty=True)
 
     def _is_arrows(self, value: object) -> bool:
-        return id(value) in self._arrows
+        return self._all or id(value) in self._arrows
 
-    def _remember(self, value: object) -> None:
+    def _remember(self, value: Any) -> None:
         kind = type(value)
+        if kind is not dict and kind is not list:
+            return
+        self._arrows[id(value)] = value
         if kind is dict:
-            self._arrows[id(value)] = value
-            for inner in value.values():  # type: ignore[attr-defined]
+            for inner in value.values():
                 self._remember(inner)
-        elif kind is list and not _EXACT.issuperset(map(type, value)):  # type: ignore[call-overload]
-            self._arrows[id(value)] = value
-            for inner in value:  # type: ignore[attr-defined]
+        elif not _has_ints_alone(value) and not _FLAT.issuperset(map(type, value)):
+            for inner in value:
                 self._remember(inner)
 
 
@@ -75,12 +81,28 @@ def _taken_out(value: Any, in_arrows: bool, is_arrows: _IsArrows, *, keep_empty:
             if one is not None or not own
         }
         return inner if keep_empty else {name: one for name, one in inner.items() if type(one) is not dict or one}
-    if (kind is list or kind is tuple) and not _EXACT.issuperset(map(type, value)):
+    if kind is list or kind is tuple:
+        if _has_ints_alone(value):
+            return value
+        kinds = set(map(type, value))
+        if kinds <= _EXACT:
+            return value
         own = is_arrows(value)
+        if kinds <= _FLAT:
+            return kind(int(one) if type(one) is float and one.is_integer() else one for one in value) if own else value
         return kind(_taken_out(one, own, is_arrows, keep_empty=keep_empty) for one in value)
     if kind is SamplingParams or kind is StructuredOutputsParams:
         return _in_fields(value, is_arrows)
     return value
+
+
+def _has_ints_alone(values: Any) -> bool:
+    """Whether these are whole numbers, as token ids are: found in a fifth of the time that looking at each takes."""
+    try:
+        array.array("q", values)
+    except (TypeError, OverflowError):
+        return False
+    return True
 
 
 def _in_fields(params: Any, is_arrows: _IsArrows) -> Any:

@@ -93,7 +93,8 @@ def prepare(table: pa.Table, plan: PreparePlan, stats_sender: StatsSender | None
 
 def _read_row(draft: Draft, plan: PreparePlan) -> None:
     def preprocess(draft: Draft) -> None:
-        arrow = ArrowRow(draft.row)  # before the user's function, which may change what the row holds
+        # Before the user's function, which may change what the row holds.
+        arrow = ArrowRow(None if plan.preprocess is None else draft.row)
         _preprocess(draft, plan.preprocess)
         arrows.append(arrow)
 

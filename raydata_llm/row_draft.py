@@ -80,8 +80,8 @@ def read_asked(draft: Draft, arrow: ArrowRow) -> None:
     for name, may_be_text in _ASKING_COLUMNS.items():
         if columns.get(name) is not None:
             value = columns[name]
-            columns[name] = _read_json(name, value) if may_be_text else value
-            columns[name] = arrow.taken_out(columns[name])
+            read = _read_json(name, value) if may_be_text else value
+            columns[name] = arrow.taken_out(value) if read is value else read
     variables = columns.get("chat_template_kwargs") or {}
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         raise TypeError(

@@ -12,6 +12,7 @@ times `MOST_TEXT`, or raises `TemplateLimitError`. Templates within the bounds r
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import threading
 import time
@@ -24,8 +25,9 @@ import jinja2.runtime
 import jinja2.sandbox
 from jinja2 import nodes
 
-# Of the thread's own time. Real templates take a tenth of a millisecond, and 20 ms for a conversation of 1 MB.
-MOST_SECONDS = 5.0
+# Of the thread's own time. Real templates take a tenth of a millisecond, and 20 ms for a conversation of 1 MB. That of
+# Gemma 4 looks at all messages for each of them, and takes 5 seconds for 1,200.
+MOST_SECONDS = 20.0
 # Characters that one rendering makes, the text and all that is made on its way: prompts of a million tokens have 4
 # million.
 MOST_TEXT = 64 << 20
@@ -40,14 +42,19 @@ _MOST_SLOW_TEXT = 1 << 20
 _LOOK_EVERY, _LOOK_FROM = 64, 1 << 16
 # A width of seven digits, one that is an argument of its own, or a field within a field.
 _WIDTH = re.compile(r"\d{7}|%[^%a-zA-Z]*\*|\{[^{}]*\{")
-# Filters that look at their values one by one or not at all.
+# Filters that look at their values one by one or not at all, and one whose check looks at all of them.
 _IDLE = frozenset(("length", "count", "first", "last", "list", "map", "select", "selectattr", "reject", "rejectattr"))
 _IDLE |= {"default", "d", "items", "attr", "batch", "slice", "reverse", "random", "trim", "safe", "upper", "lower"}
+_IDLE |= {"tojson"}
 _SLOW = frozenset(("wordwrap", "urlize", "striptags", "title", "xmlattr", "pprint", "wordcount", "truncate"))
 _OF_NO_TEXT, _FORMATTING = ("to_bytes", "generate_lorem_ipsum"), ("format", "format_map")
 _COMPARING = frozenset(("eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "gt", "greaterthan", ">", "le", "<="))
 _COMPARING |= {"ge", ">=", "in"}
 _TURN, _MADE, _SEEN = "__raydata_llm_turn__", "__raydata_llm_made__", "__raydata_llm_seen__"
+_ADDED, _JOINED_AT_ONCE = "__raydata_llm_added__", 1024
+# Most values are of these, and hold no others.
+_SCALARS = frozenset((str, int, float, bool, type(None)))
+_HOLDERS = (list, tuple, dict)
 
 
 class TemplateLimitError(RuntimeError):
@@ -119,7 +126,7 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         options: jinja2's.
     """
 
-    intercepted_binops = frozenset(("+", "*", "%", "**"))
+    intercepted_binops = frozenset(("*", "%", "**"))
 
     def __init__(
         self, *, filters: Mapping[str, Callable[..., Any]], variables: Mapping[str, Any], **options: Any
@@ -127,27 +134,26 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(finalize=_seen, **options)
         limited = {**self.filters, **filters}
         self.filters = {name: _limited(name, function) for name, function in limited.items()}
-        self.filters |= {_MADE: _made, _SEEN: _seen}
+        self.filters |= {_MADE: _made, _SEEN: _seen, _ADDED: _added, _TURN: _turn}
         tests: Any = self.tests
         tests |= {name: _comparing(tests[name]) for name in _COMPARING}
-        self.globals |= {**variables, _TURN: _meter.turn}
+        self.globals |= variables
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
         """Join a template's pieces as it writes them."""
-        written, size = [], 0
-        for piece in pieces:
-            written.append(piece)
-            size += len(piece)
-            if size > MOST_TEXT:
-                break
+        written: list[str] = []
+        size, left = 0, iter(pieces)
+        while size <= MOST_TEXT and (some := list(itertools.islice(left, _JOINED_AT_ONCE))):
+            written += some
+            size += sum(map(len, some))
         _meter.make_text(size)
         return "".join(written)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
         for node in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)):
-            turn = nodes.Call(nodes.Name(_TURN, "load"), [], [], None, None)
+            turn = nodes.Filter(nodes.Const(None), _TURN, [], [], None, None, lineno=node.lineno)
             body: list[nodes.Node] = node.body  # type: ignore[attr-defined]  # of each of these
             body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
         _rewrite(template)
@@ -155,20 +161,11 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """Do an operation that may make much."""
-        if operator == "+" and type(left) is str and type(right) is str:
-            _meter.make_text(len(left) + len(right))
-            return left + right
         _check_operands(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        """As jinja2's; the hash of a tuple looks at all that it holds."""
-        return super().getitem(obj, _seen(argument) if type(argument) is tuple else argument)
-
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls."""
-        if __obj == _meter.turn:
-            return _meter.turn()
         if not isinstance(__obj, jinja2.runtime.Macro):
             # The sandbox has methods of its own in the place of `str.format` and `format_map`.
             owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
@@ -188,7 +185,17 @@ def _rewrite(node: nodes.Node) -> None:
 
 def _rewritten(node: nodes.Node) -> nodes.Node:
     _rewrite(node)
-    if isinstance(node, nodes.Concat):
+    if isinstance(node, nodes.Add):
+        # a + b + c is added at once.
+        first = node.left
+        if isinstance(first, nodes.Filter) and first.name == _ADDED:
+            first.args.append(node.right)
+            return first
+        return nodes.Filter(first, _ADDED, [node.right], [], None, None, lineno=node.lineno)
+    if isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice | nodes.Neg):
+        # The hash of a tuple looks at all that it holds.
+        node.arg = _filtered(node.arg, _SEEN)
+    elif isinstance(node, nodes.Concat):
         node.nodes = [_filtered(one, _MADE, _SEEN) for one in node.nodes]
     elif isinstance(node, nodes.Compare):
         if not any(map(_is_fixed, (node.expr, *(operand.expr for operand in node.ops)))):
@@ -217,6 +224,23 @@ def _filtered(node: nodes.Expr, *names: str) -> nodes.Expr:
     return node
 
 
+@jinja2.pass_context  # so that jinja2 does not do it once, when it compiles the template
+def _turn(context: jinja2.runtime.Context, value: None) -> None:
+    """One more turn of a loop, or call of a macro."""
+    _meter.turn()
+
+
+def _added(first: Any, *others: Any) -> Any:
+    """The sum of values, from the left."""
+    if type(first) is str and all(type(one) is str for one in others):
+        _meter.make_text(len(first) + sum(map(len, others)))
+        return "".join((first, *others))
+    for one in others:
+        _check_operands("+", first, one)
+        first = first + one
+    return first
+
+
 def _made(value: Any) -> Any:
     """Count a value."""
     kind = type(value)
@@ -231,7 +255,7 @@ def _made(value: Any) -> Any:
 
 def _seen(value: Any) -> Any:
     """Refuse a value that shows too many."""
-    if isinstance(value, list | tuple | dict):
+    if type(value) not in _SCALARS and isinstance(value, _HOLDERS):
         _size(value)
     return value
 
@@ -247,9 +271,12 @@ def _size(value: Any) -> int:
         seen += 1
         if seen > _MOST_SEEN or size > MOST_TEXT:
             raise TemplateLimitError("the chat template made a list or dict that is too large: mend what repeats it")
-        if isinstance(one, str):
+        kind = type(one)
+        if kind is str or isinstance(one, str):
             size += len(one)
-        elif isinstance(one, Mapping):
+        elif kind in _SCALARS:
+            continue
+        elif kind is dict or isinstance(one, Mapping):
             left.extend(one.keys())
             left.extend(one.values())
         elif isinstance(one, list | tuple):
@@ -272,6 +299,8 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
     if operator == "%":
         if isinstance(left, str):
             _check_format(left, right)
+    elif operator == "+" and isinstance(left, str) and isinstance(right, str):
+        _meter.make_text(len(left) + len(right))
     elif isinstance(left, int) and isinstance(right, int):
         times = max(right, 0) if operator == "**" else 1
         _check_bits(left.bit_length() * times + (right.bit_length() if operator == "*" else 0))
@@ -308,9 +337,7 @@ def _check_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             raise TemplateLimitError(f"the chat template gives {name} {max(figures)}: give {_MOST_FIGURE} at most")
         texts = [len(one) for one in rest if isinstance(one, str)]
         check(args[0] if args else None, rest, int(max(figures, default=0)), max(texts, default=0))
-    if name in _IDLE:
-        return
-    for one in (*args, *rest):
+    for one in rest if name in _IDLE else (*args, *rest):
         _seen(one)
     if name in _SLOW and args and isinstance(args[0], str) and len(args[0]) > _MOST_SLOW_TEXT:
         raise TemplateLimitError(f"the chat template gives {name} {len(args[0])} characters: give a million at most")

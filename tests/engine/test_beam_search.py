@@ -276,6 +276,18 @@ def ask(request_id: str) -> Request:
     return Request(request_id=request_id, prompt_token_ids=ids, sampling_params=SamplingParams(max_tokens=4))
 
 
+def test_a_step_that_fails_leaves_the_slots_of_beams(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(EngineConfig(model=str(folder), **{**SETTINGS, "max_num_seqs": 2}))
+    scheduler = engine._scheduler
+    before = scheduler.table.num_slots, scheduler.table.num_free_slots
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "schedule", lambda *_: 1 / 0)
+        engine.add_request(ask("0"))
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert (scheduler.table.num_slots, scheduler.table.num_free_slots) == before == (scheduler.limits.num_slots, 2)
+
+
 def test_a_search_and_generation_keep_each_other_out_until_they_have_ended(folder: Path) -> None:
     engine = Engine(EngineConfig(model=str(folder), **SETTINGS))
     engine.add_request(ask("0"))

@@ -278,3 +278,13 @@ def test_a_digest_does_not_depend_on_how_a_list_begins() -> None:
     # Beside a row that no type holds, Ray Data pickles a column: then whole floats are not made of whole numbers.
     assert row_digest({"x": [1, 2.0]}) == row_digest({"x": [1.0, 2.0]})
     assert row_digest({"x": {"a": {"b": None}}}) == row_digest({"x": {"a": None}}) == row_digest({"x": None})
+
+
+def test_flat_lists_are_arrows_as_others_are() -> None:
+    row = {"a": [{"v": [1.0, None, 2.5], "ids": [1, 2], "deep": [[3.0], ["x"]]}]}
+    taken = {"a": [{"v": [1, None, 2.5], "ids": [1, 2], "deep": [[3], ["x"]]}]}
+    own = {"a": [{"v": [1.0, None, 2.5], "n": None}]}
+    assert ArrowRow(None).taken_out(row) == ArrowRow({"row": row}).taken_out(row) == taken
+    assert [type(one) for one in ArrowRow({"row": row}).taken_out(row)["a"][0]["v"]] == [int, type(None), float]
+    kept = ArrowRow({"row": row}).taken_out(own)  # made by a function
+    assert kept == own and type(kept["a"][0]["v"][0]) is float

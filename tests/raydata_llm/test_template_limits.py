@@ -265,3 +265,17 @@ def test_the_clock_is_begun_anew_for_each_template(monkeypatch: pytest.MonkeyPat
     with pytest.raises(TemplateLimitError):
         render(once * 2, CHAT, tools=None, add_generation_prompt=True, special_tokens={}, variables={})
     assert json.dumps(CHAT)
+
+
+def test_a_long_sum_counts_its_text_once() -> None:
+    text = "a" * (template_limits.MOST_TEXT // 4)
+    template = "{{ '<' + messages[0]['role'] + ':' + messages[0]['content'] + eos_token + '>' }}"
+    written = render(
+        template,
+        [{"role": "user", "content": text}],
+        tools=None,
+        add_generation_prompt=True,
+        special_tokens={"eos_token": "</s>"},
+        variables={},
+    )
+    assert written == f"<user:{text}</s>>"
