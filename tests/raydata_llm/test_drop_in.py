@@ -308,7 +308,7 @@ def keep(row: dict[str, Any]) -> dict[str, Any]:
 
 def test_stages_have_the_peers_names_and_what_they_are_made_of(tiny_model: Callable[..., Path]) -> None:
     model, environment = str(tiny_model("llama")), {"env_vars": {"A": "1"}}
-    config = vLLMEngineProcessorConfig(
+    config = config_of(
         model_source=model,
         engine_kwargs={"max_model_len": 128, "swap_space": 4},
         concurrency=(1, 4),

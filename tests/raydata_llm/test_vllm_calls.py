@@ -80,13 +80,15 @@ def test_several_greedy_outputs_are_an_error_that_says_why() -> None:
 
 def test_stops_and_bad_words_are_lists_of_the_parameters_own(llm: LLM) -> None:
     given = ["</s>"]
-    params = SamplingParams(stop=given, stop_token_ids=(5, 5, 7), bad_words="x", temperature=0)
+    # Scripts treat them as the lists that they are in vLLM; here they may be given as any sequence.
+    params: Any = SamplingParams(stop=given, stop_token_ids=(5, 5, 7), bad_words="x", temperature=0)
     assert params.stop == ["</s>"] and params.stop_token_ids == [5, 7] and params.bad_words == ["x"]
-    assert SamplingParams().stop == SamplingParams().stop_token_ids == SamplingParams().bad_words == []
+    plain: Any = SamplingParams()
+    assert plain.stop == plain.stop_token_ids == plain.bad_words == []
     text = llm.generate("hello", params)[0].outputs[0]
-    params.stop_token_ids.append(text.token_ids[2])  # type: ignore[attr-defined] - as scripts do
+    params.stop_token_ids.append(text.token_ids[2])
     copied = params.clone()
-    params.stop.append("never")  # type: ignore[attr-defined]
+    params.stop.append("never")
     assert given == copied.stop == ["</s>"]
     again = llm.generate("hello", params)[0].outputs[0]
     assert again.token_ids == text.token_ids[: len(again.token_ids)] and len(again.token_ids) <= 3
