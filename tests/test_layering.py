@@ -44,7 +44,6 @@ BANNED_WORDS = {
     "instance": "replica",
     "bump": "preempt",
     "cancel": "abort",
-    "extend": "prefill",
     "server": "replica",
     "impl": "op",
     "naive": "<op>_ref",
