@@ -82,8 +82,8 @@ def s3_server() -> Iterator[dict[str, str]]:
     try:
         yield {
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "demo",
-            "AWS_SECRET_ACCESS_KEY": "demo",
+            "AWS_ACCESS_KEY_ID": "demo-access-key",
+            "AWS_SECRET_ACCESS_KEY": "demo-secret-key",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
     finally:
